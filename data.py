@@ -1,0 +1,440 @@
+"""Data sets that live on the device, one permutation an epoch, and the random streams everything draws from.
+
+A set is loaded into host memory (`load`), split (`split`), and its images are put on the device as uint8 once
+(`Images`). An epoch is planned on the CPU in one go (`TrainSet.epoch`): which example comes when, under which crop
+and flip. A batch is then a gather of whole pixel rows, without a DataLoader and without a wait for the device.
+
+Shapes: N examples of the set, n of a split, B of a batch, K classes, C channels, H x W pixels.
+"""
+
+import hashlib
+import math
+import socket
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PAD = 4  # pixels of zero padding on each side, as RandomCrop(32, padding=4)
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line that names the option or file; exit status 2."""
+
+
+# ---------------------------------------------------------------------------------------------------- random streams
+
+
+def stream_seed(seed: int, stream: str, index: int = 0) -> int:
+    """A 32-bit seed for (seed, stream, index). 32 bits because torch's CPU generator uses no more of a seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little")
+
+
+def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
+    """A CPU generator of its own for one purpose.
+
+    `stream` names the purpose ("noise", "split", "subset", "init", "order", "augment", ...), `index` is the epoch or
+    step it is for. Keyed this way no draw shifts another, none depends on the device or on the number of processes,
+    and a resumed run needs no generator state.
+    """
+    return torch.Generator().manual_seed(stream_seed(seed, stream, index))
+
+
+# ------------------------------------------------------------------------------------------------------ loading a set
+
+
+class Source(NamedTuple):
+    """A data set in host memory.
+
+    `x_train` (N, H, W, C) uint8, `y_train` (N,) int64 true labels, `given` (N,) int64 labels that came with the set
+    to be trained on, or None; `x_test`, `y_test` likewise. `mean`, `std` (C,) float per channel, of pixels in 0..1.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    given: Tensor | None
+    x_test: Tensor
+    y_test: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+CIFAR10_FOLDER = "cifar-10-batches-py"
+CIFAR10_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+}
+FMNIST_FOLDER = "FashionMNIST/raw"
+FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the archives
+    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+}
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+
+
+def check_files(folder: Path, md5: dict[str, str]) -> None:
+    """Raise `InputError` naming the first file of `folder` that is missing, unreadable or not the published one.
+
+    torchvision's own check reports a damaged and a missing file alike and does not look into unpacked
+    Fashion-MNIST files at all.
+    """
+    for name, want in md5.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"--data-dir: {path} is missing; remove {folder} to have the set downloaded again")
+        try:
+            with open(path, "rb") as f:
+                have = hashlib.file_digest(f, "md5").hexdigest()
+        except OSError as e:
+            raise InputError(f"--data-dir: {path} cannot be read ({e.strerror})") from e
+        if have != want:
+            raise InputError(f"--data-dir: {path} is damaged (md5 {have}, the published file has {want})")
+
+
+def download(make, data_dir: Path, folder: str) -> None:
+    """Have torchvision download a set with `make(root)`; it appears under `data_dir` whole or not at all."""
+    existed = data_dir.exists()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as tmp:
+            make(tmp)
+            target = data_dir / folder
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (Path(tmp) / folder).rename(target)
+    except Exception as e:  # torchvision lets URLError, RuntimeError, timeouts and others through
+        reason = str(e).split("\n")[0][:120] or type(e).__name__
+        raise InputError(
+            f"--data-dir {data_dir}: no {folder} there and it cannot be downloaded ({reason}); "
+            f"give the folder that holds {folder}"
+        ) from e
+    finally:
+        socket.setdefaulttimeout(before)
+        if not existed and data_dir.exists() and not any(data_dir.iterdir()):
+            data_dir.rmdir()
+
+
+def ready(make, data_dir: str, folder: str, md5: dict[str, str]) -> None:
+    """See to it that the checked files of a torchvision set lie under `data_dir`."""
+    if not (Path(data_dir) / folder).is_dir():
+        download(make, Path(data_dir), folder)
+    check_files(Path(data_dir) / folder, md5)
+
+
+def load_cifar10(args) -> Source:
+    """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 images (32, 32, 3)."""
+    from torchvision.datasets import CIFAR10
+
+    def make(root):
+        return CIFAR10(root, train=True, download=True)
+
+    ready(make, args.data_dir, CIFAR10_FOLDER, CIFAR10_MD5)
+    train, test = (CIFAR10(args.data_dir, train=part) for part in (True, False))
+    return Source(
+        torch.from_numpy(train.data),
+        torch.tensor(train.targets),
+        None,
+        torch.from_numpy(test.data),
+        torch.tensor(test.targets),
+        tuple(train.classes),
+        (0.4914, 0.4822, 0.4465),
+        (0.2470, 0.2435, 0.2616),  # of all pixels; the widespread 0.2023, 0.1994, 0.2010 is a mistake
+    )
+
+
+def load_fmnist(args) -> Source:
+    """Fashion-MNIST (Xiao et al. 2017): 60,000 and 10,000 images, resized from 28x28 to (32, 32, 1)."""
+    from torchvision.datasets import FashionMNIST
+    from torchvision.transforms.v2 import functional as TF
+
+    def make(root):
+        return FashionMNIST(root, train=True, download=True)
+
+    def pixels(part):
+        resized = TF.resize(part.data[:, None], [32, 32], TF.InterpolationMode.BILINEAR, antialias=True)
+        return resized.permute(0, 2, 3, 1).contiguous()  # (N, 1, 32, 32) -> (N, 32, 32, 1)
+
+    ready(make, args.data_dir, FMNIST_FOLDER, FMNIST_MD5)
+    train, test = (FashionMNIST(args.data_dir, train=part) for part in (True, False))
+    return Source(
+        pixels(train), train.targets, None, pixels(test), test.targets, tuple(train.classes), (0.2860,), (0.3530,)
+    )
+
+
+SHAPES = ("disc", "square", "triangle", "cross", "ring")
+FILLS = ("plain", "striped")
+
+
+def synthetic(n: int, seed: int, stream: str) -> tuple[Tensor, Tensor]:
+    """`n` drawn images (n, 32, 32, 3) uint8 and labels (n,) int64 of ten classes, in equal shares.
+
+    A class is one of five shapes with a plain or a striped fill: label = shape + 5 * striped. Position, size, angle,
+    both colours, stripes and background are random; the background is itself plain or striped, holds three small
+    discs as clutter, and pixel noise lies over all. So neither colour nor overall texture tells the class.
+    The same seed and stream give the same images (up to a unit of rounding between CPU types).
+    """
+    g = generator(seed, f"synthetic-{stream}")
+
+    def uniform(*shape, low=0.0, high=1.0):
+        return torch.rand(*shape, generator=g, dtype=torch.float32) * (high - low) + low
+
+    labels = torch.arange(n)[torch.randperm(n, generator=g)] % 10
+    shape, striped = labels % 5, labels // 5
+    grid = torch.arange(32, dtype=torch.float32) - 15.5
+    y0, x0 = grid[:, None], grid[None, :]
+
+    def stripes(strength):  # (m, 32, 32), one pattern of random angle, period and phase an image
+        m = len(strength)
+        angle, phase = uniform(2, m, 1, 1, high=2 * math.pi)
+        wave = 2 * math.pi / uniform(m, 1, 1, low=3.0, high=5.0)
+        along = torch.cos(angle) * x0 + torch.sin(angle) * y0
+        return strength[:, None, None] * torch.sign(torch.sin(wave * along + phase))
+
+    out = torch.empty(n, 32, 32, 3, dtype=torch.uint8)
+    for a in range(0, n, 2000):  # in blocks, to bound the memory
+        k, fill = shape[a : a + 2000], striped[a : a + 2000].float()
+        m = len(k)
+        cx, cy = uniform(2, m, 1, 1, low=-4.0, high=4.0)
+        size = uniform(m, 1, 1, low=8.0, high=12.0)
+        angle = uniform(m, 1, 1, high=2 * math.pi)
+        dx, dy = x0 - cx, y0 - cy
+        u = (torch.cos(angle) * dx + torch.sin(angle) * dy) / size
+        v = (torch.cos(angle) * dy - torch.sin(angle) * dx) / size
+        r, au, av = (u * u + v * v).sqrt(), u.abs(), v.abs()
+        inside = torch.stack(  # (5, m, 32, 32): negative within the shape
+            [
+                r - 0.9,
+                torch.maximum(au, av) - 0.8,
+                torch.maximum(v - 0.5, au * 0.866 - v * 0.5 - 0.5),
+                torch.minimum(torch.maximum(au - 0.3, av - 1.0), torch.maximum(au - 1.0, av - 0.3)),
+                (r - 0.75).abs() - 0.22,
+            ]
+        )[k, torch.arange(m)]
+        cover = torch.sigmoid(-inside * size * 3)[..., None]  # soft edge, about a pixel wide
+        back, front = uniform(m, 1, 1, 3, low=0.1, high=0.9), uniform(m, 1, 1, 3)
+        front = back + torch.where(front < 0.5, -0.3 - 0.6 * front, 0.6 * front)  # 0.3 to 0.6 apart
+        ground = back + stripes((uniform(m) < 0.5).float() * 0.08)[..., None]
+        for _ in range(3):
+            px, py = uniform(2, m, 1, 1, low=-15.0, high=15.0)
+            near = ((x0 - px) ** 2 + (y0 - py) ** 2).sqrt() - uniform(m, 1, 1, low=1.0, high=3.0)
+            spot = torch.sigmoid(-near * 3)[..., None]
+            ground = ground * (1 - spot) + uniform(m, 1, 1, 3) * spot
+        image = ground * (1 - cover) + (front + stripes(fill * 0.25)[..., None]) * cover
+        image = image + 0.04 * torch.randn(m, 32, 32, 3, generator=g, dtype=torch.float32)
+        out[a : a + 2000] = image.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return out, labels
+
+
+def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation (C,) of uint8 images (N, H, W, C), for pixels in 0..1. Exact, from counts."""
+    C = x.shape[-1]
+    values = torch.arange(256, dtype=torch.float64) / 255
+    count = torch.stack([torch.bincount(x[..., c].reshape(-1), minlength=256) for c in range(C)]).double()
+    share = count / count.sum(1, keepdim=True)
+    mean = share @ values
+    std = (share @ values**2 - mean**2).clamp_min(0).sqrt()
+    return tuple(mean.tolist()), tuple(std.clamp_min(1 / 255).tolist())
+
+
+def load_synthetic(args) -> Source:
+    """The drawn set (`synthetic`), `--synthetic-train` and `--synthetic-test` images; always from seed 0."""
+    x, y = synthetic(args.synthetic_train, 0, "train")
+    x_test, y_test = synthetic(args.synthetic_test, 0, "test")
+    names = tuple(f"{fill} {shape}" for fill in FILLS for shape in SHAPES)
+    return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x))
+
+
+def load_npz(path: str) -> Source:
+    """An own set in the `.npz` layout of interface.md. Raises `InputError` for whatever does not fit it."""
+    said = f"--dataset {path}"
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            arrays = {k: z[k] for k in ("x_train", "y_train", "x_test", "y_test", "y_train_noisy") if k in z.files}
+    except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
+        raise InputError(f"{said}: not a readable .npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+    missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]
+    if missing:
+        raise InputError(f"{said}: lacks the array {', '.join(missing)}")
+    x, x_test = arrays["x_train"], arrays["x_test"]
+    for name, a in (("x_train", x), ("x_test", x_test)):
+        if a.dtype != np.uint8 or a.ndim not in (3, 4) or len(a) == 0:
+            raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not uint8 (N, H, W) or (N, H, W, C)")
+        if a.shape[1] != a.shape[2] or not 28 <= a.shape[1] <= 64 or a.shape[3:] not in ((), (1,), (3,)):
+            raise InputError(f"{said}: {name} has shape {a.shape}, not square images of 28 to 64 pixels, grey or colour")
+    if x.shape[1:] != x_test.shape[1:]:
+        raise InputError(f"{said}: x_train has images of shape {x.shape[1:]}, x_test of {x_test.shape[1:]}")
+    labels = {}
+    for name, of in (("y_train", x), ("y_test", x_test), ("y_train_noisy", x)):
+        a = arrays.get(name)
+        if a is None:
+            continue
+        if a.dtype.kind not in "iu" or a.shape != (len(of),):
+            raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not integer ({len(of)},)")
+        if a.min() < 0 or a.max() > 9999:
+            raise InputError(f"{said}: {name} holds {a.min()}..{a.max()}, not class numbers from 0")
+        labels[name] = torch.from_numpy(a.astype(np.int64))
+    K = int(labels["y_train"].max()) + 1
+    if K < 2:
+        raise InputError(f"{said}: y_train holds one class only")
+    for name, a in labels.items():
+        if int(a.max()) >= K:
+            raise InputError(f"{said}: {name} holds class {int(a.max())}, y_train only 0..{K - 1}")
+    x, x_test = (torch.from_numpy(a if a.ndim == 4 else a[..., None]) for a in (x, x_test))
+    return Source(
+        x,
+        labels["y_train"],
+        labels.get("y_train_noisy"),
+        x_test,
+        labels["y_test"],
+        tuple(str(k) for k in range(K)),
+        *pixel_statistics(x),
+    )
+
+
+DATASETS = {"cifar10": load_cifar10, "fmnist": load_fmnist, "synthetic": load_synthetic}  # a new set is one entry
+
+
+def load(args) -> Source:
+    """The set `args.dataset` names (one of `DATASETS` or an `.npz` path). Raises `InputError`."""
+    return DATASETS[args.dataset](args) if args.dataset in DATASETS else load_npz(args.dataset)
+
+
+def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tuple[Tensor, Tensor]:
+    """Indices (n,), (N - n,) int64 of the training and the validation split of `N` examples (or of `subset` drawn).
+
+    round(val_frac N) examples are held out. Both lists are sorted. Raises `InputError` if either would be empty.
+    """
+    if subset is not None and subset > N:
+        raise InputError(f"--subset {subset}: the training set has only {N} examples")
+    chosen = torch.arange(N)
+    if subset is not None:
+        chosen = torch.randperm(N, generator=generator(seed, "subset"))[:subset].sort().values
+    order = chosen[torch.randperm(len(chosen), generator=generator(seed, "split"))]
+    held = round(val_frac * len(order))
+    if held == 0 or held == len(order):
+        raise InputError(f"--val-frac {val_frac}: leaves {len(order) - held} training and {held} validation examples")
+    return order[held:].sort().values, order[:held].sort().values
+
+
+# ------------------------------------------------------------------------------------------------------- on the device
+
+
+class Images:
+    """uint8 images on a device, cut out of a padded copy by whole rows of pixels.
+
+    A gather of rows through an overlapping view reads each crop's pixels in runs of W * C bytes, an order of
+    magnitude cheaper on a CPU than advanced indexing pixel by pixel; a second, mirrored copy makes the flip free.
+    Memory: (H + 2 pad)(W + 2 pad) C bytes an image, twice that with `mirror`.
+    """
+
+    def __init__(self, images: Tensor, mean, std, device, pad: int = 0, mirror: bool = False) -> None:
+        """`images` (n, H, W, C) uint8; `mean`, `std` (C,) of pixels in 0..1."""
+        self.n, self.H, self.W, self.C = images.shape
+        self.pad, self.width, self.height = pad, self.W + 2 * pad, self.H + 2 * pad
+        padded = F.pad(images, (0, 0, pad, pad, pad, pad))  # zero, that is black, before normalisation
+        buffer = (torch.cat([padded, padded.flip(2)]) if mirror else padded.contiguous()).to(device)
+        pixels = buffer.shape[0] * self.height * self.width
+        self.rows = buffer.view(-1).as_strided((pixels - self.W + 1, self.W * self.C), (self.C, 1))
+        self.row_step = torch.arange(self.H, device=device) * self.width
+        scale = torch.tensor([mean, std], dtype=torch.float64)[..., None, None] * 255  # rounded once, to what x has
+        self.mean, self.std = scale.to(device, torch.get_default_dtype())
+
+    def starts(self, index: Tensor, dy: Tensor | int, dx: Tensor | int, flip: Tensor | int = 0) -> Tensor:
+        """Positions (B,) int64 of the first pixel of each crop: rows from dy, columns from dx, then mirrored.
+
+        `dy`, `dx` in 0..2 pad count from the padded corner (`pad`, `pad` is the image itself), `flip` is 0 or 1.
+        """
+        left = dx + flip * (2 * self.pad - 2 * dx)  # the crop's left edge as it lies in the mirrored copy
+        return ((index + flip * self.n) * self.height + dy) * self.width + left
+
+    def cut(self, starts: Tensor) -> Tensor:
+        """The crops (B, C, H, W) uint8 at `starts` (B,), channels_last in memory."""
+        where = (starts[:, None] + self.row_step).view(-1)  # (B * H,)
+        return self.rows.index_select(0, where).view(-1, self.H, self.W, self.C).permute(0, 3, 1, 2)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) -> the default dtype at construction, the set's mean and deviation taken out."""
+        return x.to(self.mean.dtype).sub_(self.mean).div_(self.std)
+
+    def plain(self, a: int, b: int) -> Tensor:
+        """Images a..b as they are, normalised, (b - a, C, H, W)."""
+        return self.normalise(self.cut(self.starts(torch.arange(a, b, device=self.rows.device), self.pad, self.pad)))
+
+
+class Epoch(NamedTuple):
+    """One epoch's plan, by position in the epoch: `index` and `starts` (n,) int64, labels on the device; `noisy` (n,)
+    bool on the CPU, so that the host knows each batch's counts without asking the device."""
+
+    index: Tensor
+    starts: Tensor
+    labels: Tensor
+    true: Tensor
+    noisy: Tensor
+
+
+class Batch(NamedTuple):
+    """A global batch's share on this process: `x` (b, C, H, W) float, `y` and `true` (b,) int64; `size` = B and
+    `n_noisy` = |N| count the *global* batch."""
+
+    x: Tensor
+    y: Tensor
+    true: Tensor
+    size: int
+    n_noisy: int
+
+
+def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The positions [a, b) of `size` that belong to `rank`: disjoint, in order, all of them, possibly none."""
+    return rank * size // world_size, (rank + 1) * size // world_size
+
+
+class TrainSet:
+    """The training split on the device. `labels` are trained on, `true` are the truth; noisy means that they differ."""
+
+    def __init__(self, images: Tensor, labels: Tensor, true: Tensor, mean, std, device, augment: bool) -> None:
+        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU."""
+        self.pad = PAD if augment else 0
+        self.images = Images(images, mean, std, device, self.pad, mirror=augment)
+        self.labels, self.true, self.device, self.augment = labels, true, device, augment
+
+    def __len__(self) -> int:
+        return self.images.n
+
+    def epoch(self, seed: int, epoch: int) -> Epoch:
+        """Order, crops and flips of an epoch, drawn at once on the CPU and then copied to the device.
+
+        Crop offsets are uniform over (2 pad + 1)^2 and the flip has probability 1/2, independently for each example,
+        as torchvision's RandomCrop(H, padding=4) and RandomHorizontalFlip.
+        """
+        n = len(self)
+        index = torch.randperm(n, generator=generator(seed, "order", epoch))
+        dy = dx = flip = 0
+        if self.augment:
+            g = generator(seed, "augment", epoch)
+            dy, dx = torch.randint(2 * self.pad + 1, (2, n), generator=g)
+            flip = torch.randint(2, (n,), generator=g)
+        labels, true = self.labels[index], self.true[index]
+        starts = self.images.starts(index, dy, dx, flip)
+        on_device = (t.to(self.device, non_blocking=True) for t in (index, starts, labels, true))
+        return Epoch(*on_device, noisy=labels != true)
+
+    def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Batch `number` of the epoch: positions [number B, (number + 1) B) of the plan; the last may be smaller."""
+        first, size = number * B, min(B, len(self) - number * B)
+        a, b = (first + edge for edge in shard(size, rank, world_size))
+        x = self.images.normalise(self.images.cut(plan.starts[a:b]))
+        n_noisy = int(plan.noisy[first : first + size].sum())  # a CPU tensor: nobody waits
+        return Batch(x, plan.labels[a:b], plan.true[a:b], size, n_noisy)

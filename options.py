@@ -1,0 +1,201 @@
+"""The command line of train.py: options, their checks, and what follows from them (run name, schedule length).
+
+Importing this starts nothing; sweeps, benchmarks and tests use this parser, there is no other.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import re
+import sys
+from pathlib import Path
+
+from data import DATASETS, InputError
+from models import DEFAULT_MODEL, GROUP, MODELS
+from noise import NOISES
+
+SCHEDULES = ("constant", "cosine", "onecycle")
+# Options that say where and on what a run happens, not what it computes: they are not part of its name.
+PLACE = ("data_dir", "runs", "name", "accelerator", "devices", "strategy", "num_nodes", "threads")
+KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
+    "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
+    "accelerator": ("auto", "cpu", "gpu", "cuda"),
+    "strategy": ("auto", "ddp"),
+}
+# Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
+FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
+PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line and an exception: no usage text, no exit."""
+
+    def error(self, message: str):
+        raise InputError(message.removeprefix("argument "))
+
+
+def number(low: float, high: float, what: str, kind=float, open_low: bool = False):
+    """An argparse type: a finite number of `kind` in low..high (above `low` with `open_low`), or a clear message."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
+        return value
+
+    return convert
+
+
+share = number(0, 1, "a number from 0 to 1")
+count = number(1, 2**31, "a whole number from 1", int)
+seed = number(0, 2**63 - 1, "a whole number from 0", int)
+positive = number(0, math.inf, "a positive number", open_low=True)
+not_negative = number(0, math.inf, "a number from 0")
+
+
+def devices(text: str):
+    return text if text == "auto" else count(text)
+
+
+def parser() -> Parser:
+    """The options of interface.md. Defaults of None mean "follows from other options" (see `check`)."""
+    p = Parser(prog="train.py", description="Train and measure SGD under label noise.", allow_abbrev=False)
+    g = p.add_argument_group("data")
+    g.add_argument("--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, or a path to an .npz")
+    g.add_argument("--data-dir", default="data", metavar="DIR", help="where torchvision's folders lie or go")
+    g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
+    g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
+    g.add_argument("--no-augment", action="store_true", help="no random crop and flip")
+    g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
+    g.add_argument("--synthetic-test", type=count, default=2_000, metavar="N", help="drawn test images")
+    g = p.add_argument_group("noise")
+    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is re-labelled")
+    g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of the new label")
+    g = p.add_argument_group("model")
+    g.add_argument("--model", choices=list(MODELS), help="default: vgg16 for fmnist, else resnet18")
+    g.add_argument("--width", type=count, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
+    g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
+    g = p.add_argument_group("optimization")
+    g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
+    g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
+    g.add_argument("--momentum", type=number(0, 0.9999, "a number from 0 to below 1"), default=0.9)
+    g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
+    g.add_argument("--epochs", type=count, default=64)
+    g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
+    g.add_argument("--sched", choices=SCHEDULES, default="constant", help="cosine: lr; onecycle: lr and momentum")
+    g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (5000)")
+    g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
+    g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
+    g = p.add_argument_group("measurement")
+    g.add_argument("--measure", choices=["off", "split"], default="split", help="split: clean and noisy gradients")
+    g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
+    g.add_argument("--measure-bn", choices=["train", "eval", "separate"], default="train", help="BatchNorm's mode")
+    g = p.add_argument_group("randomness")
+    g.add_argument("--seed", type=seed, default=0, help="initialization, order, augmentation")
+    g.add_argument("--noise-seed", type=seed, default=0, help="label noise")
+    g.add_argument("--split-seed", type=seed, default=0, help="validation split (and --subset)")
+    g = p.add_argument_group("hardware (under `fabric run`, Fabric's own options of these names decide)")
+    g.add_argument("--precision", help="auto, 32-true, bf16-mixed, 16-mixed or 64-true (auto)")
+    g.add_argument("--accelerator", help="auto, cpu, gpu or cuda (auto)")
+    g.add_argument("--devices", type=devices, metavar="N", help="processes on this machine (1)")
+    g.add_argument("--strategy", help="auto or ddp (auto)")
+    g.add_argument("--num-nodes", type=count, metavar="N", help="machines (1)")
+    g.add_argument("--threads", type=count, metavar="N", help="CPU threads a process (cores / processes here)")
+    g = p.add_argument_group("run folder")
+    g.add_argument("--runs", default="runs", metavar="DIR")
+    g.add_argument("--name", help="default: made from the options that change the result and are not default")
+    return p
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parsed and checked options. Raises `InputError`."""
+    args = parser().parse_args(argv)
+    for name, default in FABRIC.items():
+        given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
+        setattr(args, name, given or getattr(args, name) or default)
+    args.precision = PRECISIONS.get(args.precision, args.precision)
+    check(args)
+    return args
+
+
+def under_fabric_run() -> bool:
+    """Whether `fabric run` started this process; its own options then decide."""
+    return os.environ.get("LT_CLI_USED", "0") == "1"
+
+
+def check(args: argparse.Namespace) -> None:
+    """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
+    wrong = []
+    if args.dataset not in DATASETS:
+        if not args.dataset.endswith(".npz"):
+            wrong.append(f"--dataset '{args.dataset}': neither one of {', '.join(DATASETS)} nor a path to an .npz")
+        elif not Path(args.dataset).is_file():
+            wrong.append(f"--dataset {args.dataset}: there is no such file")
+    args.model = args.model or DEFAULT_MODEL.get(args.dataset, "resnet18")
+    if args.model != "resnet18":
+        if args.width != 64:
+            wrong.append(f"--width {args.width}: only resnet18 has a width, not {args.model}")
+        if args.norm != "bn":
+            wrong.append(f"--norm {args.norm}: only resnet18 has it, not {args.model}")
+    elif args.norm == "gn" and args.width % GROUP:
+        wrong.append(f"--width {args.width}: --norm gn needs a multiple of {GROUP}")
+    for name, known in KNOWN.items():
+        if getattr(args, name) not in known:
+            wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
+    lengths = [f"--sched-{unit}" for unit in ("steps", "epochs", "examples") if getattr(args, f"sched_{unit}")]
+    if len(lengths) > 1:
+        wrong.append(f"{' and '.join(lengths)}: give the schedule's length once")
+    for name in ("runs", "data_dir"):
+        if Path(getattr(args, name)).is_file():
+            wrong.append(f"--{name.replace('_', '-')} {getattr(args, name)}: is a file, not a folder")
+    if args.name is None:
+        args.name = run_name(args)
+    elif not re.fullmatch(r"[^/\\\0]+", args.name) or args.name in (".", ".."):
+        wrong.append(f"--name '{args.name}': not the name of a folder")
+    if wrong:
+        raise InputError("; ".join(wrong))
+
+
+def run_name(args: argparse.Namespace) -> str:
+    """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`."""
+    defaults = vars(parser().parse_args([]))
+    defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
+    parts = []
+    for key, value in vars(args).items():
+        if key in PLACE or value in (None, defaults[key]) or (key == "noise" and value == 0):
+            continue
+        key = key.replace("_", "-")
+        if value is True:
+            parts.append(key)
+        elif key == "dataset":
+            parts.append(Path(value).stem)
+        else:
+            parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{value}")
+    name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)) or "default"
+    if len(name) > 180:  # file systems allow 255 bytes
+        name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    return name
+
+
+def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
+    """The schedule's length T in optimizer steps, from whichever unit it was given in."""
+    if args.sched_epochs:
+        return args.sched_epochs * steps_per_epoch
+    if args.sched_examples:
+        return math.ceil(args.sched_examples / args.bs)
+    return args.sched_steps or 5000
+
+
+def rank_zero() -> bool:
+    """Whether this process is the one that speaks, before Fabric is there to ask."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+
+
+def complain(message: object) -> None:
+    """One line on standard error, from rank 0."""
+    if rank_zero():
+        print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

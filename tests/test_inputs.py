@@ -1,0 +1,188 @@
+"""Bad input: one clear line that names the option or file, exit status 2, no traceback, nothing left behind."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+
+import data
+import options
+import train
+from conftest import ROOT, TINY
+
+
+def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
+    """The command ends with status 2 and one line that holds all of `says`; no run's folder appears."""
+    before = sorted(runs.rglob("*")) if runs.exists() else None
+    assert train.main([*argv, "--runs", str(runs)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("train.py: error: "), err
+    for text in says:
+        assert text in err
+    assert (sorted(runs.rglob("*")) if runs.exists() else None) == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--noise 1.5", ("--noise", "1.5", "0 to 1")),
+        ("--noise -0.1", ("--noise",)),
+        ("--noise nan", ("--noise", "nan")),
+        ("--noise much", ("--noise", "much")),
+        ("--bs 0", ("--bs", "from 1")),
+        ("--bs 1e3", ("--bs", "whole number")),
+        ("--bs 161", ("--bs 161", "160")),
+        ("--lr 0", ("--lr", "positive")),
+        ("--lr inf", ("--lr",)),
+        ("--momentum 1", ("--momentum",)),
+        ("--wd -1", ("--wd",)),
+        ("--epochs 0", ("--epochs",)),
+        ("--max-steps -3", ("--max-steps",)),
+        ("--measure-every 0", ("--measure-every",)),
+        ("--sched warm", ("--sched", "onecycle")),
+        ("--sched-steps 10 --sched-epochs 2", ("--sched-steps", "--sched-epochs", "once")),
+        ("--model resnet50", ("--model", "resnet18")),
+        ("--dataset mnist", ("--dataset", "mnist", "cifar10")),
+        ("--dataset nowhere.npz", ("--dataset nowhere.npz", "no such file")),
+        ("--model vgg16 --width 32", ("--width", "vgg16")),
+        ("--model vgg16-linear --norm gn", ("--norm", "vgg16-linear")),
+        ("--norm gn --width 12", ("--width 12", "8")),
+        ("--val-frac 0", ("--val-frac", "0 validation")),
+        ("--subset 5000", ("--subset 5000", "200")),
+        ("--noise-seed -1", ("--noise-seed",)),
+        ("--precision fp8", ("--precision fp8", "bf16-mixed")),
+        ("--accelerator tpu", ("--accelerator tpu", "cpu")),
+        ("--devices none", ("--devices",)),
+        ("--strategy fsdp", ("--strategy fsdp", "ddp")),
+        ("--nois 0.5", ("--nois",)),
+        ("--name ../up", ("--name",)),
+        ("--sched-steps 10 --sched-epochs 2 --norm gn --width 12", ("--sched-steps", "--width 12")),
+    ],
+)
+def test_bad_options(argv, says, capsys, tmp_path):
+    refuse(capsys, tmp_path / "runs", [*TINY, *argv.split()], *says)
+
+
+def test_every_option_says_what_it_is():
+    for action in options.parser()._actions:
+        assert action.help or action.dest in ("lr", "momentum", "epochs", "runs"), action.dest
+
+
+def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    refuse(capsys, tmp_path / "runs", [*TINY, "--accelerator", "gpu"], "--accelerator gpu", "no CUDA GPU")
+
+
+def test_an_existing_run_is_not_touched(go, capsys, tmp_path):
+    folder = go("--noise", "0.5")
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    capsys.readouterr()
+    refuse(capsys, tmp_path / "runs", [*TINY, "--name", "r"], "--name r", "exists already")
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_runs_that_cannot_be_a_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("x")
+    refuse(capsys, tmp_path / "file", TINY, "--runs", "not a folder")
+    refuse(capsys, tmp_path / "file" / "below", TINY, "--runs", "cannot be created")
+
+
+def test_as_a_process_too(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "train.py", "--noise", "2", "--runs", str(tmp_path / "runs")],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 2 and not (tmp_path / "runs").exists()
+    assert result.stderr == "train.py: error: --noise: '2' is not a number from 0 to 1\n"
+
+
+# --------------------------------------------------------------------------------------------------------- data files
+
+
+@pytest.mark.parametrize(("dataset", "folder"), [("cifar10", data.CIFAR10_FOLDER), ("fmnist", data.FMNIST_FOLDER)])
+def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
+    def unplugged(*_, **__):
+        raise URLError("Temporary failure in name resolution")
+
+    monkeypatch.setattr("urllib.request.urlopen", unplugged)
+    argv = ["--dataset", dataset, "--data-dir", str(tmp_path / "data")]
+    refuse(capsys, tmp_path / "runs", argv, "--data-dir", folder, "cannot be downloaded")
+    assert list(tmp_path.iterdir()) == []  # no half-made data folder either
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "table"),
+    [("cifar10", data.CIFAR10_FOLDER, data.CIFAR10_MD5), ("fmnist", data.FMNIST_FOLDER, data.FMNIST_MD5)],
+)
+def test_a_missing_and_a_damaged_file_are_named(dataset, folder, table, capsys, tmp_path, real_data):
+    place = tmp_path / "data" / folder
+    place.mkdir(parents=True)
+    for name in table:
+        (place / name).symlink_to((real_data / folder / name).resolve())
+    argv = ["--dataset", dataset, "--data-dir", str(tmp_path / "data")]
+    victim = list(table)[-2]  # neither the first nor the last
+    (place / victim).unlink()
+    refuse(capsys, tmp_path / "runs", argv, victim, "missing")
+    shutil.copyfile(real_data / folder / victim, place / victim)
+    with open(place / victim, "r+b") as f:
+        f.seek(5000)
+        byte = f.read(1)[0]
+        f.seek(5000)
+        f.write(bytes([byte ^ 1]))
+    refuse(capsys, tmp_path / "runs", argv, victim, "damaged")
+    assert sorted(p.name for p in place.iterdir()) == sorted(table)  # nothing downloaded over it
+
+
+def good() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(0, 256, (100, 28, 28), dtype=np.uint8), np.arange(100) % 4
+    return {"x_train": x, "y_train": y, "x_test": x[:20], "y_test": y[:20]}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"x_test": None}, ("x_test",)),
+        ({"x_train": np.zeros((100, 28, 28), np.float32)}, ("x_train", "float32", "uint8")),
+        ({"x_train": np.zeros((100, 28, 30), np.uint8)}, ("x_train", "square")),
+        ({"x_train": np.zeros((100, 28, 28, 2), np.uint8)}, ("x_train", "colour")),
+        ({"x_train": np.zeros((100, 32, 32), np.uint8)}, ("x_train", "x_test")),
+        ({"y_train": np.zeros(99, int)}, ("y_train", "(100,)")),
+        ({"y_train": np.zeros(100)}, ("y_train", "integer")),
+        ({"y_train": np.zeros(100, int)}, ("y_train", "one class")),
+        ({"y_test": np.full(20, 4)}, ("y_test", "class 4")),
+        ({"y_train": np.arange(100) - 1}, ("y_train", "-1")),
+        ({"y_train_noisy": np.zeros(5, int)}, ("y_train_noisy", "(100,)")),
+        ({"y_train": np.array([{}] * 100, dtype=object)}, ("not a readable .npz",)),
+    ],
+)
+def test_misshapen_npz(change, says, capsys, tmp_path):
+    arrays = {k: v for k, v in (good() | change).items() if v is not None}
+    np.savez(tmp_path / "own.npz", **arrays)
+    argv = ["--dataset", str(tmp_path / "own.npz"), "--bs", "8"]
+    refuse(capsys, tmp_path / "runs", argv, "own.npz", *says)
+
+
+def test_damaged_npz(capsys, tmp_path):
+    path = tmp_path / "own.npz"
+    np.savez_compressed(path, **good())
+    whole = path.read_bytes()
+    for broken in (b"", b"no zip at all", whole[: len(whole) // 2], whole[:400] + bytes(400) + whole[800:]):
+        path.write_bytes(broken)
+        refuse(capsys, tmp_path / "runs", ["--dataset", str(path), "--bs", "8"], "own.npz", "not a readable")
+
+
+def test_own_npz_runs_and_its_noise_is_taken(go, tmp_path, capsys):
+    arrays = good()
+    arrays["y_train_noisy"] = np.where(np.arange(100) % 5 == 0, (arrays["y_train"] + 1) % 4, arrays["y_train"])
+    np.savez(tmp_path / "own.npz", **arrays)
+    own = ["--dataset", str(tmp_path / "own.npz"), "--bs", "16"]
+    folder = go(*own)
+    with np.load(folder / "noise.npz") as z:
+        assert (z["label"] == arrays["y_train_noisy"][z["index"]]).all() and (z["true"] != z["label"]).any()
+    capsys.readouterr()
+    refuse(capsys, tmp_path / "runs", [*TINY, *own, "--noise", "0.2"], "--noise 0.2", "y_train_noisy")

@@ -1,0 +1,175 @@
+"""Cotangents, pull-backs and the split's cosines against plain backward passes."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import metrics
+import models
+import noise
+import options
+import train
+from conftest import TINY
+
+
+def job_for(*argv: str) -> train.Job:
+    """A prepared tiny job under the options `argv`."""
+    args = options.parse([*TINY, "--noise", "0.5", *argv])
+    torch.set_default_dtype(torch.float64 if args.precision == "64-true" else torch.float32)
+    source = data.load(args)
+    indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
+    labels = noise.apply("uniform", source.y_train[indices[0]], 10, args.noise, 0)
+    return train.prepare(args, source, indices, labels, train.make_fabric(args))
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def warm(job: train.Job, steps: int = 3) -> data.Batch:
+    """A few plain steps, so that weights and running statistics are not the initial ones; then the next batch."""
+    plan = job.train.epoch(0, 0)
+    for step in range(steps):
+        train.train_step(job, job.train.batch(plan, step, 32), step, measured=False)
+    return job.train.batch(plan, steps, 32)
+
+
+def reference(job: train.Job, batch: data.Batch, mode: str) -> dict[str, torch.Tensor]:
+    """g_C, g_N and g as flat vectors, by three separate forward and backward passes of a copied network."""
+    noisy = batch.y != batch.true
+    found = {}
+    for name, keep in (("clean", ~noisy), ("noisy", noisy), ("all", noisy | True)):
+        net = copy.deepcopy(job.module)
+        net.train(mode != "eval")
+        if mode == "separate" and name != "all":
+            F.cross_entropy(net(batch.x[keep]), batch.y[keep]).backward()
+        else:
+            F.cross_entropy(net(batch.x)[keep], batch.y[keep]).backward()
+        found[name] = torch.cat([p.grad.flatten() for p in net.parameters()])
+    return found
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("64-true", 1e-10)])
+def test_split_equals_three_backward_passes(mode, precision, bound):
+    job = job_for("--precision", precision, "--measure-bn", mode)
+    batch = warm(job)
+    assert 0 < batch.n_noisy < batch.size
+    g = reference(job, batch, mode)
+    want = {
+        "grad/cos_clean_all": F.cosine_similarity(g["clean"], g["all"], dim=0),
+        "grad/cos_clean_noisy": F.cosine_similarity(g["clean"], g["noisy"], dim=0),
+        "grad/norm_clean": g["clean"].norm(),
+        "grad/norm_noisy": g["noisy"].norm(),
+        "grad/norm_all": g["all"].norm(),
+    }
+    got = train.train_step(job, batch, 3, measured=True)
+    for tag, value in want.items():
+        assert float(got[tag]) == pytest.approx(float(value), rel=bound, abs=bound), tag
+    assert got["grad/clean_fraction"] == 1 - batch.n_noisy / 32
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("64-true", 1e-12), ("bf16-mixed", 3e-2)])
+def test_clean_plus_noisy_is_the_training_gradient(precision, bound):
+    job = job_for("--precision", precision)
+    batch = warm(job)
+    buffers = copy.deepcopy(dict(job.module.named_buffers()))
+    rows, logits = train.split_rows(job, batch)
+    total = torch.cat([t.flatten() for t in metrics.add_rows(rows)])
+    after = copy.deepcopy(dict(job.module.named_buffers()))
+    job.module.load_state_dict(buffers, strict=False)
+    again = train.plain_gradient(job, batch)
+    plain = torch.cat([p.grad.flatten() for p in job.parameters])
+    assert float((total - plain).norm() / plain.norm()) < bound
+    assert torch.equal(logits, again)  # the one forward of a measured step is the plain step's forward ...
+    assert all(torch.equal(after[k], v) for k, v in job.module.named_buffers())  # ... running statistics included
+
+
+def test_measured_and_plain_step_update_alike():
+    ends = []
+    for measured in (False, True):
+        job = job_for("--precision", "64-true")
+        batch = warm(job)
+        train.train_step(job, batch, 3, measured)
+        ends.append(torch.cat([p.detach().flatten() for p in job.parameters]))
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-13
+
+
+@pytest.mark.parametrize("noisy", [0, 32])
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+def test_a_batch_all_clean_or_all_noisy_has_norms_but_no_cosine(noisy, mode):
+    job = job_for("--measure-bn", mode)
+    batch = warm(job)
+    true = batch.y if not noisy else (batch.y + 1) % 10
+    got = train.train_step(job, batch._replace(true=true, n_noisy=noisy), 3, measured=True)
+    present, absent = ("noisy", "clean") if noisy else ("clean", "noisy")
+    assert {t for t in got if t.startswith("grad/")} == {"grad/clean_fraction", f"grad/norm_{present}", "grad/norm_all"}
+    assert f"train/acc_{present}" in got and f"train/acc_{absent}" not in got
+    assert all(math.isfinite(float(v)) for v in got.values())
+
+
+def test_published_relation_of_the_cosines():
+    """cos(g_C, g) = (f + e r c) / sqrt(f^2 + e^2 r^2 + 2 f e r c), e = 1 - f (measurements.md, section 3)."""
+    g = torch.Generator().manual_seed(0)
+    clean, noisy = torch.randn(2, 50, generator=g, dtype=torch.float64)
+    f, e = 0.3, 0.7
+    got = metrics.split_measures(metrics.set_means(metrics.gram([[f * clean], [e * noisy]]), f))
+    r, c = got["grad/norm_noisy"] / got["grad/norm_clean"], got["grad/cos_clean_noisy"]
+    assert float(r) == pytest.approx(float(noisy.norm() / clean.norm()), rel=1e-12)
+    want = (f + e * r * c) / (f**2 + e**2 * r**2 + 2 * f * e * r * c).sqrt()
+    assert float(got["grad/cos_clean_all"]) == pytest.approx(float(want), rel=1e-12)
+
+
+def test_gram_is_the_same_however_it_is_cut(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    rows = [[torch.randn(7, 3, generator=g), torch.randn(11, generator=g)] for _ in range(3)]
+    flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
+    torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
+    monkeypatch.setattr(metrics, "CHUNK", 4)
+    torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
+
+
+def test_gram_sums_in_float64():
+    ones = torch.full((20_000_000,), 1.0)
+    assert metrics.gram([[ones]]).item() == 2e7  # float32 would stop counting at 16,777,216
+
+
+def test_cotangent_is_the_gradient_of_the_weighted_loss():
+    logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([0.5, 0, 1, 2, 0.25], dtype=torch.float64)
+    loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
+    (want,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(metrics.cotangent(logits, labels, weights), want)
+
+
+def test_batch_measures_by_hand():
+    logits = torch.tensor([[2.0, 0], [0, 2.0], [2.0, 0], [0, 2.0]])
+    labels, true = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1])
+    counts = metrics.batch_counts(logits, labels, true)
+    got = metrics.batch_measures(counts, 4, 1)
+    assert float(got["train/acc"]) == 0.5 and float(got["train/acc_clean"]) == pytest.approx(2 / 3)
+    assert float(got["train/acc_noisy"]) == 0
+    right, wrong = math.log(1 + math.exp(-2)), math.log(1 + math.exp(2))
+    assert float(got["train/loss"]) == pytest.approx((2 * right + 2 * wrong) / 4, rel=1e-6)
+    assert metrics.temperature(0.1, 128, 0.9) == pytest.approx(0.1 / 12.8)
+
+
+def test_dropout_mask_is_shared_by_both_rows_and_repeats():
+    """torchvision's VGG has dropout: one forward serves clean and noisy, and the step number alone decides it."""
+    job = job_for()
+    job.module = job.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10))
+    job.parameters, job.dropout = list(job.module.parameters()), models.has_dropout(job.module)
+    assert job.dropout
+    batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
+    outs = []
+    for step in (1, 1, 2):
+        train.seed_dropout(job, step)
+        rows, _ = train.split_rows(job, batch)
+        outs.append(torch.cat([t.flatten() for t in metrics.add_rows(rows)]))
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])

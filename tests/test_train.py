@@ -1,0 +1,204 @@
+"""Whole runs in a temporary folder: what they leave, that they repeat bit for bit, and how they fail."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import ROOT, TINY, same_weights, series, summary, weights
+
+SERIES = {  # interface.md, at measured steps
+    *("train/loss", "train/acc", "train/acc_clean", "train/acc_noisy"),
+    *("optim/lr", "optim/momentum", "optim/temperature"),
+    *("grad/cos_clean_all", "grad/cos_clean_noisy", "grad/clean_fraction"),
+    *("grad/norm_clean", "grad/norm_noisy", "grad/norm_all"),
+}
+
+
+def test_a_run_leaves_what_the_contract_says(go):
+    folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2")
+    found = series(folder)
+    assert found.keys() == SERIES | {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    for tag in SERIES:
+        assert [step for step, _ in found[tag]] == [0, 2, 4, 6, 8], tag
+    assert [step for step, _ in found["val/acc"]] == [step for step, _ in found["val/loss"]] == [0, 5, 10]
+    assert [step for step, _ in found["test/acc"]] == [10]
+    assert found["optim/lr"] == [(s, pytest.approx(train.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)]
+    ledger = json.loads((folder / "config.json").read_text())["noise"]
+    assert found["noise/nominal"] == [(0, 0.5)] and found["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
+    said = summary(folder)
+    assert (said["status"], said["steps"], said["examples"]) == ("finished", 10, 320)
+    assert said["val_acc"] == pytest.approx(found["val/acc"][-1][1])
+    assert said["test_acc"] == pytest.approx(found["test/acc"][0][1])
+    assert said["seconds"] > 0 and said["images_per_second"] > 0 and said["peak_memory_mb"] > 0
+    blob = (folder / "noise.npz").read_bytes()
+    assert hashlib.sha256(blob).hexdigest() == ledger["noise_npz_sha256"]
+    with np.load(folder / "noise.npz", allow_pickle=False) as z:
+        assert int((z["true"] != z["label"]).sum()) == ledger["changed"] and len(z["index"]) == 160
+    assert {"last.ckpt", "previous.ckpt"} <= {p.name for p in folder.iterdir()}
+    assert not list(folder.glob("*.tmp")) and not (folder / "failed.ckpt").exists()
+
+
+def test_tensorboard_gets_layout_text_picture_and_hyperparameters(go):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = go("--noise", "0.5")
+    events = EventAccumulator(str(folder)).Reload()
+    assert {"config/text_summary", "noise/text_summary"} <= set(events.Tags()["tensors"])
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    assert events.Tags()["images"] == ["data/labels"]
+    plugin = events.SummaryMetadata
+    assert plugin("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
+    assert not [p for p in folder.iterdir() if p.is_dir()]  # add_hparams would have made a subfolder
+    assert len(series(folder)["val/acc"]) == 3  # and a false point at step 0
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_same_command_gives_the_same_bits(go, precision):
+    options = ("--noise", "0.5", "--precision", precision, "--sched", "cosine")
+    a, b = go(*options, name="a"), go(*options, name="b")
+    assert same_weights(a, b)
+    assert series(a) == series(b)
+    assert (a / "noise.npz").read_bytes() == (b / "noise.npz").read_bytes()
+    c = go(*options, "--seed", "1", name="c")
+    assert not same_weights(a, c) and (a / "noise.npz").read_bytes() == (c / "noise.npz").read_bytes()
+
+
+def test_a_different_noise_seed_changes_only_the_noise(go, monkeypatch):
+    """Same initial network, same examples in the same order under the same crops, other labels."""
+    seen = {}
+    step = train.train_step
+
+    def watch(job, batch, number, measured):
+        start = torch.cat([p.detach().flatten() for p in job.parameters]) if number == 0 else None
+        seen.setdefault(name, []).append((start, batch.x.clone(), batch.true.clone(), batch.y.clone()))
+        return step(job, batch, number, measured)
+
+    monkeypatch.setattr(train, "train_step", watch)
+    for name, noise_seed in (("a", "0"), ("b", "1")):
+        go("--noise", "0.5", "--noise-seed", noise_seed, name=name)
+    assert torch.equal(seen["a"][0][0], seen["b"][0][0])
+    for (_, x, true, y), (_, x2, true2, y2) in zip(seen["a"], seen["b"], strict=True):
+        assert torch.equal(x, x2) and torch.equal(true, true2) and not torch.equal(y, y2)
+
+
+def test_measuring_in_eval_mode_leaves_no_trace(go):
+    a = go("--noise", "0.5", "--measure", "off", name="a")
+    b = go("--noise", "0.5", "--measure-bn", "eval", name="b")
+    c = go("--noise", "0.5", "--measure-bn", "separate", name="c")
+    assert same_weights(a, b) and same_weights(a, c)
+    plain = series(a)
+    assert not [tag for tag in plain if tag.startswith("grad/")]
+    assert {tag: series(b)[tag] for tag in plain} == plain
+
+
+def test_no_noisy_example_no_value(go):
+    """At a low rate most batches hold no noisy example: those steps have no value, and no series has a NaN."""
+    folder = go("--noise", "0.03", "--bs", "8", "--epochs", "1", "--measure-every", "1")
+    found = series(folder)
+    with np.load(folder / "noise.npz") as z:
+        assert 0 < (z["true"] != z["label"]).sum() <= 5
+    assert [s for s, _ in found["train/loss"]] == list(range(20))
+    with_noise = [s for s, _ in found["train/acc_noisy"]]
+    assert 0 < len(with_noise) <= 5
+    for tag in ("grad/cos_clean_all", "grad/cos_clean_noisy", "grad/norm_noisy"):
+        assert [s for s, _ in found[tag]] == with_noise
+    assert [s for s, _ in found["grad/norm_clean"]] == list(range(20))
+    assert [s for s, f in found["grad/clean_fraction"] if f < 1] == with_noise
+    assert all(math.isfinite(v) for points in found.values() for _, v in points)
+
+
+def test_clean_run_and_full_noise_run(go):
+    clean = series(go(name="clean"))
+    assert not {"grad/cos_clean_all", "train/acc_noisy"} & clean.keys() and "grad/norm_clean" in clean
+    full = series(go("--noise", "1.0", name="full"))
+    assert all(math.isfinite(v) for points in full.values() for _, v in points)
+    assert full["noise/realised"][0][1] > 0.8
+
+
+def test_max_steps_ends_like_any_other_run(go):
+    folder = go("--max-steps", "7", "--noise", "0.2")
+    found, said = series(folder), summary(folder)
+    assert [s for s, _ in found["val/acc"]] == [0, 5, 7] and [s for s, _ in found["test/acc"]] == [7]
+    assert (said["status"], said["steps"], said["examples"]) == ("finished", 7, 224)
+
+
+def test_the_short_last_batch_is_kept(go):
+    folder = go("--bs", "48", "--epochs", "1", "--measure-every", "1")  # 160 = 48 + 48 + 48 + 16
+    assert summary(folder)["steps"] == 4 and summary(folder)["examples"] == 160
+    temperature = series(folder)["optim/temperature"]
+    assert temperature[3][1] == pytest.approx(3 * temperature[0][1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9))
+    folder = go("--noise", "0.5", "--epochs", "4", status=1)
+    said = summary(folder)
+    assert said["status"] == "failed" and "not finite" in said["reason"] or "is nan" in said["reason"]
+    assert (folder / "failed.ckpt").exists()
+    assert all(t.isfinite().all() for t in weights(folder).values())
+    assert not all(t.isfinite().all() for t in torch.load(folder / "failed.ckpt")["model"].values())
+    found = series(folder)
+    assert found["train/loss"] and all(math.isfinite(v) for points in found.values() for _, v in points)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("failed.ckpt" in line for line in lines) == 1 and not any("Traceback" in line for line in lines)
+
+
+def test_a_crash_is_written_down(go, monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("out of paper")
+
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(RuntimeError, match="out of paper"):
+        go("--noise", "0.5")
+    said = summary(tmp_path / "runs" / "r")
+    assert said["status"] == "failed" and said["reason"] == "RuntimeError: out of paper"
+
+
+def test_checkpoint_loads_as_plain_data(go):
+    state = torch.load(go("--noise", "0.5") / "last.ckpt", weights_only=True)
+    assert state["step"] == 10 and state["config"]["options"]["noise"] == 0.5
+    assert {"model", "optimizer"} <= state.keys()
+
+
+def test_fabric_run_is_the_same_run(go, tmp_path):
+    """`fabric run` with one process, with nothing but the accelerator given: the same bits, precision resolved alike."""
+    argv = [*TINY, "--noise", "0.5"]
+    for option in ("--accelerator", "--precision"):
+        at = argv.index(option)
+        del argv[at : at + 2]
+    argv += ["--runs", str(tmp_path / "runs")]
+    fabric = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu", "train.py"]
+    result = subprocess.run([*fabric, *argv, "--name", "a"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run(
+        [sys.executable, "train.py", "--accelerator", "cpu", *argv, "--name", "b"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "3"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    assert same_weights(a, b) and series(a) == series(b)
+    precision = [json.loads((f / "config.json").read_text())["options"]["precision"] for f in (a, b)]
+    assert precision[0] == precision[1] == ("bf16-mixed" if train.cpu_has_bf16() else "32-true")
+
+
+def test_fashion_mnist_in_one_channel(go, real_data):
+    argv = "--dataset fmnist --model resnet18 --subset 200 --noise 0.2 --epochs 1".split()
+    folder = go(*argv, "--data-dir", str(real_data))
+    assert weights(folder)["conv1.weight"].shape[1] == 1 and summary(folder)["status"] == "finished"
+
+
+def test_training_learns(go):
+    """On clean drawn images a narrow net gets far above chance in a few epochs; the noisy labels stay unlearnt."""
+    argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 5 --bs 50 --sched onecycle --sched-epochs 5".split()
+    said = summary(go(*argv, "--threads", "2", "--precision", "auto"))
+    assert said["val_acc"] > 0.45 and said["test_acc"] > 0.4
