@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import generator
+from data import InputError, Source, generator
 
 
 def uniform(true: Tensor, K: int, rate: float, g: torch.Generator) -> Tensor:
@@ -33,6 +33,22 @@ NOISES = {"uniform": uniform}
 def apply(kind: str, true: Tensor, K: int, rate: float, seed: int) -> Tensor:
     """Labels (n,) to train on: noise `kind` at the nominal `rate`, from the noise seed's own stream."""
     return NOISES[kind](true, K, rate, generator(seed, "noise"))
+
+
+def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict]:
+    """Labels (n,) for the training split `index` (n,) of `source`, as the options say, and their ledger.
+
+    Labels that came with the set are taken as they are. Raises `InputError` where options and set do not go together.
+    """
+    true = source.y_train[index]
+    if source.given is not None:
+        if args.noise is not None:
+            raise InputError(f"--noise {args.noise}: {args.dataset} brings its own noisy labels (y_train_noisy)")
+        labels = source.given[index]
+        return labels, ledger("given", (labels != true).double().mean().item(), None, index, true, labels)
+    rate = args.noise or 0.0
+    labels = apply(args.noise_type, true, len(source.classes), rate, args.noise_seed)
+    return labels, ledger(args.noise_type, rate, args.noise_seed, index, true, labels)
 
 
 def archive(index: Tensor, true: Tensor, label: Tensor) -> bytes:

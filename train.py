@@ -399,17 +399,7 @@ def run(args) -> int:
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
     if args.model != "resnet18" and source.x_train.shape[1] < 32:
         raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
-    true, K = source.y_train[index], len(source.classes)
-    if source.given is not None:
-        if args.noise is not None:
-            raise InputError(f"--noise {args.noise}: {args.dataset} brings its own noisy labels (y_train_noisy)")
-        labels = source.given[index]
-        rate = (labels != true).double().mean().item()
-        ledger = noise.ledger("given", rate, None, index, true, labels)
-    else:
-        rate = args.noise or 0.0
-        labels = noise.apply(args.noise_type, true, K, rate, args.noise_seed)
-        ledger = noise.ledger(args.noise_type, rate, args.noise_seed, index, true, labels)
+    labels, ledger = noise.relabel(args, source, index)
     fabric = make_fabric(args)
     if Path(args.runs, args.name).exists():
         raise InputError(f"--name {args.name}: {Path(args.runs, args.name)} exists already; give another --name")
@@ -452,10 +442,11 @@ def run(args) -> int:
             "val_examples": len(held),
             "test_examples": len(source.x_test),
         }
-        config = {"options": vars(args) | {"noise": rate}, "resolved": resolved, "noise": ledger, "versions": versions()}
+        config = {"options": vars(args) | {"noise": ledger["nominal"]}, "resolved": resolved, "noise": ledger, "versions": versions()}
         config["segments"] = [{"step": 0, "threads": args.threads, **config["versions"]}]
-        figure = picture(source.x_train[index[:32]], true[:32], labels[:32], source.classes) if record.active else None
-        record.start(config, ledger, index, true, labels, figure)
+        shown = index[:32]
+        figure = picture(source.x_train[shown], source.y_train[shown], labels[:32], source.classes) if record.active else None
+        record.start(config, ledger, index, source.y_train[index], labels, figure)
         summarize()
         record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         announce(job, record, ledger)
