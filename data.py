@@ -128,9 +128,18 @@ def download(make, data_dir: Path, folder: str) -> None:
 
 
 def ready(make, data_dir: str, folder: str, md5: dict[str, str]) -> None:
-    """See to it that the checked files of a torchvision set lie under `data_dir`."""
+    """See to it that the checked files of a torchvision set lie under `data_dir`; of several processes one downloads."""
     if not (Path(data_dir) / folder).is_dir():
-        download(make, Path(data_dir), folder)
+        key = hashlib.sha256(str(Path(data_dir, folder).resolve()).encode()).hexdigest()[:16]
+        with open(Path(tempfile.gettempdir()) / f"label-noise-download-{key}.lock", "w") as f:
+            try:
+                import fcntl
+
+                fcntl.flock(f, fcntl.LOCK_EX)
+            except ImportError:  # no such locks on this system
+                pass
+            if not (Path(data_dir) / folder).is_dir():
+                download(make, Path(data_dir), folder)
     check_files(Path(data_dir) / folder, md5)
 
 

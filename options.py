@@ -17,7 +17,10 @@ from noise import NOISES
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.
-PLACE = ("data_dir", "runs", "name", "accelerator", "devices", "strategy", "num_nodes", "threads")
+PLACE = (
+    *("data_dir", "runs", "name", "resume", "checkpoint_minutes"),
+    *("accelerator", "devices", "strategy", "num_nodes", "threads"),
+)
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu", "cuda"),
@@ -25,6 +28,7 @@ KNOWN = {  # checked here and not by the parser, for under `fabric run` they do 
 }
 # Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
 FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
+HARDWARE = (*FABRIC, "threads")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
@@ -104,9 +108,14 @@ def parser() -> Parser:
     g.add_argument("--devices", type=devices, metavar="N", help="processes on this machine (1)")
     g.add_argument("--strategy", help="auto or ddp (auto)")
     g.add_argument("--num-nodes", type=count, metavar="N", help="machines (1)")
+    g.add_argument("--sync-bn", choices=["on", "off"], default="on", help="one BatchNorm over all GPUs")
     g.add_argument("--threads", type=count, metavar="N", help="CPU threads a process (cores / processes here)")
     g = p.add_argument_group("run folder")
     g.add_argument("--runs", default="runs", metavar="DIR")
+    g.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    g.add_argument(
+        "--checkpoint-minutes", type=not_negative, default=10.0, metavar="MIN", help="time between checkpoints in an epoch"
+    )
     g.add_argument("--name", help="default: made from the options that change the result and are not default")
     return p
 
@@ -179,6 +188,27 @@ def run_name(args: argparse.Namespace) -> str:
     if len(name) > 180:  # file systems allow 255 bytes
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
+
+
+def continue_from(args: argparse.Namespace, config: dict) -> None:
+    """Take over what a resumed run keeps from its first start, and refuse what differs, by name, in one `InputError`.
+
+    `config` is the run's config.json. Options of `PLACE` may differ; epochs and max-steps may grow.
+    """
+    first = {**vars(parser().parse_args([])), **config["options"]}  # an option newer than the run has its default
+    if args.precision == "auto":
+        args.precision = first["precision"]
+    args.threads = args.threads or first["threads"]
+    wrong = []
+    for key, value in vars(args).items():
+        option, was = f"--{key.replace('_', '-')}", first[key]
+        if key in PLACE or value == was or (key == "noise" and not value and not was):
+            continue
+        if key in ("epochs", "max_steps") and (value or math.inf) >= (was or math.inf):
+            continue
+        wrong.append(f"{option} was {was} and is {value} now" + " (it may only grow)" * (key in ("epochs", "max_steps")))
+    if wrong:
+        raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:

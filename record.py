@@ -8,13 +8,15 @@ import math
 import os
 import platform
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import noise
-from data import InputError
+from data import InputError, Source
 
 LAYOUT = {  # TensorBoard's custom scalars: the report's figures
     "the report": {
@@ -79,51 +81,123 @@ def picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...
     return figure
 
 
-class Record:
-    """The run's folder, created and locked. On processes other than rank 0 (`active` false) nothing is written, but
-    `flush` still looks at the values, so that all ranks notice a failure at the same step."""
+def read_json(path: Path) -> dict | None:
+    """The content of a JSON file, or None if there is none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
-    def __init__(self, folder: Path, active: bool) -> None:
-        """Raises `InputError` if the folder exists already or cannot be written."""
+
+def load_state(path: Path) -> dict:
+    """A checkpoint, on the CPU, as plain data only. Raises whatever a damaged file makes torch raise."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or "step" not in state:
+        raise ValueError("not a checkpoint of this tool")
+    return state
+
+
+class Record:
+    """The run's folder, locked while this process lives. On processes other than rank 0 (`active` false) nothing is
+    written, but `flush` still looks at the values, so that all ranks notice a failure at the same step.
+
+    What the file system refuses on rank 0 is kept in `fault`, for all ranks to stop at together.
+    """
+
+    def __init__(self, folder: Path, active: bool, began: float | None = None) -> None:
+        """Touches nothing yet: `claim` does. `began` is the process's start by `time.perf_counter`."""
         self.folder, self.active = Path(folder), active
+        self.began = time.perf_counter() if began is None else began
+        self.saved = time.monotonic()  # when the last checkpoint was written
         self.pending: list[tuple[int, dict]] = []  # (step, {tag: 0-d tensor or float}), not yet written
         self.latest: dict[str, float] = {}  # last defined value of each tag
         self.recent_noisy: list[float] = []  # last ten train/acc_noisy
         self.config: dict = {}
-        if not active:
-            return
+        self.fault: str | None = None
+        self.writer = self.lock_file = None
+
+    def claim(self, resume: bool) -> str | None:
+        """Create the folder, or with `resume` take the one that is there, and lock it. On rank 0 alone.
+
+        Returns the name of the checkpoint to go on from, None for a start at step 0. Raises `InputError` if the folder
+        is there without `resume`, is in use by another process, or cannot be created.
+        """
         try:
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=resume)
             self.lock()
         except FileExistsError:
-            raise InputError(f"--name {self.folder.name}: {self.folder} exists already; give another --name") from None
+            raise InputError(
+                f"--name {self.folder.name}: {self.folder} exists already; --resume goes on, another --name starts anew"
+            ) from None
         except OSError as e:
-            raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be created ({e.strerror})") from e
-        from torch.utils.tensorboard import SummaryWriter
+            raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be written ({e.strerror})") from e
+        for name in ("last.ckpt", "previous.ckpt") if resume else ():
+            if (self.folder / name).exists():
+                try:
+                    load_state(self.folder / name)
+                    return name
+                except Exception as e:  # a damaged file can make torch raise nearly anything
+                    first = (str(e) or type(e).__name__).splitlines()[0]
+                    self.say(f"{self.folder / name} is damaged ({first}); trying the one before")
+        if resume:
+            self.say(f"no checkpoint in {self.folder}: starting at step 0")
+        return None
 
-        self.writer = SummaryWriter(str(self.folder))
+    def say(self, text: str) -> None:
+        """A line for the user, on standard error, which progress bars and warnings use too."""
+        if self.active:
+            print(f"train.py: {text}", file=sys.stderr, flush=True)
 
     def lock(self) -> None:
-        """Hold a file lock for as long as this process lives."""
+        """Hold a file lock for as long as this process lives. Raises `InputError` if another process holds it."""
         self.lock_file = open(self.folder / ".lock", "a")
         try:
             import fcntl
-
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:  # no such locks on this system: creating the folder is the only guard
-            pass
+            return
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"--name {self.folder.name}: another process is writing {self.folder}") from None
 
-    def start(self, config: dict, ledger: dict, index: Tensor, true: Tensor, label: Tensor, figure) -> None:
-        """Write what is known before the first step: configuration, noise, and both as text beside a picture."""
-        self.config = config
+    def open_events(self, sizes: dict[str, int]) -> None:
+        """Cut the event files to `sizes` bytes, as they were at a checkpoint, remove newer ones, and open a new one.
+
+        So each step stands in them once, for readers of the raw files too, whenever the run was killed.
+        """
         if not self.active:
             return
-        noise.save(self.folder / "noise.npz", index, true, label)
-        write_json(self.folder / "config.json", config)
+        for path in self.folder.glob("events.out.tfevents.*"):
+            if path.name in sizes:
+                os.truncate(path, min(sizes[path.name], path.stat().st_size))
+            else:
+                path.unlink()
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
+
+    def event_sizes(self) -> dict[str, int]:
+        """Bytes of every event file, all that was logged being flushed."""
+        return {path.name: path.stat().st_size for path in self.folder.glob("events.out.tfevents.*")}
+
+    def configure(self, config: dict) -> None:
+        """Write config.json; checkpoints hold the same."""
+        self.config = config
+        if self.active:
+            self.guard("config.json", write_json, self.folder / "config.json", config)
+
+    def start(self, ledger: dict, index: Tensor, true: Tensor, label: Tensor, source: Source) -> None:
+        """Write what is known before the first step: noise.npz, configuration and ledger as text beside a picture.
+
+        `index`, `true`, `label` (n,) are those of the training split of `source`.
+        """
+        if not self.active:
+            return
+        self.guard("noise.npz", noise.save, self.folder / "noise.npz", index, true, label)
         self.writer.add_custom_scalars(LAYOUT)
-        self.writer.add_text("config", as_table(config["options"] | config["resolved"]))
+        self.writer.add_text("config", as_table(self.config["options"] | self.config["resolved"]))
         self.writer.add_text("noise", as_table(ledger))
-        self.writer.add_figure("data/labels", figure)
+        self.writer.add_figure("data/labels", picture(source.x_train[index[:32]], true, label, source.classes))
 
     def log(self, step: int, values: dict) -> None:
         """Keep 0-d tensors or floats for `step`; nothing waits for the device."""
@@ -149,10 +223,21 @@ class Record:
                 self.latest[tag] = value
                 if tag == "train/acc_noisy":
                     self.recent_noisy = [*self.recent_noisy[-9:], value]
-                if self.active:
-                    self.writer.add_scalar(tag, value, step)
+                self.guard("the event file", self.write, tag, value, step)
+        self.guard("the event file", self.write)
+
+    def write(self, *scalar) -> None:
+        """Add a scalar (tag, value, step) to the event file, or without one see to it that all is on disk."""
         if self.active:
-            self.writer.flush()
+            self.writer.add_scalar(*scalar) if scalar else self.writer.flush()
+
+    def guard(self, what: str, act, *arguments) -> None:
+        """Call `act`; where the file system refuses, note the fault instead of leaving the other ranks behind."""
+        try:
+            act(*arguments)
+        except (OSError, RuntimeError) as e:  # torch.save wraps a full disk in a RuntimeError
+            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
+            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({reason})"
 
     def summary(self, **content) -> None:
         """Write summary.json."""
@@ -160,17 +245,29 @@ class Record:
             write_json(self.folder / "summary.json", content)
 
     def checkpoint(self, state: dict, name: str = "last.ckpt") -> None:
-        """Save `state`, whole or not at all; a last.ckpt that was there becomes previous.ckpt."""
-        if not self.active:
-            return
+        """Save `state`, whole or not at all, and with it where the event files end; the last.ckpt before it is kept
+        as previous.ckpt. A refusal of the file system is noted in `fault` and leaves both as they were."""
+        if self.active:
+            own = {"latest": self.latest, "recent_noisy": self.recent_noisy, "events": self.event_sizes()}
+            self.guard(name, self.save, state | own, name)
+
+    def save(self, state: dict, name: str) -> None:
         path, temporary = self.folder / name, self.folder / (name + ".tmp")
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with open(temporary, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
         if name == "last.ckpt" and path.exists():
             os.replace(path, self.folder / "previous.ckpt")
         os.replace(temporary, path)
+
+    def restore(self, state: dict) -> None:
+        """Take over what `checkpoint` added of the record's own."""
+        self.latest, self.recent_noisy = state["latest"], state["recent_noisy"]
 
     def hyperparameters(self, metrics: dict[str, float]) -> None:
         """TensorBoard's hparams table, under the tags that the series have already: no false point, no subfolder."""
@@ -179,13 +276,15 @@ class Record:
         from torch.utils.tensorboard.summary import hparams
 
         plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.config["options"].items()}
+        plain["noise"] = self.config["noise"]["nominal"]
         for proto in hparams(plain, metrics):
             self.writer.file_writer.add_summary(proto)
 
     def close(self) -> None:
         """Close the event file and let go of the lock."""
-        if self.active:
-            self.writer.close()
+        if self.writer:
+            self.guard("the event file", self.writer.close)
+        if self.lock_file:
             self.lock_file.close()
 
 

@@ -7,12 +7,12 @@
 Shapes: B examples of the global batch, b of them on this process, K classes.
 """
 
+import logging
 import math
-import os
 import platform
 import sys
 import time
-import warnings
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +29,14 @@ import models
 import noise
 import options
 from data import Batch, Images, InputError, TrainSet
-from record import NotFinite, Record, picture, versions
+from hardware import Signals, average_buffers, make_fabric, on_rank_zero, peak_memory_mb, sum_over_ranks, synchronize
+from record import NotFinite, Record, load_state, read_json, versions
 
 EVAL_BATCH = 1000  # examples of an evaluation forward
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
+POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
+STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
 
 
 # ------------------------------------------------------------------------------------------------------- schedules
@@ -63,55 +66,6 @@ def schedule(name: str, step: int, sched_steps: int, lr: float, momentum: float)
     return lr, momentum
 
 
-# -------------------------------------------------------------------------------------------------------- hardware
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 in hardware (AMX or AVX512-BF16)."""
-    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-def make_fabric(args) -> Fabric:
-    """Fabric on the hardware that `args` asks for; `args` then holds what was resolved. Raises `InputError`.
-
-    What `fabric run` was given it keeps to itself (its LT_* variables); everything it left open is resolved here, so
-    that `fabric run train.py` and `python train.py` are the same run.
-    """
-    gpus = torch.cuda.device_count()
-    if args.accelerator == "auto":
-        args.accelerator = "cuda" if gpus else "cpu"
-    elif args.accelerator != "cpu" and not gpus:
-        raise InputError(f"--accelerator {args.accelerator}: there is no CUDA GPU here; use cpu or auto")
-    on_gpu = args.accelerator != "cpu"
-    if args.devices == "auto":
-        args.devices = gpus if on_gpu else 1
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1 and not options.under_fabric_run():  # torchrun has started the processes
-        args.devices = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        args.num_nodes = world_size // args.devices
-    per_machine = int(args.devices) if str(args.devices).isdigit() else len(str(args.devices).split(","))
-    args.num_nodes = int(args.num_nodes)
-    if on_gpu and per_machine > gpus:
-        raise InputError(f"--devices {args.devices}: this machine has {gpus} GPU{'s' * (gpus != 1)}")
-    if args.strategy == "auto" and per_machine * args.num_nodes > 1:
-        args.strategy = "ddp"
-    if args.precision == "auto":
-        bf16 = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else cpu_has_bf16()
-        args.precision = "bf16-mixed" if bf16 else "32-true"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    args.threads = args.threads or max(1, cores // per_machine)
-    torch.set_num_threads(args.threads)  # `fabric run` gives each process all cores or one
-    # Float32 means float32, and the same command the same bits, on GPUs too.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
-    chosen = {name: getattr(args, name) for name in options.FABRIC}
-    try:
-        return Fabric(**{k: v for k, v in chosen.items() if f"LT_{k.upper()}" not in os.environ})
-    except (ValueError, RuntimeError, TypeError) as e:
-        raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {e}") from e
-
-
 # ------------------------------------------------------------------------------------------------------------- job
 
 
@@ -131,13 +85,22 @@ class Job:
     steps_per_epoch: int
     total_steps: int
     dropout: bool
-    state: dict = field(default_factory=lambda: {"step": 0, "best_val_acc": 0.0})
+    scaler: torch.amp.GradScaler | None = None  # of 16-mixed
+    state: dict = field(
+        default_factory=lambda: {
+            "step": 0,  # updates made
+            "best_val_acc": 0.0,
+            "seconds": 0.0,  # of earlier segments
+            "steps_seconds": 0.0,  # training steps alone, after warm-up
+            "steps_images": 0,  # in that time
+        }
+    )
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
 
 
-def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: Tensor, fabric: Fabric) -> Job:
+def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: Tensor, fabric: Fabric, scaler=None) -> Job:
     """Put data, model and optimizer on the device. `labels` (n,) are those of the training split to train on."""
     index, held = indices
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
@@ -148,6 +111,8 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
     module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
     module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
+    if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
     optimizer = torch.optim.SGD(
         module.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True
     )
@@ -166,6 +131,7 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
         steps_per_epoch,
         min(args.epochs * steps_per_epoch, args.max_steps or math.inf),
         models.has_dropout(module),
+        scaler,
     )
 
 
@@ -176,9 +142,9 @@ def forward(job: Job, x: Tensor) -> Tensor:
     return logits.to(torch.get_default_dtype())
 
 
-def total(fabric: Fabric, t: Tensor) -> Tensor:
-    """Sum of `t` over all processes."""
-    return t if fabric.world_size == 1 else fabric.all_reduce(t, reduce_op="sum")
+def loss_scale(job: Job) -> Tensor | float:
+    """The factor that 16-mixed puts on every gradient, a tensor on the device; 1 in other precisions."""
+    return job.scaler.scale(torch.ones((), device=job.fabric.device)) if job.scaler else 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------ step
@@ -210,33 +176,33 @@ def plain_gradient(job: Job, batch: Batch) -> Tensor:
 def split_rows(job: Job, batch: Batch) -> tuple[list[list[Tensor]], Tensor | None]:
     """Gradients of the loss of C and of N, each (1/B) sum over the set and of the global batch; empty sets left out.
 
-    Returns them with the logits (b, K) of the one forward (none under `--measure-bn separate`, which makes two).
+    All carry the `loss_scale`, without which float16 would lose them. Returns them with the logits (b, K) of the one forward (none under `--measure-bn separate`, which makes two).
     """
-    noisy = batch.y != batch.true  # (b,)
+    noisy, unit = batch.y != batch.true, loss_scale(job) / batch.size  # (b,)
     sets = [s for s, size in ((~noisy, batch.size - batch.n_noisy), (noisy, batch.n_noisy)) if size]
     rows, logits = [], None
     if job.args.measure_bn == "separate":
         for s in sets:
             part = s.nonzero().squeeze(1)  # here the host waits for the device
             z = forward(job, batch.x[part])
-            weights = torch.full_like(z[:, 0], 1 / batch.size)
+            weights = torch.ones_like(z[:, 0]) * unit
             rows += metrics.pull_back(z, job.parameters, [metrics.cotangent(z, batch.y[part], weights)])
     else:
         logits = forward(job, batch.x)
-        cotangents = [metrics.cotangent(logits, batch.y, s.to(logits.dtype) / batch.size) for s in sets]
+        cotangents = [metrics.cotangent(logits, batch.y, s.to(logits.dtype) * unit) for s in sets]
         rows = metrics.pull_back(logits, job.parameters, cotangents)
         logits = logits.detach()
     if job.fabric.world_size > 1:  # one collective for all rows, whatever this process held of each set
-        flat = total(job.fabric, torch.cat([part.reshape(-1) for row in rows for part in row]))
+        flat = sum_over_ranks(job.fabric, torch.cat([part.reshape(-1) for row in rows for part in row]))
         parts = iter(flat.split([p.numel() for p in job.parameters] * len(rows)))
         rows = [[next(parts).view_as(p) for p in job.parameters] for _ in rows]
     return rows, logits
 
 
-def split_values(rows: list[list[Tensor]], batch: Batch) -> dict:
-    """`grad/*` from the rows of `split_rows` (and, as a third, a g that is not their sum)."""
+def split_values(rows: list[list[Tensor]], batch: Batch, scale: Tensor | float) -> dict:
+    """`grad/*` from the rows of `split_rows` (and, as a third, a g that is not their sum), all times `scale`."""
     f = 1 - batch.n_noisy / batch.size
-    G = metrics.gram(rows)
+    G = metrics.gram(rows) / scale**2
     measured = metrics.one_sided_measures(G[0, 0], batch.n_noisy)
     if 0 < batch.n_noisy < batch.size:
         measured = metrics.split_measures(metrics.set_means(G, f))
@@ -263,16 +229,17 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
     if split and args.measure_bn == "train":
         rows, logits = split_rows(job, batch)
         for p, g in zip(job.parameters, metrics.add_rows(rows), strict=True):
-            p.grad = g
+            # Fused SGD walks both in memory order: a gradient laid out unlike its weight would be applied scrambled.
+            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
     else:
         logits = plain_gradient(job, batch)
     values = {}
     if measured:
-        counts = total(job.fabric, metrics.batch_counts(logits, batch.y, batch.true))
+        counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits, batch.y, batch.true))
         values = metrics.batch_measures(counts, batch.size, batch.n_noisy)
         if split:
             own = [[p.grad for p in job.parameters]] if args.measure_bn == "separate" and len(rows) == 2 else []
-            values |= split_values(rows + own, batch)
+            values |= split_values(rows + own, batch, loss_scale(job))
         values |= {"optim/lr": lr, "optim/momentum": momentum}
         values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     job.optimizer.step()
@@ -289,6 +256,7 @@ def seed_dropout(job: Job, step: int) -> None:
 @torch.no_grad()
 def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
     """(mean loss, accuracy) on a whole set in eval mode, each example counted once however many processes there are."""
+    average_buffers(job.fabric, job.module)
     a, b = data.shard(images.n, job.fabric.global_rank, job.fabric.world_size)
     sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
     job.module.eval()
@@ -296,7 +264,7 @@ def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
         j = min(i + EVAL_BATCH, b)
         sums += metrics.batch_counts(forward(job, images.plain(i, j)), labels[i:j], labels[i:j])
     job.module.train()
-    loss, hit, _ = total(job.fabric, sums).tolist()  # here the host waits for the device
+    loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
     return loss / images.n, hit / images.n
 
 
@@ -310,11 +278,28 @@ def finite_weights(module: nn.Module) -> bool:
 
 
 def checkpoint(job: Job, record: Record, name: str = "last.ckpt") -> None:
-    """Everything a run consists of, as plain values and tensors; a last.ckpt is written only if it is finite."""
-    if name == "last.ckpt" and not finite_weights(job.module):
-        raise NotFinite(f"the weights are not finite after step {job.state['step']}")
+    """Everything a run consists of, as plain values and tensors; a last.ckpt is written only if all is finite."""
+    average_buffers(job.fabric, job.module)
+    if name == "last.ckpt":
+        record.flush()
+        if not finite_weights(job.module):
+            raise NotFinite(f"the weights are not finite after step {job.state['step'] - 1}")
     state = {"model": job.module.state_dict(), "optimizer": job.optimizer.state_dict(), "config": record.config}
-    record.checkpoint(state | job.state, name)
+    if job.scaler:
+        state["scaler"] = job.scaler.state_dict()
+    now = {"seconds": job.state["seconds"] + time.perf_counter() - record.began}
+    record.checkpoint(state | job.state | now, name)
+    record.saved = time.monotonic()
+
+
+def restore(job: Job, record: Record, state: dict) -> None:
+    """Go on from a checkpoint's content."""
+    job.module.load_state_dict(state["model"])
+    job.optimizer.load_state_dict(state["optimizer"])
+    if job.scaler:
+        job.scaler.load_state_dict(state["scaler"])
+    job.state.update({key: state[key] for key in job.state})
+    record.restore(state)
 
 
 def validate(job: Job, record: Record) -> None:
@@ -325,47 +310,85 @@ def validate(job: Job, record: Record) -> None:
     job.state["best_val_acc"] = max(acc, job.state["best_val_acc"])
 
 
-def fit(job: Job, record: Record) -> dict:
-    """Train to the end; returns what the training steps alone took: {"steps_seconds", "steps_images"}."""
-    args, state, device = job.args, job.state, job.fabric.device
+class Stopped(Exception):
+    """A signal asked the run to end; its state is saved."""
+
+
+class Fault(RuntimeError):
+    """The run's folder cannot be written any more."""
+
+
+def agree(job: Job, record: Record, signals: Signals, always: bool = False) -> bool:
+    """Whether a checkpoint is due within the epoch; raises `Stopped` or `Fault`, on all processes at the same step.
+
+    One process decides for itself after every step. Several ask each other, which makes the host wait for the device,
+    every `POLL_EVERY` steps and after each epoch (`always`: now).
+    """
+    due = record.active and time.monotonic() - record.saved >= 60 * job.args.checkpoint_minutes
+    wants = [bool(signals.received), bool(record.fault), due]
+    if job.fabric.world_size > 1:
+        if not always and job.state["step"] % POLL_EVERY and job.state["step"] % job.steps_per_epoch:
+            return False
+        flags = torch.tensor(wants, dtype=torch.float32, device=job.fabric.device)
+        wants = [n > 0 for n in sum_over_ranks(job.fabric, flags).tolist()]
+    stop, fault, due = wants
+    if fault:
+        raise Fault(record.fault or "rank 0 cannot write the run's folder")
+    if stop:
+        checkpoint(job, record)
+        raise Stopped(signals.received or "a signal to another process")
+    return due
+
+
+def fit(job: Job, record: Record, signals: Signals) -> None:
+    """Train from `job.state` to the end."""
+    args, state, device, fabric = job.args, job.state, job.fabric.device, job.fabric
     flush_every = args.measure_every * (1 if device.type == "cpu" else FLUSH_EVERY)
-    warmup = WARMUP if job.total_steps > 2 * WARMUP else 0
-    timed = {"steps_seconds": 0.0, "steps_images": 0}
-    bar = tqdm(total=job.total_steps, unit="step", disable=not record.active, mininterval=0.2 if sys.stderr.isatty() else 20)
-    validate(job, record)
+    warmup = state["step"] + (WARMUP if job.total_steps - state["step"] > 2 * WARMUP else 0)
+    bar = tqdm(total=job.total_steps, initial=state["step"], unit="step", disable=not record.active)
+    bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
+    clock, images, plan = time.perf_counter(), 0, None
     with bar:
-        while state["step"] < job.total_steps:
-            epoch = state["step"] // job.steps_per_epoch
-            bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
-            plan = job.train.epoch(args.seed, epoch)
-            clock, images = time.perf_counter(), 0
-            for number in range(job.steps_per_epoch):
-                step = state["step"]
-                if step == job.total_steps:
-                    break
-                if step == warmup:
-                    synchronize(device)
-                    clock, images = time.perf_counter(), 0
-                batch = job.train.batch(plan, number, args.bs, job.fabric.global_rank, job.fabric.world_size)
-                measured = step % args.measure_every == 0
-                values = train_step(job, batch, step, measured)
-                state["step"] = step + 1
-                images += batch.size
-                if measured:
-                    record.log(step, values)
-                    if step % flush_every == 0:
-                        record.flush()  # here the host waits for the device
-                        show(bar, record)
-                bar.update()
-            record.flush()
-            synchronize(device)
-            if state["step"] > warmup:
-                timed["steps_seconds"] += time.perf_counter() - clock
-                timed["steps_images"] += images
+        if state["step"] == 0:
             validate(job, record)
-            show(bar, record)
+            agree(job, record, signals)
+        while state["step"] < job.total_steps:
+            step, epoch, number = state["step"], *divmod(state["step"], job.steps_per_epoch)
+            if plan is None or number == 0:
+                bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
+                plan = job.train.epoch(args.seed, epoch)
+                clock, images = time.perf_counter(), 0
+            if step == warmup:
+                synchronize(device)
+                clock, images = time.perf_counter(), 0
+
+            batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
+            values = train_step(job, batch, step, measured=step % args.measure_every == 0)
+            state["step"] += 1
+            images += batch.size
+            bar.update()
+
+            if values:
+                record.log(step, values)
+                if step % flush_every == 0:
+                    record.flush()  # here the host waits for the device
+                    show(bar, record)
+            epoch_ended = number + 1 == job.steps_per_epoch
+            if epoch_ended or state["step"] == job.total_steps:
+                record.flush()
+                synchronize(device)
+                if state["step"] > warmup:
+                    state["steps_seconds"] += time.perf_counter() - clock
+                    state["steps_images"] += images
+            if epoch_ended:
+                validate(job, record)
+                show(bar, record)
+                checkpoint(job, record)
+            if agree(job, record, signals) and not epoch_ended:
+                checkpoint(job, record)
+        if state["step"] % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
-    return timed
+            validate(job, record)
 
 
 def show(bar: tqdm, record: Record) -> None:
@@ -374,25 +397,55 @@ def show(bar: tqdm, record: Record) -> None:
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def describe(job: Job, source: data.Source, held: Tensor, ledger: dict) -> dict:
+    """config.json: the options as resolved, what followed from them, the labels and the versions."""
+    on_gpu = job.fabric.device.type == "cuda"
+    machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
+    resolved = {
+        "device": machine,
+        "world_size": job.fabric.world_size,
+        "sched_steps": job.sched_steps,
+        "steps_per_epoch": job.steps_per_epoch,
+        "total_steps": job.total_steps,
+        "parameters": sum(p.numel() for p in job.parameters),
+        "classes": list(source.classes),
+        "train_examples": len(job.train),
+        "val_examples": len(held),
+        "test_examples": len(source.x_test),
+    }
+    return {"options": dict(vars(job.args)), "resolved": resolved, "noise": ledger, "versions": versions()}
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: by torch on the GPU, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
+def summarize(job: Job, record: Record, status: str, reason: str | None = None) -> dict:
+    """Write summary.json and return its content."""
+    state, noisy = job.state, record.recent_noisy
+    epochs, rest = divmod(state["step"], job.steps_per_epoch)
+    content = {
+        "status": status,
+        "reason": reason,
+        "val_acc": record.latest.get("val/acc"),
+        "best_val_acc": state["best_val_acc"],
+        "test_acc": record.latest.get("test/acc"),
+        "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
+        "steps": state["step"],
+        "examples": epochs * len(job.train) + rest * job.args.bs,
+        "seconds": round(state["seconds"] + time.perf_counter() - record.began, 2),
+        "images_per_second": round(state["steps_images"] / state["steps_seconds"], 1) if state["steps_seconds"] else None,
+        "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
+    }
+    record.guard("summary.json", lambda: record.summary(**content))
+    return content
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
 
-
-def run(args) -> int:
+def run(args, signals: Signals) -> int:
     """One run from checked options to its finished folder; returns the exit status. Raises `InputError`."""
     began = time.perf_counter()
+    folder = Path(args.runs, args.name)
+    earlier = read_json(folder / "config.json") if args.resume else None
+    if earlier:
+        options.continue_from(args, earlier)
+    if args.precision == "64-true":
+        torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     source = data.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
@@ -400,75 +453,65 @@ def run(args) -> int:
     if args.model != "resnet18" and source.x_train.shape[1] < 32:
         raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
     labels, ledger = noise.relabel(args, source, index)
-    fabric = make_fabric(args)
-    if Path(args.runs, args.name).exists():
-        raise InputError(f"--name {args.name}: {Path(args.runs, args.name)} exists already; give another --name")
-    if not options.under_fabric_run():
-        fabric.launch()
-    job = prepare(args, source, indices, labels, fabric)
-    record = Record(Path(args.runs, args.name), active=fabric.is_global_zero)
-    status, reason, done = "running", None, {}
+    if earlier and earlier["noise"]["labels_sha256"] != ledger["labels_sha256"]:
+        raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
 
-    def summarize() -> dict:
-        steps = job.state["step"]
-        epochs, rest = divmod(steps, job.steps_per_epoch)
-        took = done.get("steps_seconds")
-        noisy = record.recent_noisy
-        summary = {
-            "status": status,
-            "reason": reason,
-            "val_acc": record.latest.get("val/acc"),
-            "best_val_acc": job.state["best_val_acc"],
-            "test_acc": record.latest.get("test/acc"),
-            "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
-            "steps": steps,
-            "examples": epochs * len(job.train) + rest * args.bs,
-            "seconds": round(time.perf_counter() - began, 2),
-            "images_per_second": round(done["steps_images"] / took, 1) if took else None,
-            "peak_memory_mb": round(peak_memory_mb(fabric.device), 1),
-        }
-        record.summary(**summary)
-        return summary
+    fabric, scaler = make_fabric(args)
+    job = prepare(args, source, indices, labels, fabric, scaler)
+    record = Record(folder, active=fabric.is_global_zero, began=began)
+    saved = on_rank_zero(fabric, lambda: record.claim(args.resume))
+    if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
+        record.say(
+            "warning: torch has no SyncBatchNorm on CPUs, so each process normalises by its own part of the batch and the "
+            "run depends on the number of processes; --norm gn does not (--sync-bn off silences this)"
+        )
+    if saved:
+        restore(job, record, state := load_state(folder / saved))
+        finished = (read_json(folder / "summary.json") or {}).get("status") == "finished"
+        if finished and job.state["step"] >= job.total_steps:
+            record.say(f"{folder} has finished already: {job.state['step']} steps")
+            record.close()
+            return 0
 
+    status, reason, summary = "failed", None, {}
     try:
-        resolved = {
-            "device": torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else platform.processor() or platform.machine(),
-            "world_size": fabric.world_size,
-            "sched_steps": job.sched_steps,
-            "steps_per_epoch": job.steps_per_epoch,
-            "total_steps": job.total_steps,
-            "parameters": sum(p.numel() for p in job.parameters),
-            "train_examples": len(index),
-            "val_examples": len(held),
-            "test_examples": len(source.x_test),
-        }
-        config = {"options": vars(args) | {"noise": ledger["nominal"]}, "resolved": resolved, "noise": ledger, "versions": versions()}
-        config["segments"] = [{"step": 0, "threads": args.threads, **config["versions"]}]
-        shown = index[:32]
-        figure = picture(source.x_train[shown], source.y_train[shown], labels[:32], source.classes) if record.active else None
-        record.start(config, ledger, index, source.y_train[index], labels, figure)
-        summarize()
-        record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
+        config = describe(job, source, held, ledger)
+        segment = {"step": job.state["step"], **{k: config["options"][k] for k in options.HARDWARE}, **config["versions"]}
+        config["segments"] = [*(earlier or {}).get("segments", []), {**segment, "device": config["resolved"]["device"]}]
+        record.configure(config)
+        record.open_events(state["events"] if saved else {})
+        if not saved:
+            record.start(ledger, index, source.y_train[index], labels, source)
+            record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
+        summarize(job, record, "running")
         announce(job, record, ledger)
-        done = fit(job, record)
-        loss, acc = evaluate(job, *job.test)
+        fit(job, record, signals)
+        _, acc = evaluate(job, *job.test)
         record.log(job.state["step"], {"test/acc": acc})
         record.flush()
-        status = "finished"
         record.hyperparameters({tag: record.latest[tag] for tag in ("val/acc", "test/acc")})
-    except NotFinite as e:
-        status, reason = "failed", str(e)
+        agree(job, record, Signals(), always=True)  # a signal comes too late now, a full disk does not
+        status = "finished"
+    except Stopped as e:
+        status, reason = "stopped", str(e)
+        record.say(f"stopped by {e} after step {job.state['step'] - 1}; --resume goes on from there")
+    except (NotFinite, Fault) as e:
+        reason = str(e)
         checkpoint(job, record, "failed.ckpt")
-        options.complain(f"{e}; the state is in {record.folder / 'failed.ckpt'}")
+        options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        status, reason = "failed", f"{type(e).__name__}: {e}"
-        raise
+        reason = f"{type(e).__name__}: {e}"
+        if fabric.is_global_zero:
+            raise
+        print(f"train.py: rank {fabric.global_rank}: {''.join(traceback.format_exception_only(e))}", file=sys.stderr)
     finally:
-        summary = summarize()
+        summary = summarize(job, record, status, reason)
         record.close()
     if record.active and status == "finished":
-        print_table(args, ledger, summary, record.folder)
-    return 0 if status == "finished" else 1
+        print_table(ledger, summary, folder)
+    if fabric.world_size > 1 and status != "failed":
+        fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
+    return STATUS[status]
 
 
 def announce(job: Job, record: Record, ledger: dict) -> None:
@@ -484,7 +527,7 @@ def announce(job: Job, record: Record, ledger: dict) -> None:
         )
 
 
-def print_table(args, ledger: dict, summary: dict, folder: Path) -> None:
+def print_table(ledger: dict, summary: dict, folder: Path) -> None:
     """What was reached."""
     shown = {
         "validation accuracy": f"{summary['val_acc']:.4f} (best {summary['best_val_acc']:.4f})",
@@ -503,13 +546,11 @@ def print_table(args, ledger: dict, summary: dict, folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn bad input into one line and status 2."""
-    warnings.filterwarnings("ignore", module="lightning_fabric")
-    before = torch.get_default_dtype()
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    before, signals = torch.get_default_dtype(), Signals()
     try:
-        args = options.parse(argv)
-        if args.precision == "64-true":
-            torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
-        return run(args)
+        with signals.caught():
+            return run(options.parse(argv), signals)
     except InputError as e:
         options.complain(e)
         return 2

@@ -1,6 +1,8 @@
 """Shared by the tests: tiny runs in this process, their series, and the real data where it lies beside the repository."""
 
 import json
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -72,3 +74,79 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+ZYGOTE = """
+import json, os, sys
+sys.path.insert(0, {root!r})
+import torch, train  # the slow part, once; no tensor is touched here, so a fork finds no threads
+import torch.distributed.nn
+import matplotlib.backends.backend_agg, matplotlib.figure
+from torch.utils.tensorboard import SummaryWriter
+for line in sys.stdin:
+    ask, pids = json.loads(line), []
+    for rank, environment in enumerate(ask["environments"]):
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                sys.stdin.close()
+                os.dup2(os.open(ask["log"] + f".{{rank}}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+                os.dup2(1, 2)
+                os.environ.update(environment)
+                status = train.main(ask["argv"]) if "argv" in ask else exec(ask["code"], {{"rank": rank}}) or 0
+            except BaseException:
+                import traceback
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        pids.append(pid)
+    print(json.dumps(pids), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]), flush=True)
+"""
+
+
+class Zygote:
+    """Starts runs as processes of their own, by forking one that has imported torch: a start costs no import."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        code = ZYGOTE.format(root=str(ROOT))
+        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(self, argv: list[str] | None = None, code: str | None = None, ranks: int = 1) -> list[int]:
+        """Start `train.main(argv)` or `code` on `ranks` processes, set up as torchrun does; returns their pids."""
+        environments = [{}]
+        if ranks > 1:
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = str(s.getsockname()[1])
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "t", "GROUP_RANK": "0"}
+            shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+            environments = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
+        ask = {"environments": environments, "log": str(self.log)} | ({"argv": argv} if argv else {"code": code})
+        self.process.stdin.write(json.dumps(ask) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def wait(self) -> list[int]:
+        """Exit statuses of the processes of the last `start`, negative for a signal."""
+        return json.loads(self.process.stdout.readline())
+
+    def run(self, *args, **kwargs) -> list[int]:
+        self.start(*args, **kwargs)
+        return self.wait()
+
+    def said(self, rank: int = 0) -> str:
+        """What a process of the last start printed, both streams."""
+        return Path(f"{self.log}.{rank}").read_text()
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    zygote = Zygote(tmp_path_factory.mktemp("zygote") / "log")
+    yield zygote
+    zygote.process.stdin.close()
+    zygote.process.wait(timeout=30)

@@ -88,7 +88,7 @@ def test_an_existing_run_is_not_touched(go, capsys, tmp_path):
 def test_runs_that_cannot_be_a_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     refuse(capsys, tmp_path / "file", TINY, "--runs", "not a folder")
-    refuse(capsys, tmp_path / "file" / "below", TINY, "--runs", "cannot be created")
+    refuse(capsys, tmp_path / "file" / "below", TINY, "--runs", "cannot be written")
 
 
 def test_as_a_process_too(tmp_path):

@@ -23,7 +23,7 @@ def job_for(*argv: str) -> train.Job:
     source = data.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
     labels = noise.apply("uniform", source.y_train[indices[0]], 10, args.noise, 0)
-    return train.prepare(args, source, indices, labels, train.make_fabric(args))
+    return train.prepare(args, source, indices, labels, *train.make_fabric(args))
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +99,25 @@ def test_measured_and_plain_step_update_alike():
         train.train_step(job, batch, 3, measured)
         ends.append(torch.cat([p.detach().flatten() for p in job.parameters]))
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-13
+
+
+def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
+    """Fused SGD walks weight and gradient in memory order; autograd.grad promises no layout. Same values, other
+    strides, must give the same update."""
+    split_rows, ends = train.split_rows, []
+    for contiguous in (False, True):
+        job = job_for("--precision", "64-true")
+        batch = warm(job)
+
+        def relaid(*a):
+            rows, logits = split_rows(*a)
+            layout = torch.contiguous_format if contiguous else torch.channels_last
+            return [[g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in row] for row in rows], logits
+
+        monkeypatch.setattr(train, "split_rows", relaid)
+        train.train_step(job, batch, 3, measured=True)
+        ends.append(torch.cat([p.detach().flatten() for p in job.parameters]))
+    assert torch.equal(*ends)
 
 
 @pytest.mark.parametrize("noisy", [0, 32])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import hardware
 import train
 from conftest import ROOT, TINY, same_weights, series, summary, weights
 
@@ -154,7 +155,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
 
 
 def test_a_crash_is_written_down(go, monkeypatch, tmp_path):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("out of paper")
 
     monkeypatch.setattr(train, "train_step", broken)
@@ -188,7 +189,7 @@ def test_fabric_run_is_the_same_run(go, tmp_path):
     a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
     assert same_weights(a, b) and series(a) == series(b)
     precision = [json.loads((f / "config.json").read_text())["options"]["precision"] for f in (a, b)]
-    assert precision[0] == precision[1] == ("bf16-mixed" if train.cpu_has_bf16() else "32-true")
+    assert precision[0] == precision[1] == ("bf16-mixed" if hardware.cpu_has_bf16() else "32-true")
 
 
 def test_fashion_mnist_in_one_channel(go, real_data):

@@ -1,0 +1,175 @@
+"""Devices, precision, threads and signals: what a run happens on, through Lightning Fabric."""
+
+import inspect
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.precision import MixedPrecision
+from lightning_fabric.strategies import DDPStrategy
+from torch import Tensor, nn
+
+import options
+from data import InputError
+
+TIMEOUT = timedelta(minutes=10)  # a collective that waits longer means that a process is lost
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware (AMX or AVX512-BF16)."""
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def resolve(args) -> int:
+    """Replace every "auto" and None among the hardware options; returns the processes on this machine.
+
+    Raises `InputError` for hardware that is not there.
+    """
+    gpus = torch.cuda.device_count()
+    if args.accelerator == "auto":
+        args.accelerator = "cuda" if gpus else "cpu"
+    elif args.accelerator != "cpu" and not gpus:
+        raise InputError(f"--accelerator {args.accelerator}: there is no CUDA GPU here; use cpu or auto")
+    on_gpu = args.accelerator != "cpu"
+    if args.devices == "auto":
+        args.devices = gpus if on_gpu else 1
+    args.num_nodes = int(args.num_nodes)
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, and so `fabric run`, has started the processes: theirs is the count
+        args.devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        args.num_nodes = int(os.environ["WORLD_SIZE"]) // args.devices
+    try:  # Fabric also takes lists of GPUs, "0,2"
+        here = int(args.devices) if "," not in str(args.devices) else len(str(args.devices).strip(",").split(","))
+    except ValueError:
+        here = 0
+    if here < 1:
+        raise InputError(f"--devices {args.devices}: not a number of devices from 1")
+    if on_gpu and here > gpus:
+        raise InputError(f"--devices {args.devices}: this machine has {gpus} GPU{'s' * (gpus != 1)}")
+    if args.strategy == "auto" and here * args.num_nodes > 1:
+        args.strategy = "ddp"
+    if args.precision == "auto":
+        bf16 = torch.cuda.get_device_capability()[0] >= 8 if on_gpu else cpu_has_bf16()
+        args.precision = "bf16-mixed" if bf16 else "32-true"
+    args.threads = args.threads or max(1, cores() // here)
+    return here
+
+
+def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
+    """Fabric, its processes started, on the hardware that `args` asks for; and the loss scaler of 16-mixed.
+
+    `args` then holds what was resolved. What `fabric run` was given stands in LT_* variables, which `options.parse` has
+    read: they are removed, so that all is passed here in one way and `fabric run train.py` is the run that `python
+    train.py` is. Raises `InputError`.
+    """
+    resolve(args)
+    for name in options.FABRIC:
+        os.environ.pop(f"LT_{name.upper()}", None)
+    # Float32 means float32, and the same command the same bits, on GPUs too.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    kind = "cpu" if args.accelerator == "cpu" else "cuda"
+    scaler = torch.amp.GradScaler(kind) if args.precision == "16-mixed" else None
+    # As a plugin, because Fabric would quietly turn 16-mixed into bf16-mixed on a CPU.
+    how = {"plugins": MixedPrecision("16-mixed", kind, scaler)} if scaler else {"precision": args.precision}
+    # Without SyncBatchNorm each process keeps its own running statistics until they are averaged (`average_buffers`).
+    known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
+    strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}) if args.strategy == "ddp" else "auto"
+    try:
+        place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}
+        fabric = Fabric(strategy=strategy, **place, **how)
+        if not options.under_fabric_run():
+            fabric.launch()
+    except ValueError as e:
+        raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {e}") from e
+    torch.set_num_threads(args.threads)  # last: launchers give each process all cores, or one
+    return fabric, scaler
+
+
+def sum_over_ranks(fabric: Fabric, t: Tensor) -> Tensor:
+    """Sum of `t` over all processes; all of them must call it."""
+    return t if fabric.world_size == 1 else fabric.all_reduce(t, reduce_op="sum")
+
+
+def on_rank_zero(fabric: Fabric, act):
+    """Have rank 0 call `act()`; every process gets its result, or raises the `InputError` that it raised."""
+    result, error = None, None
+    if fabric.is_global_zero:
+        try:
+            result = act()
+        except InputError as e:
+            error = str(e)
+    if fabric.world_size > 1:
+        result, error = fabric.broadcast((result, error))
+    if error is not None:
+        raise InputError(error)
+    return result
+
+
+@torch.no_grad()
+def average_buffers(fabric: Fabric, module: nn.Module) -> None:
+    """Give all processes the mean of their running statistics, where BatchNorm is not synchronised."""
+    if fabric.world_size == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(fabric.all_reduce(buffer.clone(), reduce_op="mean"))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: by torch on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; `received` is the first one's name.
+
+    After a SIGINT a second SIGINT or SIGTERM (as which launchers pass on a second Ctrl-C) ends the process at once.
+    """
+
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __call__(self, number: int, _frame) -> None:
+        if self.received == "SIGINT" and number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = self.received or signal.Signals(number).name
+
+    @contextmanager
+    def caught(self):
+        """Catch them for as long as the context lasts (in the main thread; elsewhere nothing is changed)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = [name for name in self.NAMES if hasattr(signal, name)]
+        before = {name: signal.signal(getattr(signal, name), self) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)

@@ -1,0 +1,255 @@
+"""Several processes are the same run: equal to rounding, exact gradients, every launcher, 16-bit scaling."""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import metrics
+import train
+from conftest import ROOT, TINY, series, summary, weights
+from test_metrics import job_for, warm
+
+GN = [*TINY, "--norm", "gn", "--precision", "64-true", "--noise", "0.1", "--lr", "0.1", "--measure-every", "3"]
+
+
+@pytest.fixture(scope="module")
+def alone(zygote, tmp_path_factory) -> dict[str, Path]:
+    """Runs of one process, by batch size."""
+    runs = tmp_path_factory.mktemp("alone")
+    for bs in ("8", "53"):
+        assert zygote.run([*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(runs), "--name", bs]) == [0]
+    return {bs: runs / bs for bs in ("8", "53")}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("bs", ["8", "53"])
+def test_more_processes_change_only_rounding(zygote, alone, tmp_path, ranks, bs):
+    """160 examples: at B = 53 the last batch is a single example, so that all ranks but one are empty-handed; at B = 8
+    and 10 % noise most ranks have no noisy example in most batches."""
+    argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(tmp_path), "--name", "r"]
+    assert zygote.run(argv, ranks=ranks) == [0] * ranks, zygote.said()
+    want, got = series(alone[bs]), series(tmp_path / "r")
+    assert want.keys() == got.keys() and "grad/cos_clean_noisy" in want
+    for tag, points in want.items():
+        assert [step for step, _ in got[tag]] == [step for step, _ in points], tag
+        # Event files hold float32, so the last bit may differ; the weights below are compared to 1e-8.
+        assert [v for _, v in got[tag]] == pytest.approx([v for _, v in points], rel=2e-7, abs=1e-8), tag
+    a, b = weights(alone[bs]), weights(tmp_path / "r")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-8)
+    assert summary(tmp_path / "r")["test_acc"] == summary(alone[bs])["test_acc"]
+    assert summary(tmp_path / "r")["val_acc"] == summary(alone[bs])["val_acc"]
+
+
+ONE_WEIGHT = """
+from types import SimpleNamespace
+import torch, train, hardware, metrics
+from data import Batch, shard
+args = train.options.parse(["--dataset", "synthetic", "--precision", "64-true", "--accelerator", "cpu", "--threads", "1"])
+torch.set_default_dtype(torch.float64)
+fabric, _ = hardware.make_fabric(args)
+assert fabric.world_size == 2
+
+class OneWeight(torch.nn.Module):  # logits (w x, 0)
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(()))
+    def forward(self, x):
+        return torch.stack([self.w * x, 0 * x], 1)
+
+# At w = 0 both classes have probability 1/2: the loss of (x, label) has the derivative -x/2 for label 0, +x/2 for 1.
+x = torch.tensor([1.0, 2.0, 4.0, 8.0])
+true = torch.tensor([0, 0, 0, 1])
+y = torch.tensor([0, 1, 0, 1])  # only the second is noisy, and it is rank 0's: rank 1 has none
+a, b = shard(4, rank, 2)
+batch = Batch(x[a:b], y[a:b], true[a:b], 4, 1)
+module = OneWeight()
+model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.5))
+job = SimpleNamespace(args=args, fabric=fabric, module=module, model=model, parameters=[module.w], scaler=None)
+rows, _ = train.split_rows(job, batch)
+clean, noisy = (row[0].item() for row in rows)
+assert clean == (-1 / 2 - 4 / 2 + 8 / 2) / 4, clean
+assert noisy == (2 / 2) / 4, noisy
+train.plain_gradient(job, batch)
+assert module.w.grad.item() == clean + noisy, module.w.grad  # DDP's mean over ranks is made the global mean
+got = train.split_values(rows, batch, 1.0)
+assert abs(got["grad/norm_clean"].item() - 1.5 / 3) < 1e-15  # g_C: the mean over the three of C
+assert got["grad/norm_noisy"].item() == 1
+assert got["grad/cos_clean_noisy"].item() == 1 and got["grad/clean_fraction"] == 0.75
+"""
+
+
+def test_one_weight_under_two_processes(zygote):
+    assert zygote.run(code=ONE_WEIGHT, ranks=2) == [0, 0], zygote.said(0) + zygote.said(1)
+
+
+def test_first_step_in_float32(zygote, tmp_path):
+    """Rounding alone grows 1e5-fold within 50 steps at lr 0.1, so float32 is compared at the first step only."""
+    argv = [*TINY, "--norm", "gn", "--noise", "0.5", "--max-steps", "1", "--runs", str(tmp_path)]
+    assert zygote.run([*argv, "--name", "a"]) == [0]
+    assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0]
+    a, b = series(tmp_path / "a"), series(tmp_path / "b")
+    for tag in a:
+        if not tag.startswith("val/acc") and not tag.startswith("test/"):
+            assert b[tag][0][1] == pytest.approx(a[tag][0][1], rel=1e-5, abs=1e-5), tag
+
+
+def test_batchnorm_on_cpu_processes_warns_and_averages(zygote, tmp_path):
+    """torch has no SyncBatchNorm there: each rank normalises its own share, and the saved statistics are the mean."""
+    argv = [*TINY, "--precision", "64-true", "--max-steps", "1", "--runs", str(tmp_path)]
+    assert zygote.run([*argv, "--name", "a"]) == [0]
+    assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0]
+    assert "SyncBatchNorm" in zygote.said(0) and "SyncBatchNorm" not in zygote.said(1)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    # The first layer's mean over two equal shares is the mean over the batch; its variance is not, and later layers
+    # see other inputs.
+    torch.testing.assert_close(a["bn1.running_mean"], b["bn1.running_mean"], rtol=0, atol=1e-12)
+    assert not torch.allclose(a["bn1.running_var"], b["bn1.running_var"], rtol=0, atol=1e-12)
+
+
+def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
+
+
+def test_all_launchers_start_the_same_run(tmp_path):
+    """`python --devices 2`, `fabric run` and `torchrun`: the same bits, threads shared out, one run's folder each."""
+    bin = Path(sys.executable).parent
+    argv = [*TINY, "--norm", "gn", "--noise", "0.5", "--max-steps", "6", "--runs", str(tmp_path)]
+    at = argv.index("--threads")
+    del argv[at : at + 2]
+    at = argv.index("--accelerator")
+    plain = argv[:at] + argv[at + 2 :]
+    at = plain.index("--precision")
+    plain = plain[:at] + plain[at + 2 :]
+    commands = {
+        "python": [sys.executable, "train.py", *argv, "--devices", "2"],
+        "fabric": [str(bin / "fabric"), "run", "--accelerator=cpu", "--devices=2", "--precision=32-true", "train.py", *plain],
+        "torchrun": [str(bin / "torchrun"), "--nproc_per_node", "2", "--master_port", "29611", "train.py", *argv],
+    }
+    for name, command in commands.items():
+        result = launch([*command, "--name", name], tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("label noise uniform") == 1  # rank 0 alone speaks
+    first = tmp_path / "python"
+    for name in commands:
+        assert series(tmp_path / name) == series(first)
+        assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / name).values(), weights(first).values()))
+        config = (tmp_path / name / "config.json").read_text()
+        assert f'"threads": {max(1, (os.cpu_count() or 1) // 2)}' in config and '"world_size": 2' in config
+
+
+def test_bad_input_is_said_once(tmp_path):
+    argv = [*TINY, "--noise", "2", "--runs", str(tmp_path / "runs")]
+    fabric = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu", "--devices=2", "train.py"]
+    at = argv.index("--accelerator")
+    result = launch([*fabric, *argv[:at], *argv[at + 2 :]], tmp_path)
+    assert result.returncode == 1 and not (tmp_path / "runs").exists()  # the launcher's status
+    assert result.stderr.count("train.py: error: --noise: '2' is not a number from 0 to 1") == 1
+
+
+def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
+    argv = [*GN, "--bs", "8", "--epochs", "13", "--runs", str(tmp_path), "--name", "r"]
+    assert zygote.run([*argv, "--max-steps", "17"]) == [0]
+    assert zygote.run([*argv, "--max-steps", "35", "--resume"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*argv, "--max-steps", "50", "--resume"]) == [0]
+    a, b = weights(alone["8"]), weights(tmp_path / "r")
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-8)
+    want, got = series(alone["8"]), series(tmp_path / "r")
+    assert {tag: [s for s, _ in points] for tag, points in got.items()} == {
+        tag: [s for s, _ in points] for tag, points in want.items()
+    }
+
+
+def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
+    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    pids = zygote.start(argv, ranks=2)
+    end = time.monotonic() + 60
+    while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(pids[1], signal.SIGTERM)
+    assert zygote.wait() == [3, 3], zygote.said()
+    said = summary(tmp_path / "r")
+    assert said["status"] == "stopped"
+    assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] == said["steps"]
+
+
+def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
+    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    pids = zygote.start(argv, ranks=2)
+    end = time.monotonic() + 60
+    while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    os.kill(pids[1], signal.SIGKILL)
+    began = time.monotonic()
+    statuses = zygote.wait()
+    assert statuses[0] == 1 and statuses[1] == -signal.SIGKILL and time.monotonic() - began < 30
+    assert summary(tmp_path / "r")["status"] == "failed"
+    assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] > 0
+
+
+def test_a_fault_on_rank_zero_ends_all_ranks_together(zygote, tmp_path):
+    code = "import os, record, train\ndef refuse(*_): raise OSError(28, os.strerror(28))\nrecord.os.fsync = refuse\n"
+    code += f"os._exit(train.main({[*GN, '--runs', str(tmp_path), '--name', 'r']!r}))"
+    assert zygote.run(code=code, ranks=2) == [1, 1]
+    assert "No space left on device" in zygote.said(0) and "Traceback" not in zygote.said(0) + zygote.said(1)
+
+
+# ---------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
+    """16-mixed through Fabric's plugin on the CPU: `.grad` carries the scale, the measurements do not."""
+    job, full = job_for("--precision", "16-mixed", "--measure-bn", mode), job_for("--measure-bn", mode)
+    batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
+    scale = float(train.loss_scale(job))
+    assert scale == 65536
+    rows, _ = train.split_rows(job, batch)
+    rows_full, _ = train.split_rows(full, batch)
+    scaled, plain = (torch.cat([t.flatten() for t in metrics.add_rows(r)]) for r in (rows, rows_full))
+    assert float((scaled / scale - plain).norm() / plain.norm()) < 0.2  # float16's rounding; a lost scale gives 1 or 65535
+    got, want = train.train_step(job, batch, 0, True), train.train_step(full, batch, 0, True)
+    for tag, value in want.items():
+        assert float(got[tag]) == pytest.approx(float(value), rel=0.1, abs=0.05), tag
+    after = [torch.cat([p.detach().flatten() for p in j.parameters]) for j in (job, full)]
+    assert float((after[0] - after[1]).norm() / after[1].norm()) < 2e-2  # and the optimizer divided by it once
+
+
+def test_sixteen_bit_overflow_skips_the_update_and_halves_the_scale():
+    job = job_for("--precision", "16-mixed")
+    batch = warm(job)
+    before = copy.deepcopy(job.module.state_dict())
+    huge = batch._replace(x=batch.x * 1e3)
+    train.loss_scale(job)
+    job.scaler._scale.fill_(2.0**40)
+    train.train_step(job, huge, 3, measured=True)
+    assert float(train.loss_scale(job)) == 2.0**39
+    assert all(torch.equal(before[name], p) for name, p in job.module.named_parameters())
+
+
+def test_sixteen_bit_resumes_with_its_scale(go):
+    a = go("--precision", "16-mixed", "--noise", "0.5")
+    go("--precision", "16-mixed", "--noise", "0.5", "--max-steps", "5", name="b")
+    b = go("--precision", "16-mixed", "--noise", "0.5", "--max-steps", "10", "--resume", name="b")
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
+    assert "scaler" in torch.load(b / "last.ckpt", weights_only=True)
+
+
+def test_wrapper_and_bare_module_agree():
+    """Plain steps go through Fabric's wrapper, measurements through the bare module: the same logits, bit for bit."""
+    for precision in ("32-true", "bf16-mixed", "16-mixed", "64-true"):
+        job = job_for("--precision", precision)
+        x = job.train.batch(job.train.epoch(0, 0), 0, 32).x
+        job.module.eval()
+        assert torch.equal(train.forward(job, x), job.model(x))
+        assert train.forward(job, x).dtype == torch.get_default_dtype()
+        assert isinstance(job.module, nn.Module)
