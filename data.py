@@ -378,31 +378,39 @@ class Images:
         """uint8 (B, C, H, W) -> the default dtype at construction, the set's mean and deviation taken out."""
         return x.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
-    def plain(self, a: int, b: int) -> Tensor:
-        """Images a..b as they are, normalised, (b - a, C, H, W)."""
-        return self.normalise(self.cut(self.starts(torch.arange(a, b, device=self.rows.device), self.pad, self.pad)))
+    def plain(self, index: Tensor) -> Tensor:
+        """The images at `index` (B,) as they are, normalised, (B, C, H, W)."""
+        return self.normalise(self.cut(self.starts(index.to(self.rows.device), self.pad, self.pad)))
 
 
 class Epoch(NamedTuple):
-    """One epoch's plan, by position in the epoch: `index` and `starts` (n,) int64, labels on the device; `noisy` (n,)
-    bool on the CPU, so that the host knows each batch's counts without asking the device."""
+    """One epoch's plan, by position in the epoch: `index` and `starts` (n,) int64, `labels`, `true` (n,) int64 and
+    `noisy` (n,) bool on the device; `host_labels` and `host_noisy` are the same on the CPU, so that the host knows
+    each batch's composition without asking the device."""
 
     index: Tensor
     starts: Tensor
     labels: Tensor
     true: Tensor
     noisy: Tensor
+    host_labels: Tensor
+    host_noisy: Tensor
 
 
 class Batch(NamedTuple):
-    """A global batch's share on this process: `x` (b, C, H, W) float, `y` and `true` (b,) int64; `size` = B and
-    `n_noisy` = |N| count the *global* batch."""
+    """A global batch's share on this process, positions `first`.. of it: `x` (b, C, H, W) float, `y` and `true` (b,)
+    int64, `noisy` (b,) bool. Of the *global* batch: `size` = B, `n_noisy` = |N|, and `host_y` (B,) int64 and
+    `host_noisy` (B,) bool on the CPU."""
 
     x: Tensor
     y: Tensor
     true: Tensor
+    noisy: Tensor
     size: int
     n_noisy: int
+    first: int
+    host_y: Tensor
+    host_noisy: Tensor
 
 
 def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -411,13 +419,17 @@ def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 class TrainSet:
-    """The training split on the device. `labels` are trained on, `true` are the truth; noisy means that they differ."""
+    """The training split on the device. `labels` are trained on, `true` are the truth; noisy means that they differ,
+    unless a mask (n,) bool says which examples are to be called noisy (an A/A run's fake one)."""
 
-    def __init__(self, images: Tensor, labels: Tensor, true: Tensor, mean, std, device, augment: bool) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, true: Tensor, mean, std, device, augment: bool, mask: Tensor | None = None
+    ) -> None:
         """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU."""
         self.pad = PAD if augment else 0
         self.images = Images(images, mean, std, device, self.pad, mirror=augment)
         self.labels, self.true, self.device, self.augment = labels, true, device, augment
+        self.noisy = labels != true if mask is None else mask
 
     def __len__(self) -> int:
         return self.images.n
@@ -435,15 +447,18 @@ class TrainSet:
             g = generator(seed, "augment", epoch)
             dy, dx = torch.randint(2 * self.pad + 1, (2, n), generator=g)
             flip = torch.randint(2, (n,), generator=g)
-        labels, true = self.labels[index], self.true[index]
+        labels, noisy = self.labels[index], self.noisy[index]
         starts = self.images.starts(index, dy, dx, flip)
-        on_device = (t.to(self.device, non_blocking=True) for t in (index, starts, labels, true))
-        return Epoch(*on_device, noisy=labels != true)
+        parts = (index, starts, labels, self.true[index], noisy)
+        return Epoch(*(t.to(self.device, non_blocking=True) for t in parts), labels, noisy)
 
     def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Batch `number` of the epoch: positions [number B, (number + 1) B) of the plan; the last may be smaller."""
-        first, size = number * B, min(B, len(self) - number * B)
-        a, b = (first + edge for edge in shard(size, rank, world_size))
-        x = self.images.normalise(self.images.cut(plan.starts[a:b]))
-        n_noisy = int(plan.noisy[first : first + size].sum())  # a CPU tensor: nobody waits
-        return Batch(x, plan.labels[a:b], plan.true[a:b], size, n_noisy)
+        start, size = number * B, min(B, len(self) - number * B)
+        first, end = shard(size, rank, world_size)
+        here, whole = slice(start + first, start + end), slice(start, start + size)
+        x = self.images.normalise(self.images.cut(plan.starts[here]))
+        host_noisy = plan.host_noisy[whole]
+        n_noisy = int(host_noisy.sum())  # a CPU tensor: nobody waits
+        labels = plan.labels[here], plan.true[here], plan.noisy[here]
+        return Batch(x, *labels, size, n_noisy, first, plan.host_labels[whole], host_noisy)

@@ -5,6 +5,8 @@ matrix of such gradients. Letters: B examples of the global batch, K classes, P 
 C and N the clean and the noisy examples, f = |C| / B.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,21 +23,13 @@ def cotangent(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return U.mul_(weights[:, None])
 
 
-def pull_back(logits: Tensor, parameters: list[Tensor], cotangents: list[Tensor]) -> list[list[Tensor]]:
-    """Gradients U^T dz/dtheta, one row (a list of P-shaped tensors, as `parameters`) for each cotangent (B, K).
+def pull_back(logits: Tensor, parameters: list[Tensor], U: Tensor, free: bool = False) -> list[Tensor]:
+    """The gradient U^T dz/dtheta for a cotangent U (B, K): one row, a list of tensors shaped as `parameters` (2F).
 
-    One vector-Jacobian product each (2F); the graph of `logits` is freed with the last. A parameter that the logits
-    do not depend on gets zeros.
+    With `free` the graph of `logits` goes with it. A parameter that the logits do not depend on gets zeros.
     """
-    last = len(cotangents) - 1
-    return [
-        list(
-            torch.autograd.grad(
-                logits, parameters, U, retain_graph=v < last, allow_unused=True, materialize_grads=True
-            )
-        )
-        for v, U in enumerate(cotangents)
-    ]
+    options = {"retain_graph": not free, "allow_unused": True, "materialize_grads": True}
+    return list(torch.autograd.grad(logits, parameters, U, **options))
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
@@ -95,14 +89,15 @@ def one_sided_measures(square: Tensor, n_noisy: int) -> dict[str, Tensor]:
     return {"grad/norm_noisy" if n_noisy else "grad/norm_clean": norm, "grad/norm_all": norm}
 
 
-def batch_counts(logits: Tensor, labels: Tensor, true: Tensor) -> Tensor:
+def batch_counts(logits: Tensor, labels: Tensor, noisy: Tensor) -> Tensor:
     """(3,) float64 sums over a batch: cross-entropy against `labels`, correct, correct among the noisy.
 
-    Sums, so that ranks can add them before `batch_measures` divides. `logits` (b, K), `labels`, `true` (b,) int64.
+    Sums, so that ranks can add them before `batch_measures` divides. `logits` (b, K), `labels` (b,) int64, `noisy`
+    (b,) bool.
     """
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     hit = logits.argmax(1) == labels
-    return torch.stack([loss.double(), hit.sum().double(), (hit & (labels != true)).sum().double()])
+    return torch.stack([loss.double(), hit.sum().double(), (hit & noisy).sum().double()])
 
 
 def batch_measures(counts: Tensor, B: int, n_noisy: int) -> dict[str, Tensor]:
@@ -122,3 +117,137 @@ def batch_measures(counts: Tensor, B: int, n_noisy: int) -> dict[str, Tensor]:
 def temperature(lr: float, B: int, momentum: float) -> float:
     """lr / (B (1 - momentum)), the noise scale of SGD (Jastrzebski et al. 2018; Smith & Le 2018)."""
     return lr / (B * (1 - momentum))
+
+
+# ------------------------------------------------------------------------------------------- estimates from disjoint parts
+
+
+def chunk_moments(squares: Tensor, sizes: list[int], square_of_sum: Tensor) -> tuple[Tensor, Tensor]:
+    """Unbiased (|G|^2, s^2) of a set from k disjoint parts: squared true gradient, trace of the per-example variance.
+
+    `squares` (k,) are |S_i|^2 of the parts' gradient *sums*, `sizes` their examples n_i, `square_of_sum` is
+    |sum_i S_i|^2. From E<S_i, S_j> = n_i n_j |G|^2 and E|S_i|^2 = n_i^2 |G|^2 + n_i s^2 (McCandlish et al. 2018,
+    appendix A, for parts of unequal size). For the finite batch that the parts were cut from at random, s^2 is also
+    unbiased for its within-batch variance. NaN with fewer than two parts that hold anything. Never clamped.
+    """
+    n, q = sum(sizes), sum(size * size for size in sizes)
+    if n * n == q:
+        return squares.new_tensor(math.nan), squares.new_tensor(math.nan)
+    G2 = (square_of_sum - squares.sum()) / (n * n - q)
+    return G2, (squares.sum() - G2 * q) / n
+
+
+def null_cosines(g2: float, s2: float, f: float, B: int) -> dict[str, float]:
+    """Expected cosines of a random subset of size f B of the batch: with g, and with its complement.
+
+    `g2` = |g|^2 of the batch's gradient, `s2` the trace of the within-batch variance. A random S has
+    E|g_S|^2 = |g|^2 + s^2 (1 - f) / (f B), E<g_S, g> = |g|^2 and E<g_S, g_rest> = |g|^2 - s^2 / B (sampling without
+    replacement; measurements.md, section 3). The second is not 0. NaN where a root is of something not positive.
+    """
+    inside, outside = g2 + s2 * (1 - f) / (f * B), g2 + s2 * f / ((1 - f) * B)
+    return {
+        "null/cos_clean_all": math.sqrt(g2 / inside) if inside > 0 else math.nan,
+        "null/cos_clean_noisy": (g2 - s2 / B) / math.sqrt(inside * outside) if inside > 0 and outside > 0 else math.nan,
+    }
+
+
+MOMENTS = ("cc", "nn", "cn", "ca", "aa", "var_c", "var_n", "var_a", "sq_a")  # one full measurement's, in the window
+
+
+RATIOS = {  # tag: numerator, and the two whose product's root is the denominator
+    "corrected/cos_clean_noisy": ("cn", "cc", "nn"),
+    "corrected/cos_clean_all": ("ca", "cc", "aa"),
+    "noise_scale/clean": ("var_c", "cc", "cc"),
+    "noise_scale/noisy": ("var_n", "nn", "nn"),
+    "noise_scale/all": ("var_a", "sq_a", "sq_a"),
+}
+
+
+def corrected(window: list[list[float]]) -> tuple[dict[str, float], int]:
+    """Noise-corrected cosines and noise scales from a window of `MOMENTS`; and how many are not resolved.
+
+    Numerators and denominators are summed over the window's measurements and divided last (Spearman's correction for
+    attenuation). `cc`, `nn`, `aa` are unbiased |G_C|^2, |G_N|^2, |G|^2, `cn` and `ca` the inner products of disjoint
+    or corrected parts, `var_*` variance traces, `sq_a` the unbiased |G|^2 of the whole batch from its own chunks.
+
+    An estimate is resolved if each squared norm in its denominator is positive beyond its noise: at least three
+    measurements, and a mean of more than two standard errors. What is not resolved is left out: it is not 0, and a
+    quotient by a number that might be 0 is no estimate.
+    """
+    rows = torch.tensor([row for row in window if all(map(math.isfinite, row))], dtype=torch.float64)
+    if len(rows) < 3:
+        return {}, len(RATIOS)
+    mean, error = rows.mean(0).tolist(), (rows.std(0) / math.sqrt(len(rows))).tolist()
+    total = dict(zip(MOMENTS, mean, strict=True))
+    sure = {name for name, m, e in zip(MOMENTS, mean, error, strict=True) if m > 2 * e and m > 0}
+    found = {
+        tag: total[top] / math.sqrt(total[left] * total[right])
+        for tag, (top, left, right) in RATIOS.items()
+        if {left, right} <= sure
+    }
+    return found, len(RATIOS) - len(found)
+
+
+def participation(rows_gram: Tensor) -> Tensor:
+    """PR = (tr M)^2 / tr(M^2) of the centred Gram matrix M (m, m): how many directions share the rows' variance."""
+    m = len(rows_gram)
+    centre = torch.eye(m, dtype=rows_gram.dtype, device=rows_gram.device) - 1 / m
+    M = centre @ rows_gram @ centre
+    return M.trace() ** 2 / (M * M).sum()
+
+
+def isotropic_participation(m: int, P: int) -> float:
+    """The participation ratio to expect of m isotropic Gaussian rows in P dimensions, about m - 1.
+
+    M has the spectrum of a Wishart matrix of m - 1 rows: (E tr M)^2 / E tr M^2 = (m - 1) P / (P + m).
+    """
+    return (m - 1) * P / (P + m)
+
+
+def auc(positive: Tensor, negative: Tensor) -> float:
+    """Share of (positive, negative) pairs in which the positive scores higher, ties half: the area under the ROC curve.
+
+    Mann & Whitney's U from ranks; 1-d tensors. NaN if either is empty.
+    """
+    n, m = len(positive), len(negative)
+    if not n or not m:
+        return math.nan
+    scores, place = torch.cat([positive, negative]).double().sort()
+    _, group, size = scores.unique_consecutive(return_inverse=True, return_counts=True)
+    last = size.cumsum(0).double()
+    rank = (last - (size.double() - 1) / 2)[group]  # ties share their mean rank, counted from 1
+    return float((rank[place < n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+# ------------------------------------------------------------------------------------------------------------- curvature
+
+
+def power_iteration(product, start: Tensor, tolerance: float, limit: int) -> tuple[Tensor, Tensor, int]:
+    """(eigenvalue, residual |Hv - lambda v| / |lambda|, products) of the largest eigenvalue of a symmetric operator.
+
+    `product` maps a vector (P,) to H v (P,). Plain power iteration finds the eigenvalue largest in modulus; if that is
+    negative it is iterated again on H - lambda I, whose largest is the largest of H (Yao et al. 2020 use the first
+    part). Stops when the residual is below `tolerance`, or after `limit` products each time.
+    """
+    done, shift = 0, 0.0
+    for _ in range(2):
+        v = start / start.norm()
+        for _ in range(limit):
+            w = product(v) - shift * v
+            done += 1
+            value = v @ w
+            residual = (w - value * v).norm() / value.abs().clamp_min(1e-30)
+            if residual < tolerance:  # here the host waits for the device
+                break
+            v = w / w.norm().clamp_min(1e-30)
+        value = value + shift
+        if value >= 0 or shift:
+            break
+        shift = float(value)
+    return value, residual, done
+
+
+def hutchinson(product, probes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(trace, its standard error) from v^T H v of random +-1 vectors (Hutchinson 1990; Yao et al. 2020)."""
+    samples = torch.stack([v @ product(v) for v in probes]).double()
+    return samples.mean(), samples.std() / math.sqrt(len(probes))

@@ -51,6 +51,11 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict]:
     return labels, ledger(args.noise_type, rate, args.noise_seed, index, true, labels)
 
 
+def fake_mask(n: int, share: float, g: torch.Generator) -> Tensor:
+    """A mask (n,) bool of exactly round(share n) examples: "noisy" ones whose labels are true, for an A/A run."""
+    return torch.zeros(n, dtype=torch.bool).scatter(0, torch.randperm(n, generator=g)[: round(share * n)], True)
+
+
 def archive(index: Tensor, true: Tensor, label: Tensor) -> bytes:
     """The bytes of `noise.npz`: `index` (n,) into the data set's training set, `true` and `label` (n,), all int64.
 

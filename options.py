@@ -95,9 +95,15 @@ def parser() -> Parser:
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
     g = p.add_argument_group("measurement")
-    g.add_argument("--measure", choices=["off", "split"], default="split", help="split: clean and noisy gradients")
+    g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
     g.add_argument("--measure-bn", choices=["train", "eval", "separate"], default="train", help="BatchNorm's mode")
+    g.add_argument("--measure-budget", type=positive, default=0.05, metavar="X", help="full: cost, as a share of the run's")
+    g.add_argument("--permutations", type=number(0, 1000, "a whole number from 0", int), default=4, metavar="R", help="random masks")
+    g.add_argument("--stratify", action="store_true", help="random masks keep each class's share of noisy examples")
+    g.add_argument("--chunks", type=number(2, 64, "a whole number from 2 to 64", int), default=4, metavar="k", help="disjoint parts")
+    g.add_argument("--window", type=count, default=20, metavar="M", help="full measurements that corrected/* accumulates")
+    g.add_argument("--fake-mask", type=share, metavar="X", help="A/A run: call this share of a clean training split noisy")
     g = p.add_argument_group("randomness")
     g.add_argument("--seed", type=seed, default=0, help="initialization, order, augmentation")
     g.add_argument("--noise-seed", type=seed, default=0, help="label noise")
@@ -158,6 +164,8 @@ def check(args: argparse.Namespace) -> None:
     lengths = [f"--sched-{unit}" for unit in ("steps", "epochs", "examples") if getattr(args, f"sched_{unit}")]
     if len(lengths) > 1:
         wrong.append(f"{' and '.join(lengths)}: give the schedule's length once")
+    if args.fake_mask is not None and args.noise:
+        wrong.append(f"--fake-mask {args.fake_mask}: only over clean labels, not with --noise {args.noise}")
     for name in ("runs", "data_dir"):
         if Path(getattr(args, name)).is_file():
             wrong.append(f"--{name.replace('_', '-')} {getattr(args, name)}: is a file, not a folder")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,19 @@ LAYOUT = {  # TensorBoard's custom scalars: the report's figures
         "cosines": ["Multiline", ["grad/cos_clean_all", "grad/cos_clean_noisy"]],
         "norms": ["Multiline", ["grad/norm_clean", "grad/norm_noisy", "grad/norm_all"]],
         "accuracy, clean and noisy": ["Multiline", ["train/acc_clean", "train/acc_noisy"]],
+    },
+    "beside their nulls": {
+        "cos(clean, all) and random masks": [
+            "Multiline",
+            ["grad/cos_clean_all", "null/cos_clean_all", "null/permuted_cos_clean_all$", "corrected/cos_clean_all"],
+        ],
+        "cos(clean, noisy) and random masks": [
+            "Multiline",
+            ["grad/cos_clean_noisy", "null/cos_clean_noisy", "null/permuted_cos_clean_noisy$", "corrected/cos_clean_noisy"],
+        ],
+        "memorized, recovered, other": ["Multiline", ["probe/memorized", "probe/recovered", "probe/other"]],
+        "participation ratio and isotropic": ["Multiline", ["isotropy/participation", "isotropy/isotropic"]],
+        "sharpness and 2/lr": ["Multiline", ["curvature/top$", "curvature/two_over_lr"]],
     },
 }
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
@@ -211,9 +225,14 @@ class Record:
         """
         pending, self.pending = self.pending, []
         tensors = [v for _, values in pending for v in values.values() if isinstance(v, Tensor)]
-        numbers = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else ())
+        numbers = iter(torch.cat([t.double().reshape(-1) for t in tensors]).tolist() if tensors else ())
         for step, values in pending:
-            plain = {tag: next(numbers) if isinstance(v, Tensor) else float(v) for tag, v in values.items()}
+            plain, histograms = {}, {}
+            for tag, v in values.items():
+                if isinstance(v, Tensor) and v.dim():
+                    histograms[tag] = np.array([next(numbers) for _ in range(v.numel())])
+                else:
+                    plain[tag] = next(numbers) if isinstance(v, Tensor) else float(v)
             for tag in LOSSES:
                 if not math.isfinite(plain.get(tag, 0.0)):
                     raise NotFinite(f"{tag} is {plain[tag]} at step {step}")
@@ -223,13 +242,16 @@ class Record:
                 self.latest[tag] = value
                 if tag == "train/acc_noisy":
                     self.recent_noisy = [*self.recent_noisy[-9:], value]
-                self.guard("the event file", self.write, tag, value, step)
-        self.guard("the event file", self.write)
+                self.write("add_scalar", tag, value, step)
+            for tag, several in histograms.items():
+                if np.isfinite(several).all():
+                    self.write("add_histogram", tag, several, step)
+        self.write("flush")
 
-    def write(self, *scalar) -> None:
-        """Add a scalar (tag, value, step) to the event file, or without one see to it that all is on disk."""
+    def write(self, method: str, *arguments) -> None:
+        """Call a method of the event file's writer on rank 0; a refusal of the file system is noted."""
         if self.active:
-            self.writer.add_scalar(*scalar) if scalar else self.writer.flush()
+            self.guard("the event file", getattr(self.writer, method), *arguments)
 
     def guard(self, what: str, act, *arguments) -> None:
         """Call `act`; where the file system refuses, note the fault instead of leaving the other ranks behind."""

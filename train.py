@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import measure
 import metrics
 import models
 import noise
 import options
 from data import Batch, Images, InputError, TrainSet
 from hardware import Signals, average_buffers, make_fabric, on_rank_zero, peak_memory_mb, sum_over_ranks, synchronize
+from measure import EVAL_BATCH, forward
 from record import NotFinite, Record, load_state, read_json, versions
 
-EVAL_BATCH = 1000  # examples of an evaluation forward
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
 POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
@@ -85,6 +86,7 @@ class Job:
     steps_per_epoch: int
     total_steps: int
     dropout: bool
+    transition: Tensor  # (K, K) float64 on the CPU: counts of (true, given) label in the training split
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     state: dict = field(
         default_factory=lambda: {
@@ -93,6 +95,11 @@ class Job:
             "seconds": 0.0,  # of earlier segments
             "steps_seconds": 0.0,  # training steps alone, after warm-up
             "steps_images": 0,  # in that time
+            "plan": {},  # of --measure full: how far apart its families stand, and the counted share of the run
+            "window": [],  # the last full measurements' moments
+            "not_resolved": 0,  # corrected estimates that were left out
+            "half_memorized_step": None,  # updates made when first half of the noisy probe examples were fitted
+            "measure_seconds": {},  # that each family of --measure full took
         }
     )
 
@@ -106,7 +113,10 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
     stats = source.mean, source.std
     true = source.y_train[index]
-    train = TrainSet(source.x_train[index], labels, true, *stats, device, augment=not args.no_augment)
+    mask = None
+    if args.fake_mask is not None:
+        mask = noise.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
+    train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
     module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
@@ -118,7 +128,7 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
     )
     model, optimizer = fabric.setup(module, optimizer)
     steps_per_epoch = math.ceil(len(train) / args.bs)
-    return Job(
+    job = Job(
         args,
         fabric,
         module,
@@ -131,38 +141,17 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
         steps_per_epoch,
         min(args.epochs * steps_per_epoch, args.max_steps or math.inf),
         models.has_dropout(module),
+        torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
         scaler,
     )
-
-
-def forward(job: Job, x: Tensor) -> Tensor:
-    """Logits (b, K) of the bare module under the run's precision, in the default dtype."""
-    with job.fabric.autocast():
-        logits = job.module(x)
-    return logits.to(torch.get_default_dtype())
-
-
-def loss_scale(job: Job) -> Tensor | float:
-    """The factor that 16-mixed puts on every gradient, a tensor on the device; 1 in other precisions."""
-    return job.scaler.scale(torch.ones((), device=job.fabric.device)) if job.scaler else 1.0
+    if args.measure == "full":
+        P, n_probe = sum(p.numel() for p in job.parameters), sum(map(len, measure.probe_indices(job)))
+        sizes = job.total_steps, steps_per_epoch, len(train), len(held)
+        job.state["plan"] = measure.schedule_full(args, P, n_probe, *sizes)
+    return job
 
 
 # ------------------------------------------------------------------------------------------------------------ step
-
-
-@contextmanager
-def batchnorm_mode(module: nn.Module, mode: str):
-    """For a measurement's forward: `eval` mode, or training mode with running statistics left as they are."""
-    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    module.train(mode != "eval")
-    for m in tracking if mode == "separate" else ():
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in tracking:
-            m.track_running_stats = True
-        module.train()
 
 
 def plain_gradient(job: Job, batch: Batch) -> Tensor:
@@ -173,84 +162,60 @@ def plain_gradient(job: Job, batch: Batch) -> Tensor:
     return logits.detach()
 
 
-def split_rows(job: Job, batch: Batch) -> tuple[list[list[Tensor]], Tensor | None]:
-    """Gradients of the loss of C and of N, each (1/B) sum over the set and of the global batch; empty sets left out.
-
-    All carry the `loss_scale`, without which float16 would lose them. Returns them with the logits (b, K) of the one forward (none under `--measure-bn separate`, which makes two).
-    """
-    noisy, unit = batch.y != batch.true, loss_scale(job) / batch.size  # (b,)
-    sets = [s for s, size in ((~noisy, batch.size - batch.n_noisy), (noisy, batch.n_noisy)) if size]
-    rows, logits = [], None
-    if job.args.measure_bn == "separate":
-        for s in sets:
-            part = s.nonzero().squeeze(1)  # here the host waits for the device
-            z = forward(job, batch.x[part])
-            weights = torch.ones_like(z[:, 0]) * unit
-            rows += metrics.pull_back(z, job.parameters, [metrics.cotangent(z, batch.y[part], weights)])
-    else:
-        logits = forward(job, batch.x)
-        cotangents = [metrics.cotangent(logits, batch.y, s.to(logits.dtype) * unit) for s in sets]
-        rows = metrics.pull_back(logits, job.parameters, cotangents)
-        logits = logits.detach()
-    if job.fabric.world_size > 1:  # one collective for all rows, whatever this process held of each set
-        flat = sum_over_ranks(job.fabric, torch.cat([part.reshape(-1) for row in rows for part in row]))
-        parts = iter(flat.split([p.numel() for p in job.parameters] * len(rows)))
-        rows = [[next(parts).view_as(p) for p in job.parameters] for _ in rows]
-    return rows, logits
-
-
-def split_values(rows: list[list[Tensor]], batch: Batch, scale: Tensor | float) -> dict:
-    """`grad/*` from the rows of `split_rows` (and, as a third, a g that is not their sum), all times `scale`."""
-    f = 1 - batch.n_noisy / batch.size
-    G = metrics.gram(rows) / scale**2
-    measured = metrics.one_sided_measures(G[0, 0], batch.n_noisy)
-    if 0 < batch.n_noisy < batch.size:
-        measured = metrics.split_measures(metrics.set_means(G, f))
-    return {"grad/clean_fraction": f, **measured}
-
-
 def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
-    """One optimizer step; on a `measured` one returns its values, 0-d tensors and floats by tag.
+    """One optimizer step; on a `measured` one returns its values by tag: floats, 0-d tensors, (m,) ones as histograms.
 
     The values belong to the weights before the update. In `--measure-bn train` the update is made with the sum of
-    the clean and the noisy gradient; in the other modes, and on plain steps, by one backward of the mean loss.
+    the clean and the noisy gradient; in the other modes, and on plain steps, by one backward of the mean loss. What
+    `--measure full` adds comes after both, from the same forward, and leaves no trace.
     """
-    args = job.args
+    args, values = job.args, {}
     lr, momentum = schedule(args.sched, step, job.sched_steps, args.lr, args.momentum)
     for group in job.optimizer.param_groups:
         group["lr"], group["momentum"] = lr, momentum
-    rows, logits = [], None
-    split = measured and args.measure == "split"
-    if split and args.measure_bn != "train":
-        seed_dropout(job, step)
-        with batchnorm_mode(job.module, args.measure_bn):
-            rows, _ = split_rows(job, batch)
-    seed_dropout(job, step)
+    split, full = measured and args.measure != "off", measured and args.measure == "full"
+    every = job.state["plan"].get("steps")
+    controls = full and every and step % every == 0
+
+    def measure_with(ahead: measure.Forward, own: list[Tensor] | None = None) -> list[list[Tensor]]:
+        rows = measure.split_rows(job, batch, ahead, free=not controls)
+        values.update(measure.split_values(rows, own, batch, measure.loss_scale(job)))
+        if controls:
+            values.update(measure.full_values(job, batch, step, ahead, rows, own))
+        return rows
+
+    measure.seed_dropout(job, step)
+    if split and args.measure_bn == "eval":
+        with measure.batchnorm_mode(job.module, "eval"):
+            measure_with(measure.make_forward(job, batch))
     if split and args.measure_bn == "train":
-        rows, logits = split_rows(job, batch)
+        ahead = measure.make_forward(job, batch)
+        ((_, logits),) = ahead.pieces
+        rows = measure_with(ahead)
         for p, g in zip(job.parameters, metrics.add_rows(rows), strict=True):
             # Fused SGD walks both in memory order: a gradient laid out unlike its weight would be applied scrambled.
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
     else:
         logits = plain_gradient(job, batch)
-    values = {}
+    if split and args.measure_bn == "separate":
+        measure.seed_dropout(job, step)
+        with measure.batchnorm_mode(job.module, "separate"):
+            measure_with(measure.make_forward(job, batch), [p.grad for p in job.parameters])
     if measured:
-        counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits, batch.y, batch.true))
-        values = metrics.batch_measures(counts, batch.size, batch.n_noisy)
-        if split:
-            own = [[p.grad for p in job.parameters]] if args.measure_bn == "separate" and len(rows) == 2 else []
-            values |= split_values(rows + own, batch, loss_scale(job))
+        counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
+        values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
         values |= {"optim/lr": lr, "optim/momentum": momentum}
         values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
+    if full:
+        norms = torch._foreach_norm([p.grad for p in job.parameters])
+        values["grad/norm_per_layer"] = torch.stack(norms) / measure.loss_scale(job)
+        before = [p.detach().clone() for p in job.parameters]
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
+    if full:
+        moved = torch._foreach_sub([p.detach() for p in job.parameters], before)
+        values["optim/update_norm"] = torch.stack(torch._foreach_norm(moved)).norm()
     return values
-
-
-def seed_dropout(job: Job, step: int) -> None:
-    """Give dropout, which draws from the device's global generator, a mask that depends on seed, step and rank."""
-    if job.dropout:
-        torch.manual_seed(data.stream_seed(job.args.seed, f"dropout{job.fabric.global_rank}", step))
 
 
 @torch.no_grad()
@@ -261,8 +226,9 @@ def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
     sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
     job.module.eval()
     for i in range(a, b, EVAL_BATCH):
-        j = min(i + EVAL_BATCH, b)
-        sums += metrics.batch_counts(forward(job, images.plain(i, j)), labels[i:j], labels[i:j])
+        at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
+        y = labels[i : i + len(at)]
+        sums += metrics.batch_counts(forward(job, images.plain(at)), y, torch.zeros_like(y, dtype=torch.bool))
     job.module.train()
     loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
     return loss / images.n, hit / images.n
@@ -303,11 +269,15 @@ def restore(job: Job, record: Record, state: dict) -> None:
 
 
 def validate(job: Job, record: Record) -> None:
-    """`val/*` at x = updates made, and the best accuracy so far."""
-    loss, acc = evaluate(job, *job.val)
-    record.log(job.state["step"], {"val/loss": loss, "val/acc": acc})
+    """`val/*` at x = updates made, the best accuracy so far, and what else stands after an epoch."""
+    step, (loss, acc) = job.state["step"], evaluate(job, *job.val)
+    record.log(step, {"val/loss": loss, "val/acc": acc})
     record.flush()
     job.state["best_val_acc"] = max(acc, job.state["best_val_acc"])
+    if job.args.measure == "full":
+        epoch, rest = divmod(step, job.steps_per_epoch)
+        record.log(step, measure.after_epoch(job, epoch + bool(rest), last=step == job.total_steps))
+        record.flush()
 
 
 class Stopped(Exception):
@@ -433,6 +403,12 @@ def summarize(job: Job, record: Record, status: str, reason: str | None = None) 
         "images_per_second": round(state["steps_images"] / state["steps_seconds"], 1) if state["steps_seconds"] else None,
         "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
     }
+    if job.args.measure == "full":
+        content["half_memorized_step"] = state["half_memorized_step"]
+        content["not_resolved"] = state["not_resolved"]
+        content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state["measure_seconds"].items()}
+        content["measure_share"] = round(sum(state["measure_seconds"].values()) / content["seconds"], 4)
+        content["measure_share_counted"] = round(state["plan"].get("share", 0.0), 4)
     record.guard("summary.json", lambda: record.summary(**content))
     return content
 
@@ -525,6 +501,11 @@ def announce(job: Job, record: Record, ledger: dict) -> None:
             f"({ledger['changed']} labels changed), labels sha256 {ledger['labels_sha256'][:16]}",
             flush=True,
         )
+        plan = job.state["plan"]
+        if plan:
+            said = [f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
+                    for name, unit in (("steps", "steps"), ("probe", "epochs"), ("isotropy", "epochs"), ("curvature", "epochs"))]
+            print(f"full measurements: {', '.join(said)}; {plan['share']:.1%} of the run, counted", flush=True)
 
 
 def print_table(ledger: dict, summary: dict, folder: Path) -> None:
@@ -539,6 +520,10 @@ def print_table(ledger: dict, summary: dict, folder: Path) -> None:
     shown["steps / examples"] = f"{summary['steps']} / {summary['examples']}"
     speed = f", {summary['images_per_second']:.0f} images/s" if summary["images_per_second"] else ""
     shown["time"] = f"{summary['seconds']:.1f} s{speed}, peak memory {summary['peak_memory_mb']:.0f} MB"
+    if "measure_seconds" in summary:
+        took = ", ".join(f"{family} {seconds:.1f} s" for family, seconds in summary["measure_seconds"].items())
+        shares = f"{summary['measure_share']:.1%} of the run, counted {summary['measure_share_counted']:.1%}"
+        shown["full measurements"] = f"{took} ({shares})"
     shown["folder"] = str(folder)
     width = max(map(len, shown))
     print("\n".join(f"{name:<{width}}  {value}" for name, value in shown.items()), flush=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import measure
 import metrics
 import train
 from conftest import ROOT, TINY, series, summary, weights
@@ -51,7 +52,7 @@ def test_more_processes_change_only_rounding(zygote, alone, tmp_path, ranks, bs)
 
 ONE_WEIGHT = """
 from types import SimpleNamespace
-import torch, train, hardware, metrics
+import torch, train, hardware, measure
 from data import Batch, shard
 args = train.options.parse(["--dataset", "synthetic", "--precision", "64-true", "--accelerator", "cpu", "--threads", "1"])
 torch.set_default_dtype(torch.float64)
@@ -70,17 +71,17 @@ x = torch.tensor([1.0, 2.0, 4.0, 8.0])
 true = torch.tensor([0, 0, 0, 1])
 y = torch.tensor([0, 1, 0, 1])  # only the second is noisy, and it is rank 0's: rank 1 has none
 a, b = shard(4, rank, 2)
-batch = Batch(x[a:b], y[a:b], true[a:b], 4, 1)
+batch = Batch(x[a:b], y[a:b], true[a:b], (y != true)[a:b], 4, 1, a, y, y != true)
 module = OneWeight()
 model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.5))
 job = SimpleNamespace(args=args, fabric=fabric, module=module, model=model, parameters=[module.w], scaler=None)
-rows, _ = train.split_rows(job, batch)
+rows = measure.split_rows(job, batch, measure.Forward(job, batch))
 clean, noisy = (row[0].item() for row in rows)
 assert clean == (-1 / 2 - 4 / 2 + 8 / 2) / 4, clean
 assert noisy == (2 / 2) / 4, noisy
 train.plain_gradient(job, batch)
 assert module.w.grad.item() == clean + noisy, module.w.grad  # DDP's mean over ranks is made the global mean
-got = train.split_values(rows, batch, 1.0)
+got = measure.split_values(rows, None, batch, 1.0)
 assert abs(got["grad/norm_clean"].item() - 1.5 / 3) < 1e-15  # g_C: the mean over the three of C
 assert got["grad/norm_noisy"].item() == 1
 assert got["grad/cos_clean_noisy"].item() == 1 and got["grad/clean_fraction"] == 0.75
@@ -211,10 +212,9 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     """16-mixed through Fabric's plugin on the CPU: `.grad` carries the scale, the measurements do not."""
     job, full = job_for("--precision", "16-mixed", "--measure-bn", mode), job_for("--measure-bn", mode)
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
-    scale = float(train.loss_scale(job))
+    scale = float(measure.loss_scale(job))
     assert scale == 65536
-    rows, _ = train.split_rows(job, batch)
-    rows_full, _ = train.split_rows(full, batch)
+    rows, rows_full = (measure.split_rows(j, batch, measure.make_forward(j, batch)) for j in (job, full))
     scaled, plain = (torch.cat([t.flatten() for t in metrics.add_rows(r)]) for r in (rows, rows_full))
     assert float((scaled / scale - plain).norm() / plain.norm()) < 0.2  # float16's rounding; a lost scale gives 1 or 65535
     got, want = train.train_step(job, batch, 0, True), train.train_step(full, batch, 0, True)
@@ -229,10 +229,10 @@ def test_sixteen_bit_overflow_skips_the_update_and_halves_the_scale():
     batch = warm(job)
     before = copy.deepcopy(job.module.state_dict())
     huge = batch._replace(x=batch.x * 1e3)
-    train.loss_scale(job)
+    measure.loss_scale(job)
     job.scaler._scale.fill_(2.0**40)
     train.train_step(job, huge, 3, measured=True)
-    assert float(train.loss_scale(job)) == 2.0**39
+    assert float(measure.loss_scale(job)) == 2.0**39
     assert all(torch.equal(before[name], p) for name, p in job.module.named_parameters())
 
 

@@ -19,9 +19,12 @@ from conftest import TINY, same_weights, series, summary, weights
 NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "0"]
 
 
+TIMES = ("seconds", "images_per_second", "peak_memory_mb", "measure_seconds", "measure_share")
+
+
 def measured(folder: Path) -> dict:
     """The summary but for times and memory."""
-    return {k: v for k, v in summary(folder).items() if k not in ("seconds", "images_per_second", "peak_memory_mb")}
+    return {k: v for k, v in summary(folder).items() if k not in TIMES}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
