@@ -258,24 +258,47 @@ def test_without_ray_the_option_says_what_to_install(fake, capsys, monkeypatch):
     assert "pip install -r requirements-ray.txt" in err and err.count("\n") == 1
 
 
-def test_on_a_ray_cluster_of_two_nodes(fake, tmp_path, capsys):
-    """Six runs over two nodes of one CPU each; a failure is reported and stops nothing; nothing is done twice."""
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray cluster of two nodes of one CPU each."""
     pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
+    import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        argv = ("--grid", "noise=0,0.9 bs=16,32,64 epochs=3", "--ray", cluster.address, "--threads", "1")
-        assert fake(*argv) == 1
-        assert capsys.readouterr().err.count("train/loss is nan") == 3
-        assert len(started(tmp_path)) == 6
-        assert fake(*argv) == 1 and len(started(tmp_path)) == 6
-    finally:
-        import ray
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.second = made.add_node(num_cpus=1)
+    yield made
+    ray.shutdown()
+    made.shutdown()
 
-        ray.shutdown()
-        cluster.shutdown()
+
+def test_on_a_ray_cluster_of_two_nodes(cluster, fake, tmp_path, capsys):
+    """Six runs, two at a time; a failure is reported and stops nothing; nothing is done twice."""
+    argv = ("--grid", "noise=0,0.9 bs=16,32,64 epochs=8", "--ray", cluster.address, "--threads", "1")
+    assert fake(*argv) == 1
+    assert capsys.readouterr().err.count("train/loss is nan") == 3
+    assert len(started(tmp_path)) == 6
+    active = [0]
+    for what, *_ in (words for words in history(tmp_path) if "noise0.9" not in words[1]):
+        active.append(active[-1] + (1 if what == "start" else -1))
+    assert max(active) == 2  # one on each node
+    assert fake(*argv) == 1 and len(started(tmp_path)) == 6
+
+
+def test_a_signal_to_a_sweep_on_ray_lets_the_runs_save(cluster, fake, tmp_path):
+    argv = ("--grid", "bs=16,32,64 epochs=40", "--ray", cluster.address, "--threads", "1")
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert fake(*argv) == 3
+    assert [w[0] for w in history(tmp_path)] == ["start", "start", "stop", "stop"]
+
+
+def test_a_lost_node_s_run_goes_on_elsewhere(cluster, fake, tmp_path):
+    argv = ("--grid", "bs=16,32 epochs=40", "--ray", cluster.address, "--threads", "1")
+    threading.Timer(2.5, cluster.remove_node, (cluster.second,), {"allow_graceful": False}).start()
+    assert fake(*argv) == 0
+    assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1"]  # one was resumed
+    for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
+        assert (folder / "steps.txt").read_text().split() == [str(i) for i in range(1, 41)]
 
 
 # ---------------------------------------------------------------------------------------------------------- real runs
