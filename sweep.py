@@ -34,7 +34,10 @@ STATES = ("finished", "running", "stopped", "failed", "waiting")
 REPORT_SIZES = "16,32,64,128,256,512"
 MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "
 RATIO = "dataset=cifar10 model=resnet18 epochs=80 lr=0.05,0.1 bs=64,128 noise=0,0.2,0.5 "
-QUICK = "dataset=cifar10 subset=5000 width=16 no-augment=on epochs=6 measure=full measure-every=10 bs=16,64,256 seed+noise-seed=0,1,2 "
+QUICK = (
+    "dataset=cifar10 subset=3000 val-frac=0.4 width=16 no-augment=on epochs=5 measure=full measure-every=20 "
+    "sched=onecycle seed+noise-seed=0,1,2 "  # 1800 training examples
+)
 
 # A preset's parts, each a list of grids; {sizes} are the report's batch sizes. An A/A run measures a fake noisy set.
 PRESETS = {
@@ -51,9 +54,9 @@ PRESETS = {
         "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle"],
     },
     "quick": {
-        "steps": [QUICK + "noise=0,0.5 sched=onecycle sched-steps=96"],  # all of the training at 256, a sixteenth at 16
-        "epochs": [QUICK + "noise=0,0.5 sched=onecycle sched-epochs=6"],
-        "aa": [QUICK + "fake-mask=0.5 sched=onecycle sched-epochs=6"],
+        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=40"],  # all of the training at 256, a fifteenth at 16
+        "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=5"],
+        "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=5"],
     },
 }
 
