@@ -6,6 +6,7 @@ report draws them; with several seeds, their mean, and a band of one standard de
 """
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +15,15 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 import findings
+import stats
 from results import Run, by, last
 
-ALPHA = {"val/acc": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
+ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
 BATCH_ALPHA = 0.05
-UNSMOOTHED = ("probe/",)
+UNSMOOTHED = ("probe/", "optim/", "corrected/")  # whole sets, no noise, averaged over batches already
 DRAWN = 1500  # most points of one line; more than a figure can show and it makes an SVG slow
 SCHED_NAMES = {"onecycle": "one-cycle", "cosine": "cosine annealing", "constant": "constant learning rate"}
 REPORT_SCHEDS = ("onecycle", "cosine", "constant")  # figures 4, 5, 6 and so on
@@ -109,7 +111,9 @@ def draw_line(axis, runs: list[Run], tag: str, look: Look, color, style: str = "
     if look.bands == "window":
         spread = at(3)
     if spread is not None and style == "-":
-        axis.fill_between(x[thin], (middle - spread)[thin], (middle + spread)[thin], color=color, alpha=0.15, lw=0, zorder=2)
+        axis.fill_between(
+            x[thin], (middle - spread)[thin], (middle + spread)[thin], color=color, alpha=0.15, lw=0, zorder=2
+        )
     return True
 
 
@@ -117,13 +121,18 @@ def panels(n: int, title: str, ylabel: str, xlabel: str, rows: int = 1, height: 
     """A figure of `rows` x `n` panels with shared axes."""
     figure = Figure(figsize=(max(3.4 * n, 6.0) + 1.2, height * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, n, sharey="row", sharex=True, squeeze=False)
-    figure.suptitle(title, fontsize=11)
+    headline(figure, title)
     for row in axes:
         row[0].set_ylabel(ylabel)
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_formatter(FuncFormatter(short))
     return figure, axes
+
+
+def headline(figure: Figure, title: str) -> None:
+    """A title over the whole figure, in as many lines as its width asks for."""
+    figure.suptitle(textwrap.fill(title, int(10.5 * figure.get_figwidth())), fontsize=11)
 
 
 def short(x: float, _=None) -> str:
@@ -156,7 +165,9 @@ def noise_title(noise: float) -> str:
     return f"{noise:.0%} label noise"
 
 
-def curves(title: str, ylabel: str, runs: list[Run], tag: str, look: Look, with_clean: bool, by_lr: bool = False) -> Figure | None:
+def curves(
+    title: str, ylabel: str, runs: list[Run], tag: str, look: Look, with_clean: bool, by_lr: bool = False
+) -> Figure | None:
     """A figure of one series over time: a panel for each noise level, a line for each batch size (and rate).
 
     None where no run has the series. The report's own curves, where they are, lie beside it, dashed.
@@ -183,7 +194,10 @@ def curves(title: str, ylabel: str, runs: list[Run], tag: str, look: Look, with_
             axis.set_xscale("log")
     if by_lr:
         cells = sorted({(r.cell.B, r.cell.lr): r.cell for r in runs}.values(), key=lambda c: (c.B / c.lr, c.B))
-        marks = [Line2D([], [], color=ratio_colour(c, rates), lw=2, label=f"B/lr = {c.B / c.lr:.0f}\n(B {c.B}, lr {c.lr:g})") for c in cells]
+        marks = [
+            Line2D([], [], color=ratio_colour(c, rates), lw=2, label=f"B/lr = {c.B / c.lr:.0f}\n(B {c.B}, lr {c.lr:g})")
+            for c in cells
+        ]
     else:
         marks = [Line2D([], [], color=colour(B), lw=2, label=f"{B}") for B in sorted({r.cell.B for r in runs})]
     if shown:
@@ -216,7 +230,7 @@ def schedules(runs: list[Run]) -> Figure | None:
     if not chosen:
         return None
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
-    figure.suptitle("Figure 3: schedules", fontsize=11)
+    headline(figure, "Figure 3: schedules")
     axes = figure.subplots(1, 2)
     styles = dict(zip(REPORT_SCHEDS, ("-", "--", ":"), strict=True))
     ends = [min(int(r.resolved.get("sched_steps") or 5000) * 1.2, r.series["optim/lr"][0][-1]) for r in chosen.values()]
@@ -275,7 +289,10 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
         batch_axis(axis, {r.cell.B for r in here})
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
-    foot(figure, f"{len(real)} runs; bars: one standard deviation over seeds; noisy gradients pull elsewhere where raw lies below its null")
+    foot(
+        figure,
+        f"{len(real)} runs; bars: one standard deviation over seeds; noisy gradients pull elsewhere where raw lies below its null",
+    )
     return figure
 
 
@@ -312,21 +329,33 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
     markers = {"onecycle": "o", "cosine": "^", "constant": "s"}
     figure = Figure(figsize=(max(3.4 * len(levels), 6) + 1.2, 6.6), layout="constrained")
     axes = figure.subplots(2, len(levels), sharey=True, sharex="row", squeeze=False)
-    figure.suptitle(title, fontsize=11)
+    headline(figure, title)
     for row, with_m, name in zip(axes, (False, True), ("lr / B", "lr / (B (1 - m))"), strict=True):
         row[0].set_ylabel("final validation accuracy")
         for axis, noise in zip(row, levels, strict=True):
             axis.set_title(noise_title(noise))
             axis.set_xlabel(name)
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=12))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.0e}".replace("e-0", "e-")))
+            axis.minorticks_off()
             for r in runs:
                 if r.cell.noise == noise:
                     x = findings.ratio(r.cell, with_m)
-                    axis.scatter(x, last(r, "val/acc"), color=colour(r.cell.B), marker=markers[r.cell.sched], s=26, alpha=0.8, lw=0)
+                    axis.scatter(
+                        x, last(r, "val/acc"), color=colour(r.cell.B), marker=markers[r.cell.sched], s=26, alpha=0.8, lw=0
+                    )
     marks = [Line2D([], [], color=colour(B), marker="o", ls="", label=str(B)) for B in sorted({r.cell.B for r in runs})]
-    marks += [Line2D([], [], color="0.4", marker=markers[s], ls="", label=SCHED_NAMES[s]) for s in REPORT_SCHEDS if s in {r.cell.sched for r in runs}]
+    marks += [
+        Line2D([], [], color="0.4", marker=markers[s], ls="", label=SCHED_NAMES[s])
+        for s in REPORT_SCHEDS
+        if s in {r.cell.sched for r in runs}
+    ]
     figure.legend(handles=marks, title="batch size", loc="outside right center")
-    foot(figure, f"{len(runs)} finished runs; m: the momentum, for one-cycle its {findings.PEAK_MOMENTUM} at the largest rate")
+    foot(
+        figure,
+        f"{len(runs)} finished runs; m: the momentum, for one-cycle its {findings.PEAK_MOMENTUM} at the largest rate",
+    )
     return figure
 
 
@@ -337,8 +366,8 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     found: dict[tuple, list[float]] = {}
     for (sched, budget, noise, _), group in by(runs, lambda r: (r.cell.sched, r.budget, r.cell.noise, r.seed)).items():
         try:
-            top = findings.best_log2([r.cell.B for r in group], [last(r, "val/acc") for r in group])
-        except findings.Incomplete:
+            top = stats.best_log2([r.cell.B for r in group], [last(r, "val/acc") for r in group])
+        except stats.Incomplete:
             continue
         found.setdefault((sched, budget, noise), []).append(top)
     scheds = [s for s in scheds if any(key[0] == s for key in found)]
@@ -354,7 +383,16 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
             if levels:
                 groups = [found[sched, budget, n] for n in levels]
                 spread = [np.std(g, ddof=1) if len(g) > 1 else 0 for g in groups]
-                axis.errorbar(levels, [np.mean(g) for g in groups], spread, color=color, marker=marker, ms=5, capsize=2, label=names[budget])
+                axis.errorbar(
+                    levels,
+                    [np.mean(g) for g in groups],
+                    spread,
+                    color=color,
+                    marker=marker,
+                    ms=5,
+                    capsize=2,
+                    label=names[budget],
+                )
     sizes = sorted({r.cell.B for r in runs})
     axes[0][0].set_yticks([math.log2(B) for B in sizes], [str(B) for B in sizes])
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
@@ -368,13 +406,19 @@ def single(run: Run, look: Look) -> Figure:
     groups = {
         "loss": ("train/loss", "val/loss"),
         "accuracy": ("train/acc_clean", "train/acc_noisy", "val/acc"),
-        "cosine": ("grad/cos_clean_all", "null/cos_clean_all", "grad/cos_clean_noisy", "null/cos_clean_noisy", "corrected/cos_clean_noisy"),
+        "cosine": (
+            "grad/cos_clean_all",
+            "null/cos_clean_all",
+            "grad/cos_clean_noisy",
+            "null/cos_clean_noisy",
+            "corrected/cos_clean_noisy",
+        ),
         "gradient norm": ("grad/norm_clean", "grad/norm_noisy", "grad/norm_all"),
         "share of probed noisy examples": ("probe/memorized", "probe/recovered", "probe/other"),
         "learning rate": ("optim/lr",),
     }
     figure = Figure(figsize=(11, 6.2), layout="constrained")
-    figure.suptitle(run.name, fontsize=11)
+    headline(figure, run.name.replace("_", " "))
     for axis, (name, tags) in zip(figure.subplots(2, 3).flat, groups.items(), strict=True):
         axis.set_title(name)
         axis.set_xlabel(X_LABEL[look.x])

@@ -49,7 +49,12 @@ def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.R
     scale = MARGINS[finding.margin] / MARGINS["acc"] if finding.margin == "cos" else 1.0  # cosines scatter more
     rows = []
     if finding.id.startswith("4"):
-        grid = [Cell(s, n, B, lr) for s in ("onecycle", "constant") for n in NOISE for B, lr in ((64, 0.05), (128, 0.1), (64, 0.1))]
+        grid = [
+            Cell(s, n, B, lr)
+            for s in ("onecycle", "constant")
+            for n in NOISE
+            for B, lr in ((64, 0.05), (128, 0.1), (64, 0.1))
+        ]
     else:
         grid = [Cell(s, n, B) for s in ("cosine", "onecycle", "constant") for n in NOISE for B in SIZES]
     for seed in range(seeds):
@@ -73,7 +78,9 @@ def error_rates(finding: Finding, sweeps: int, seeds: int, run_sd: float = RUN_S
         if finding.id == "5c" and steps != epochs:
             continue  # without a schedule there is only one budget, and so no such confound
         effects = {"steps": steps * size, "epochs": epochs * size}
-        counts[name] = Counter(evaluate(finding, plant(finding, effects, seeds, rng, run_sd)).verdict for _ in range(sweeps))
+        counts[name] = Counter(
+            evaluate(finding, plant(finding, effects, seeds, rng, run_sd)).verdict for _ in range(sweeps)
+        )
     return counts
 
 

@@ -8,13 +8,9 @@
 A path is a folder of runs, one run's folder, a file made by --export, or a .csv of the report's curves.
 """
 
-import base64
-import html
 import math
-import re
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import figures
@@ -23,6 +19,7 @@ import options
 import results
 from data import InputError
 from figures import Look, styled
+from page import Page
 from results import Run, Setting, last
 
 KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10, on Fashion-MNIST
@@ -30,61 +27,12 @@ KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10
     ("grad/cos_clean_all", "cosine of clean and all", False, 7, 16),
     ("train/acc_noisy", "training accuracy on noisy examples", False, 10, 17),
 )
-BUDGET_WORDS = {"any": "", "steps": "", "epochs": ", schedule matched in epochs", "examples": ", schedule matched in examples"}
-
-
-# ------------------------------------------------------------------------------------------------- one text, two forms
-
-
-@dataclass
-class Page:
-    """A report under construction: headings, paragraphs, lists, tables and figures, for Markdown and HTML alike."""
-
-    out: Path
-
-    def __post_init__(self) -> None:
-        self.markdown: list[str] = []
-        self.html: list[str] = []
-
-    def heading(self, level: int, text: str) -> None:
-        self.markdown.append(f"{'#' * level} {text}")
-        self.html.append(f"<h{level}>{html.escape(text)}</h{level}>")
-
-    def text(self, text: str) -> None:
-        self.markdown.append(text)
-        self.html.append(f"<p>{inline(text)}</p>")
-
-    def bullets(self, items: list[str]) -> None:
-        self.markdown.append("\n".join(f"- {item}" for item in items))
-        self.html.append("<ul>" + "".join(f"<li>{inline(item)}</li>" for item in items) + "</ul>")
-
-    def table(self, header: list[str], rows: list[list[str]]) -> None:
-        lines = [header, ["---"] * len(header), *rows]
-        self.markdown.append("\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines))
-        head, *body = ("".join(f"<{t}>{inline(cell)}</{t}>" for cell in line) for t, line in [("th", header), *(("td", r) for r in rows)])
-        self.html.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in body) + "</table>")
-
-    def figure(self, stem: str, caption: str) -> None:
-        """A figure that `styled` has saved as STEM.png and STEM.svg."""
-        image = base64.b64encode((self.out / f"{stem}.png").read_bytes()).decode()
-        self.markdown.append(f"![{caption}]({stem}.png)")
-        self.html.append(f'<p><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}"></p>')
-
-    def write(self, title: str) -> None:
-        style = (
-            "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-            "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}"
-        )
-        (self.out / "report.md").write_text("\n\n".join(self.markdown) + "\n")
-        (self.out / "report.html").write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f"<style>{style}</style>\n" + "\n".join(self.html) + "\n</html>\n"
-        )
-
-
-def inline(text: str) -> str:
-    """Markdown's bold and code as HTML."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", html.escape(text, quote=False)))
+BUDGET_WORDS = {
+    "any": "",
+    "steps": "",
+    "epochs": ", schedule matched in epochs",
+    "examples": ", schedule matched in examples",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
@@ -133,7 +81,12 @@ def write_findings(page: Page, judged: list[tuple[str, findings.Result]]) -> Non
             item += f" A/A runs: {shown(r.aa)}."
         if r.missing:
             some = r.missing[:8]
-            item += " Missing: " + "; ".join(some) + (f"; and {len(r.missing) - len(some)} more" if len(r.missing) > len(some) else "") + "."
+            item += (
+                " Missing: "
+                + "; ".join(some)
+                + (f"; and {len(r.missing) - len(some)} more" if len(r.missing) > len(some) else "")
+                + "."
+            )
         if r.verdict == "not resolved" and r.needed:
             item += f" About {r.needed} seeds would resolve it, if effect and spread stay as they are."
         items.append(item)
@@ -156,7 +109,15 @@ def write_state(page: Page, runs: list[Run]) -> None:
     page.text(f"{len(runs)} runs, {finished} finished.")
     rest = [r for r in runs if not r.finished]
     if rest:
-        table = [[r.name, str(r.summary.get("status", "no summary")), str(r.summary.get("steps", "")), str(r.summary.get("reason") or "")] for r in rest]
+        table = [
+            [
+                r.name,
+                str(r.summary.get("status", "no summary")),
+                str(r.summary.get("steps", "")),
+                str(r.summary.get("reason") or ""),
+            ]
+            for r in rest
+        ]
         page.table(["not finished", "state", "steps", "reason"], table)
     made = {(r.versions.get("torch"), r.resolved.get("device"), r.options.get("precision")) for r in runs if r.versions}
     if made:
@@ -185,15 +146,41 @@ def write_cells(page: Page, setting: Setting) -> None:
     for (budget, fake, cell), same in sorted(results.by(runs, lambda r: (r.budget, r.fake, r.cell)).items()):
         columns = []
         for tag in ("val/acc", "test/acc", "grad/cos_clean_all", "train/acc_noisy", "probe/memorized"):
-            values = [v for v in (last(r, tag) if tag.startswith(("test", "probe")) else tail(r, tag) for r in same) if v is not None]
+            values = [
+                v
+                for v in (last(r, tag) if tag.startswith(("test", "probe")) else tail(r, tag) for r in same)
+                if v is not None
+            ]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             columns.append(f"{statistics.fmean(values):.4f}{spread}" if values else "")
         sched = cell.sched + ("" if budget == "any" else f", {same[0].length} {budget}")
-        rows.append([sched, f"{cell.noise:g}" + (f" (A/A {fake:g})" if fake else ""), str(cell.B), f"{cell.lr:g}", str(len(same)), *columns])
+        rows.append(
+            [
+                sched,
+                f"{cell.noise:g}" + (f" (A/A {fake:g})" if fake else ""),
+                str(cell.B),
+                f"{cell.lr:g}",
+                str(len(same)),
+                *columns,
+            ]
+        )
     if rows:
-        header = ["schedule", "noise", "B", "lr", "seeds", "val/acc", "test/acc", "cosine clean-all", "acc. on noisy", "memorized"]
+        header = [
+            "schedule",
+            "noise",
+            "B",
+            "lr",
+            "seeds",
+            "val/acc",
+            "test/acc",
+            "cosine clean-all",
+            "acc. on noisy",
+            "memorized",
+        ]
         page.table(header, rows)
-        page.text("Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard deviation over seeds.")
+        page.text(
+            "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard deviation over seeds."
+        )
 
 
 def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
@@ -210,7 +197,21 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
                 where = [c.sched, str(theirs.options["epochs"]), f"{c.noise:g}", str(c.B), f"{c.lr:g}"]
                 rows.append([label, *where, f"{mean:.4f} (n = {len(a)})", f"{b:.4f}", f"{mean - b:+.4f}", units])
     if rows:
-        page.table(["value", "schedule", "epochs", "noise", "B", "lr", "ours", "the report's", "difference", "in our sd over seeds"], rows)
+        page.table(
+            [
+                "value",
+                "schedule",
+                "epochs",
+                "noise",
+                "B",
+                "lr",
+                "ours",
+                "the report's",
+                "difference",
+                "in our sd over seeds",
+            ],
+            rows,
+        )
         page.text(
             "Last validation accuracy; mean of the last tenth of the points of the others, without the report's cosines of exactly 1 "
             "(it logged that where a batch held no noisy example). The report's values are one run each; its figure 4 at batch 128 "
@@ -245,19 +246,35 @@ def draw(page: Page, settings: list[Setting], look: Look, suffix: str = "") -> N
                     number = first_fmnist if fmnist and i == 0 else first + i if not fmnist else None
                     if s.ratio and tag == "val/acc":
                         number = (13, None, 14)[i]
-                    stem = f"figure-{number:02d}" if number and not (s.ratio and tag != "val/acc") else f"{tag.replace('/', '-')}-{sched}"
+                    stem = (
+                        f"figure-{number:02d}"
+                        if number and not (s.ratio and tag != "val/acc")
+                        else f"{tag.replace('/', '-')}-{sched}"
+                    )
                     stem += f"-{budget}" if budget in ("epochs", "examples") else ""
                     used[stem] = used.get(stem, 0) + 1
                     title = f"Figure {number}: " if stem.startswith("figure") else ""
                     title += f"{label}, {figures.SCHED_NAMES[sched]}{words} ({s.label})"
                     stem += f"-{used[stem]}" if used[stem] > 1 else ""
                     chosen = runs if s.ratio and tag == "val/acc" else one_rate
-                    if not add(stem, title, figures.curves, label, chosen, tag, look, with_clean, by_lr=s.ratio and tag == "val/acc"):
+                    if not add(
+                        stem,
+                        title,
+                        figures.curves,
+                        label,
+                        chosen,
+                        tag,
+                        look,
+                        with_clean,
+                        by_lr=s.ratio and tag == "val/acc",
+                    ):
                         absent.append(f"{title}: no run has {tag}")
         number = f"-{settings.index(s) + 1}" if settings.index(s) else ""
         for sched in {r.cell.sched for r in s.runs}:
             for budget, words in BUDGET_WORDS.items():
-                runs = [r for r in s.runs if (r.cell.sched, r.budget) == (sched, budget) or (r.fake and r.cell.sched == sched)]
+                runs = [
+                    r for r in s.runs if (r.cell.sched, r.budget) == (sched, budget) or (r.fake and r.cell.sched == sched)
+                ]
                 if not any(r.budget == budget and not r.fake for r in runs):
                     continue
                 where = f"{figures.SCHED_NAMES[sched]}{words} ({s.label})"
@@ -268,7 +285,16 @@ def draw(page: Page, settings: list[Setting], look: Look, suffix: str = "") -> N
                         absent.append(f"{title}: no run with noise has null/{pair} or corrected/{pair}")
                 title = f"Corrected cosine of clean and noisy, {where}"
                 own = [r for r in runs if r.budget == budget]
-                if not add(f"corrected-{end}", title, figures.curves, "corrected cosine", own, "corrected/cos_clean_noisy", look, False):
+                if not add(
+                    f"corrected-{end}",
+                    title,
+                    figures.curves,
+                    "corrected cosine",
+                    own,
+                    "corrected/cos_clean_noisy",
+                    look,
+                    False,
+                ):
                     absent.append(f"{title}: no run with noise has corrected/cos_clean_noisy")
                 title = f"Noisy training examples: memorized, recovered, other; {where}"
                 if not add(f"probes-{end}", title, figures.probes, own, look):
@@ -309,11 +335,16 @@ def one_page(page: Page, run: Run, look: Look) -> None:
     values = results.values_of(run)
     means = {"cos_minus_null": "cosine of clean and noisy minus its null", "corrected_minus_1": "corrected cosine minus 1",
              "participation_minus_1": "participation ratio over its isotropic value, minus 1"}  # fmt: skip
-    page.table(["mean over the run", ""], [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()])
+    page.table(
+        ["mean over the run", ""],
+        [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()],
+    )
     page.table(["option", "value"], [[k, str(v)] for k, v in run.options.items()])
 
 
-def full(page: Page, runs: list[Run], reference: list[Run], look: Look, margins: dict[str, float]) -> list[tuple[str, findings.Result]]:
+def full(
+    page: Page, runs: list[Run], reference: list[Run], look: Look, margins: dict[str, float]
+) -> list[tuple[str, findings.Result]]:
     """The report on many runs; returns its verdicts."""
     settings = results.settings(runs)
     page.heading(1, "Label noise and SGD: figures and findings")
@@ -328,7 +359,9 @@ def full(page: Page, runs: list[Run], reference: list[Run], look: Look, margins:
     best = at_best(settings)
     if best:
         page.heading(2, "Findings at each cell's best learning rate and weight decay")
-        page.text("Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it.")
+        page.text(
+            "Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it."
+        )
         write_findings(page, judge(best, margins, tuned=True))
     if reference:
         page.heading(2, "Beside the report")
@@ -346,16 +379,41 @@ def full(page: Page, runs: list[Run], reference: list[Run], look: Look, margins:
 
 def parser() -> options.Parser:
     p = options.Parser(prog="report.py", description="Figures, tables and verdicts from runs.", allow_abbrev=False)
-    p.add_argument("paths", nargs="+", metavar="RUNS", help="folder of runs, one run's folder, exported .npz, or curves .csv")
+    p.add_argument(
+        "paths", nargs="+", metavar="RUNS", help="folder of runs, one run's folder, exported .npz, or curves .csv"
+    )
     p.add_argument("--out", metavar="DIR", help="where report.md, report.html and the figures go")
     p.add_argument("--reference", metavar="CSV", help="the report's own curves, drawn and tabled beside ours")
     p.add_argument("--x", choices=list(figures.X_LABEL), default="steps", help="x axis of curves")
     p.add_argument("--log-x", action="store_true", help="logarithmic x axis of curves")
-    p.add_argument("--bands", choices=["seeds", "window"], default="seeds", help="spread over seeds, or the smoothing's, as in the report")
+    p.add_argument(
+        "--bands",
+        choices=["seeds", "window"],
+        default="seeds",
+        help="spread over seeds, or the smoothing's, as in the report",
+    )
     p.add_argument("--export", metavar="FILE", help="write the series of all runs into one .npz")
-    p.add_argument("--margin-acc", type=options.positive, default=findings.MARGINS["acc"], metavar="X", help="smallest effect of interest, accuracy as a share (0.01)")
-    p.add_argument("--margin-cos", type=options.positive, default=findings.MARGINS["cos"], metavar="X", help="the same for a cosine or a ratio (0.05)")
-    p.add_argument("--margin-log2b", type=options.positive, default=findings.MARGINS["log2b"], metavar="X", help="the same for the best batch size, in doublings (0.5)")
+    p.add_argument(
+        "--margin-acc",
+        type=options.positive,
+        default=findings.MARGINS["acc"],
+        metavar="X",
+        help="smallest effect of interest, accuracy as a share (0.01)",
+    )
+    p.add_argument(
+        "--margin-cos",
+        type=options.positive,
+        default=findings.MARGINS["cos"],
+        metavar="X",
+        help="the same for a cosine or a ratio (0.05)",
+    )
+    p.add_argument(
+        "--margin-log2b",
+        type=options.positive,
+        default=findings.MARGINS["log2b"],
+        metavar="X",
+        help="the same for the best batch size, in doublings (0.5)",
+    )
     return p
 
 
@@ -366,7 +424,9 @@ def run(args) -> int:
     for name in ("out", "export"):
         path = Path(getattr(args, name) or ".")
         if (name == "out" and path.is_file()) or (name == "export" and getattr(args, name) and path.suffix != ".npz"):
-            raise InputError(f"--{name} {path}: {'is a file, not a folder' if name == 'out' else 'the name must end in .npz'}")
+            raise InputError(
+                f"--{name} {path}: {'is a file, not a folder' if name == 'out' else 'the name must end in .npz'}"
+            )
     runs = results.load(args.paths)
     reference = results.read_curves(Path(args.reference)) if args.reference else []
     if args.export:

@@ -26,7 +26,18 @@ Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order 
 # What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
 AXES = ("noise", "bs", "lr", "momentum", "wd", "sched", "sched_steps", "sched_epochs", "sched_examples", "fake_mask")
 SEEDS = ("seed", "noise_seed", "split_seed")
-NOT_SETTING = {*AXES, *SEEDS, *options.PLACE, "measure", "measure_every", "precision", "resume", "compile"}
+NOT_SETTING = {
+    *AXES,
+    *SEEDS,
+    *options.PLACE,
+    "measure",
+    "measure_every",
+    "measure_budget",
+    "permutations",
+    "precision",
+    "resume",
+    "compile",
+}
 FORMAT = "label-noise runs 1"
 EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
@@ -145,7 +156,10 @@ def read_folder(folder: Path) -> Run:
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     opts = vars(options.parser().parse_args([])) | config.get("options", {})
     opts["model"] = opts["model"] or "resnet18"
-    return Run(folder.name, opts, config.get("resolved", {}), summary, read_events(folder), str(folder), config.get("versions", {}))
+    opts["noise"] = config.get("noise", {}).get("nominal", opts["noise"])  # a file's noise has no --noise
+    return Run(
+        folder.name, opts, config.get("resolved", {}), summary, read_events(folder), str(folder), config.get("versions", {})
+    )
 
 
 def is_run(folder: Path) -> bool:
@@ -242,7 +256,9 @@ def read_export(path: Path) -> list[Run]:
             for about in listed["runs"]
         ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise InputError(f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})") from e
+        raise InputError(
+            f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        ) from e
 
 
 # ----------------------------------------------------------------------------------------------- the report's curves
@@ -347,7 +363,10 @@ def settings(runs: list[Run]) -> list[Setting]:
     for key, members in sorted(by(runs, lambda r: r.setting).items(), key=lambda item: -len(item[1])):
         named, notes, kept = dict(key), [], members
         parts = [named.get("dataset", "?"), named.get("model", "?"), f"{named.get('epochs', '?')} epochs"]
-        parts += [f"{k} {v}" for k, v in key if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))]
+        rest = [
+            (k.replace("_", "-"), v) for k, v in key if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))
+        ]
+        parts += [k if v == "True" else f"{k} {v}" for k, v in rest]
         for what, of in (("schedule length", lambda r: r.length), ("weight decay", lambda r: r.options["wd"])):
             kept = [r for group in by(kept, lambda r: r.budget).values() for r in most_common(group, of, what, notes)]
         pairs = by(kept, lambda r: (r.cell.sched, r.cell.noise, f"{r.cell.lr / r.cell.B:.6g}"))

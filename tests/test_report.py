@@ -20,7 +20,9 @@ from conftest import SHARED, series
 EVERY = ("steps", "epochs")
 
 
-def plant(folder: Path, argv: str, found: dict, status: str = "finished", reason: str | None = None, fake: float = 0) -> Path:
+def plant(
+    folder: Path, argv: str, found: dict, status: str = "finished", reason: str | None = None, fake: float = 0
+) -> Path:
     """A run's folder with the given series {tag: [(step, value)]}, as train.py would have left it."""
     args = options.parse(argv.split())
     path = folder / (args.name + (f"_fake{fake:g}" if fake else ""))
@@ -34,11 +36,15 @@ def plant(folder: Path, argv: str, found: dict, status: str = "finished", reason
     n = math.ceil(1600 / args.bs)
     resolved = {"steps_per_epoch": n, "train_examples": 1600, "sched_steps": options.sched_steps(args, n), "device": "test"}
     (path / "config.json").write_text(json.dumps({"options": opts, "resolved": resolved, "versions": {"torch": "0"}}))
-    (path / "summary.json").write_text(json.dumps({"status": status, "reason": reason, "steps": n * args.epochs, "val_acc": 0.5}))
+    (path / "summary.json").write_text(
+        json.dumps({"status": status, "reason": reason, "steps": n * args.epochs, "val_acc": 0.5})
+    )
     return path
 
 
-def sweep_of(folder: Path, seeds: int, sizes=(16, 64, 256), scheds=("onecycle",), budgets=EVERY, noises=(0.0, 0.5), effect=0.05) -> None:
+def sweep_of(
+    folder: Path, seeds: int, sizes=(16, 64, 256), scheds=("onecycle",), budgets=EVERY, noises=(0.0, 0.5), effect=0.05
+) -> None:
     """A planted sweep: larger batches memorize more by `effect` a doubling, under the step budget only."""
     rng = np.random.default_rng(0)
     for seed in range(seeds):
@@ -52,7 +58,12 @@ def sweep_of(folder: Path, seeds: int, sizes=(16, 64, 256), scheds=("onecycle",)
                         steps = range(0, 4 * n, max(n // 20, 1))
                         scatter = lambda k=0.004: float(rng.normal(0, k))  # noqa: E731
                         x = math.log2(B) - 6
-                        found = {"val/acc": [(e * n, 0.1 + 0.2 * e - 0.3 * noise - 0.01 * (x - 1 + 2 * noise) ** 2 + scatter()) for e in range(5)]}
+                        found = {
+                            "val/acc": [
+                                (e * n, 0.1 + 0.2 * e - 0.3 * noise - 0.01 * (x - 1 + 2 * noise) ** 2 + scatter())
+                                for e in range(5)
+                            ]
+                        }
                         found["test/acc"] = [(4 * n, 0.6)]
                         found["optim/lr"] = [(s, 0.1 * math.sin(math.pi * s / 4 / n)) for s in steps]
                         found["optim/momentum"] = [(s, 0.9) for s in steps]
@@ -72,7 +83,10 @@ def sweep_of(folder: Path, seeds: int, sizes=(16, 64, 256), scheds=("onecycle",)
                             found["probe/other"] = [(e * n, 1 - memorized * e / 4 - 0.1 - 0.1 * e) for e in range(5)]
                         plant(folder, argv, found)
                         if budget == "steps" and not noise and sched == "onecycle":
-                            pair = {"grad/cos_clean_noisy": [(s, 0.6 + scatter()) for s in steps], "null/cos_clean_noisy": [(s, 0.6) for s in steps]}
+                            pair = {
+                                "grad/cos_clean_noisy": [(s, 0.6 + scatter()) for s in steps],
+                                "null/cos_clean_noisy": [(s, 0.6) for s in steps],
+                            }
                             pair["corrected/cos_clean_noisy"] = [(s, 1.0 + scatter(0.02)) for s in steps]
                             plant(folder, argv, pair, fake=0.5)
 
@@ -171,7 +185,12 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
     assert len(runs) == 18 + 12
     with open(curves, newline="") as f:
         table = list(csv.DictReader(f))
-    where = {"4": ("val/acc", 64, 0.5), "7": ("grad/cos_clean_all", 64, 0.05), "10": ("train/acc_noisy", 64, 0.05), "13": ("val/acc", 80, 0.5)}
+    where = {
+        "4": ("val/acc", 64, 0.5),
+        "7": ("grad/cos_clean_all", 64, 0.05),
+        "10": ("train/acc_noisy", 64, 0.05),
+        "13": ("val/acc", 80, 0.5),
+    }
     for number, (tag, epochs, alpha) in where.items():
         chosen = [r for r in runs if r.options["epochs"] == epochs]
         figure = figures.curves("t", "y", chosen, tag, figures.Look(), with_clean=tag == "val/acc", by_lr=number == "13")
@@ -212,7 +231,13 @@ def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
 def planted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("planted")
     sweep_of(folder, 3)
-    plant(folder, "--dataset synthetic --bs 128 --sched onecycle --epochs 4", {"val/acc": [(0, 0.1)]}, "failed", "train/loss is nan at step 3")
+    plant(
+        folder,
+        "--dataset synthetic --bs 128 --sched onecycle --epochs 4",
+        {"val/acc": [(0, 0.1)]},
+        "failed",
+        "train/loss is nan at step 3",
+    )
     return folder
 
 
@@ -252,7 +277,13 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
         plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
-    for tag in ("grad/cos_clean_all", "train/acc_noisy", "null/cos_clean_all", "probe/memorized", "corrected/cos_clean_noisy"):
+    for tag in (
+        "grad/cos_clean_all",
+        "train/acc_noisy",
+        "null/cos_clean_all",
+        "probe/memorized",
+        "corrected/cos_clean_noisy",
+    ):
         assert re.search(rf"^- .*no run.* has {tag}", said, re.M), tag
     assert "its run has no probe/memorized" in said
     assert set(re.findall(r"\*\*([a-z ]+)\*\*", said)) & {"supported", "not supported", "confounded"} == set()

@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import grids
 import options
+import processes
 import results
 import sweep
 from conftest import ROOT, TINY
@@ -25,8 +27,8 @@ FAKE = Path(__file__).with_name("fake_train.py")
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_train.py."""
-    monkeypatch.setattr(sweep, "TRAIN", FAKE)
-    monkeypatch.setattr(sweep, "POLL", 0.02)
+    monkeypatch.setattr(processes, "TRAIN", FAKE)
+    monkeypatch.setattr(processes, "POLL", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
 
@@ -43,15 +45,21 @@ def started(tmp_path) -> list[str]:
 
 
 def test_a_grid_is_every_combination_once():
-    jobs = sweep.expand(["noise=0,0.5 bs=16,64 sched=onecycle", "noise=0.5 bs=64,128 sched=onecycle"], [], "--grid")
+    jobs = grids.expand(["noise=0,0.5 bs=16,64 sched=onecycle", "noise=0.5 bs=64,128 sched=onecycle"], [], "--grid")
     assert [(j.args.noise, j.args.bs) for j in jobs] == [(0, 16), (0, 64), (0.5, 16), (0.5, 64), (0.5, 128)]
     assert jobs[0].name == "bs16_sched-onecycle" and jobs[0].argv == "--noise 0 --bs 16 --sched onecycle".split()
 
 
 def test_axes_that_move_together_switches_and_defaults():
-    jobs = sweep.expand(["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid")
+    jobs = grids.expand(["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid")
     found = {(j.args.seed, j.args.noise_seed, j.args.bs, j.args.lr, j.args.no_augment, j.args.subset) for j in jobs}
-    assert found == {(s, s, b, lr, a, n) for s in (0, 7) for b, lr in ((64, 0.05), (128, 0.1)) for a in (True, False) for n in (None, 1000)}
+    assert found == {
+        (s, s, b, lr, a, n)
+        for s in (0, 7)
+        for b, lr in ((64, 0.05), (128, 0.1))
+        for a in (True, False)
+        for n in (None, 1000)
+    }
     assert len(jobs) == len(found) == 16
 
 
@@ -62,7 +70,7 @@ def test_options_of_train_pass_through_and_override(fake, capsys):
 
 
 def test_seeds_set_initialization_and_noise():
-    jobs = sweep.expand(["noise=0.5"], [], "--grid", ["0", "3"])
+    jobs = grids.expand(["noise=0.5"], [], "--grid", ["0", "3"])
     assert [(j.args.seed, j.args.noise_seed) for j in jobs] == [(0, 0), (3, 3)]
 
 
@@ -104,23 +112,29 @@ def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
     assert said in err and err.count("\n") == 1
 
 
-def preset(name: str, *parts: str, sizes: str = sweep.REPORT_SIZES) -> list[sweep.Job]:
-    grids = [g.format(sizes=sizes) for part, grids in sweep.PRESETS[name].items() if not parts or part in parts for g in grids]
-    return sweep.expand([g for grid in grids for g in sweep.offered(grid)], [], name)
+def preset(name: str, *parts: str, sizes: str = grids.REPORT_SIZES) -> list[grids.Job]:
+    chosen = [
+        g.format(sizes=sizes) for part, listed in grids.PRESETS[name].items() if not parts or part in parts for g in listed
+    ]
+    return grids.expand([g for grid in chosen for g in grids.offered(grid)], [], name)
 
 
 def test_the_reports_study():
     main, ratio, fmnist = (preset("report", part) for part in ("4-12", "13-14", "15-17"))
     assert (len(main), len(ratio), len(fmnist), len(preset("report"))) == (54, 24, 18, 96)
-    assert len(preset("report", "4-12", sizes=sweep.REPORT_SIZES + ",1024")) == 63
+    assert len(preset("report", "4-12", sizes=grids.REPORT_SIZES + ",1024")) == 63
     plain = options.parse([])
     for job in main:
         a = job.args
         assert (a.dataset, a.model, a.epochs, a.lr, options.sched_steps(a, 1)) == ("cifar10", "resnet18", 64, 0.1, 5000)
         assert (a.momentum, a.wd, a.val_frac, a.width) == (plain.momentum, plain.wd, 0.2, 64)
-    assert {(j.args.lr, j.args.bs, j.args.epochs, j.args.sched_steps) for j in ratio} == {(lr, B, 80, 25_000) for lr in (0.05, 0.1) for B in (64, 128)}
+    assert {(j.args.lr, j.args.bs, j.args.epochs, j.args.sched_steps) for j in ratio} == {
+        (lr, B, 80, 25_000) for lr in (0.05, 0.1) for B in (64, 128)
+    }
     assert {j.args.sched for j in ratio} == {"onecycle", "constant"}
-    assert {(j.args.dataset, j.args.model, j.args.sched, j.args.noise) for j in fmnist} == {("fmnist", "vgg16", "onecycle", n) for n in (0, 0.2, 0.5)}
+    assert {(j.args.dataset, j.args.model, j.args.sched, j.args.noise) for j in fmnist} == {
+        ("fmnist", "vgg16", "onecycle", n) for n in (0, 0.2, 0.5)
+    }
 
 
 def test_the_budget_study_matches_schedules_three_ways():
@@ -216,7 +230,14 @@ def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys
 
 def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
     """SIGKILL leaves the children alive; a new sweep neither starts them twice nor gives them up."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import sweep; sweep.TRAIN = __import__('pathlib').Path({str(FAKE)!r}); sweep.main(sys.argv[1:])"
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import processes, sweep
+processes.TRAIN = Path({str(FAKE)!r})
+sweep.main(sys.argv[1:])
+"""
     argv = ["--grid", "bs=16,32 epochs=30", "--jobs", "1", "--runs", str(tmp_path / "runs")]
     first = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.DEVNULL)
     summary = tmp_path / "runs" / "bs16_epochs30" / "summary.json"
@@ -315,6 +336,33 @@ def test_a_real_run_and_a_real_failure(tmp_path, capsys):
     assert results.read_folder(finished[0]).finished
 
 
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
+    """Killed in its second run and started again: the same series as never killed, and the first run untouched."""
+    own = [*TINY, "--epochs", "25"]
+    argv = ["--grid", "noise=0.5 seed=0,1", *own]
+    names = [job.name for job in grids.expand(["noise=0.5 seed=0,1"], own, "--grid")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep.py"), *argv, "--runs", str(tmp_path / "killed")], stderr=subprocess.DEVNULL
+    )
+    second = tmp_path / "killed" / names[1]
+    while not (second / "last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 3
+    assert json.loads((second / "summary.json").read_text())["status"] == "stopped"
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / names[0]).iterdir()}
+    assert sweep.main([*argv, "--runs", str(tmp_path / "killed")]) == 0
+    assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / names[0]).iterdir()}
+    assert sweep.main([*argv, "--runs", str(tmp_path / "whole")]) == 0
+    for name in names:
+        a, b = (results.read_folder(tmp_path / where / name) for where in ("killed", "whole"))
+        assert a.finished and a.series.keys() == b.series.keys()
+        for tag in a.series:
+            assert [v.tolist() for v in a.series[tag]] == [v.tolist() for v in b.series[tag]], tag
+    assert len(json.loads((second / "config.json").read_text())["segments"]) == 2
+
+
 def test_bad_grids_raise_input_errors():
     with pytest.raises(InputError):
-        sweep.axes("bs=", "--grid")
+        grids.axes("bs=", "--grid")
