@@ -158,7 +158,7 @@ def conditions(runs: list[Run], tag: str, look: Look) -> str:
 
 
 def foot(figure: Figure, text: str) -> None:
-    figure.supxlabel(text, fontsize=7, color="0.35")
+    figure.supxlabel(textwrap.fill(text, int(17 * figure.get_figwidth())), fontsize=7, color="0.35")
 
 
 def noise_title(noise: float) -> str:
