@@ -5,7 +5,6 @@ train.py's own parser decides what an option is, what it may be and what a run i
 
 import itertools
 import math
-import re
 from dataclasses import dataclass, field
 
 import options
@@ -119,11 +118,3 @@ def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ())
                 raise InputError(f"{said}: {e}") from e
             jobs.setdefault(args.name, Job(argv, args))
     return list(jobs.values())
-
-
-def offered(grid: str) -> list[str]:
-    """A preset's grid without what this train.py does not offer: plain measurement instead of full, no A/A runs."""
-    known = {a.dest: a for a in options.parser()._actions}
-    if "fake-mask=" in grid and "fake_mask" not in known:
-        return []
-    return [grid if "full" in known["measure"].choices else re.sub(r" measure(=full|-budget=\S+)", "", grid)]

@@ -19,7 +19,7 @@ import options
 import results
 from cluster import run_on_ray
 from data import InputError
-from grids import PRESETS, REPORT_SIZES, Job, expand, offered
+from grids import PRESETS, REPORT_SIZES, Job, expand
 from processes import STATES, command, run_here, state
 
 
@@ -36,7 +36,7 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
             raise InputError(f"--part {part}: --preset {args.preset} has {', '.join(parts)}")
     sizes = REPORT_SIZES + (",1024" if args.with_1024 else "")
     grids = [g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids]
-    return expand([g for grid in grids for g in offered(grid)], extra, f"--preset {args.preset}", seeds)
+    return expand(grids, extra, f"--preset {args.preset}", seeds)
 
 
 def print_status(jobs: list[Job], runs: Path, done: set[str]) -> None:
