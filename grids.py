@@ -1,0 +1,120 @@
+"""What a sweep consists of: presets and grids of train.py's options, expanded into checked runs with their names.
+
+train.py's own parser decides what an option is, what it may be and what a run is called.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import options
+from data import InputError
+
+REPORT_SIZES = "16,32,64,128,256,512"
+MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "
+RATIO = "dataset=cifar10 model=resnet18 epochs=80 lr=0.05,0.1 bs=64,128 noise=0,0.2,0.5 "
+QUICK = (
+    "dataset=cifar10 subset=3000 val-frac=0.4 width=16 no-augment=on epochs=5 measure=full measure-budget=0.3 measure-every=20 "
+    "sched=onecycle seed+noise-seed=0,1,2 "  # 1800 training examples
+)
+
+# A preset's parts, each a list of grids; {sizes} are the report's batch sizes. An A/A run measures a fake noisy set.
+PRESETS = {
+    "report": {
+        "4-12": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],
+        "13-14": [RATIO + "sched=onecycle,constant sched-steps=25000"],
+        "15-17": ["dataset=fmnist model=vgg16 epochs=64 lr=0.1 noise=0,0.2,0.5 bs={sizes} sched=onecycle sched-steps=5000"],
+    },
+    "budget": {
+        "steps": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],
+        "epochs": [MAIN + "bs={sizes} sched=cosine,onecycle sched-epochs=64"],
+        "examples": [MAIN + "bs={sizes} sched=cosine,onecycle sched-examples=640000"],  # 5000 steps of 128
+        "ratio": [RATIO + "sched=onecycle,constant sched-steps=25000", RATIO + "sched=onecycle sched-epochs=80"],
+        "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle"],
+    },
+    "quick": {
+        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=40"],  # all of the training at 256, a fifteenth at 16
+        "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=5"],
+        "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=5"],
+    },
+}
+
+
+@dataclass
+class Job:
+    """One run: train.py's options for it, without those that say where and on what, and its checked namespace."""
+
+    argv: list[str]
+    args: object = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.args.name
+
+    @property
+    def work(self) -> float:
+        """Rough cost in examples, for estimates: training examples, and 150 more for each step's launches."""
+        total = {"fmnist": 60_000, "synthetic": self.args.synthetic_train}.get(self.args.dataset, 50_000)
+        n = (self.args.subset or total) * (1 - self.args.val_frac)
+        steps = self.args.epochs * math.ceil(n / self.args.bs)
+        share = min(self.args.max_steps or steps, steps) / steps
+        return share * (self.args.epochs * n + 150 * steps)
+
+
+def axes(grid: str, said: str) -> list[list[list[str]]]:
+    """A grid's axes as lists of alternatives, each the options it adds.
+
+    `grid`: words NAME=VALUE,VALUE,..., NAME any option of train.py. Two options move together as A+B=VALUE,VALUE
+    (one value for both) or A+B=X:Y,X:Y. A switch takes on or off; `default` leaves an option out. Raises `InputError`.
+    """
+    known = {a.option_strings[0].removeprefix("--"): a for a in options.parser()._actions if a.option_strings}
+    known.pop("-h", None)
+    found = []
+    for word in grid.split():
+        names, equals, values = word.partition("=")
+        keys = [k.strip("-").replace("_", "-") for k in names.split("+")]
+        if not equals or not values:
+            raise InputError(f"{said}: '{word}' is not NAME=VALUE,VALUE,...")
+        for key in keys:
+            if key not in known or key in ("runs", "name", "resume", "help"):
+                raise InputError(f"{said}: '{key}' is not an option of train.py that a sweep can vary")
+        alternatives = []
+        for value in values.split(","):
+            parts = value.split(":") if len(keys) > 1 and ":" in value else [value] * len(keys)
+            if len(parts) != len(keys) or not all(parts):
+                raise InputError(f"{said}: '{value}' in '{word}' is not one value for each of {', '.join(keys)}")
+            alternative = []
+            for key, part in zip(keys, parts, strict=True):
+                if known[key].nargs == 0:  # a switch
+                    if part not in ("on", "off", "default"):
+                        raise InputError(f"{said}: {key} is a switch, on or off, not '{part}'")
+                    alternative += [f"--{key}"] * (part == "on")
+                elif part != "default":
+                    alternative += [f"--{key}", part]
+            alternatives.append(alternative)
+        found.append(alternatives)
+    if not found:
+        raise InputError(f"{said}: it is empty")
+    return found
+
+
+def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ()) -> list[Job]:
+    """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
+
+    `seeds` set seed and noise seed alike, in place of an axis. Every run is checked by train.py's own parser before
+    any is started; raises `InputError`.
+    """
+    jobs: dict[str, Job] = {}
+    for grid in grids:
+        alternatives = axes(grid, said)
+        if seeds:
+            alternatives = [a for a in alternatives if not any("--seed" in options_ for options_ in a)]
+            alternatives.append([["--seed", s, "--noise-seed", s] for s in seeds])
+        for chosen in itertools.product(*alternatives):
+            argv = [word for alternative in chosen for word in alternative] + extra
+            try:
+                args = options.parse(argv)
+            except InputError as e:
+                raise InputError(f"{said}: {e}") from e
+            jobs.setdefault(args.name, Job(argv, args))
+    return list(jobs.values())

@@ -1,0 +1,394 @@
+"""Reading runs back: from their folders, from exported files, and from the report's own curves.
+
+Only what interface.md promises is read: event files, config.json, summary.json. A run that is still being written
+reads as far as it has come.
+"""
+
+import csv
+import io
+import json
+import math
+import struct
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import options
+from data import InputError
+from findings import Cell, Row
+
+Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
+# What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
+AXES = ("noise", "bs", "lr", "momentum", "wd", "sched", "sched_steps", "sched_epochs", "sched_examples", "fake_mask")
+SEEDS = ("seed", "noise_seed", "split_seed")
+NOT_SETTING = {
+    *AXES,
+    *SEEDS,
+    *options.PLACE,
+    "measure",
+    "measure_every",
+    "measure_budget",
+    "permutations",
+    "precision",
+    "resume",
+    "compile",
+}
+FORMAT = "label-noise runs 1"
+EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
+KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
+
+
+@dataclass
+class Run:
+    """A run as it can be read: options and summary as in its folder, `series` {tag: (steps, values)}."""
+
+    name: str
+    options: dict
+    resolved: dict
+    summary: dict
+    series: dict[str, Series]
+    source: str
+    versions: dict = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.summary.get("status") == "finished"
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        return self.resolved.get("steps_per_epoch")
+
+    @property
+    def cell(self) -> Cell:
+        o = self.options
+        return Cell(o["sched"], float(o.get("noise") or 0), int(o["bs"]), float(o["lr"]), float(o["momentum"]))
+
+    @property
+    def seed(self) -> str:
+        return "/".join(str(self.options.get(name, 0)) for name in SEEDS)
+
+    @property
+    def fake(self) -> float:
+        """The share of an A/A run's fake noisy mask, 0 for any other run."""
+        return float(self.options.get("fake_mask") or 0)
+
+    @property
+    def budget(self) -> str:
+        """In what the schedule's length is given: steps, epochs, examples; `any` where there is no schedule."""
+        if self.options["sched"] == "constant":
+            return "any"
+        return next((unit for unit in ("epochs", "examples") if self.options.get(f"sched_{unit}")), "steps")
+
+    @property
+    def length(self) -> int:
+        """The schedule's length in the unit of `budget`; 0 without one."""
+        return 0 if self.budget == "any" else self.options.get(f"sched_{self.budget}") or 5000
+
+    @property
+    def setting(self) -> tuple:
+        """Everything that must be equal for two runs to be compared, as sorted (option, value) pairs."""
+        return tuple(sorted((k, str(v)) for k, v in self.options.items() if k not in NOT_SETTING and v is not None))
+
+
+# ---------------------------------------------------------------------------------------------------- run folders
+
+
+def scalars(path: Path) -> Iterable[tuple[str, int, float]]:
+    """(tag, step, value) of every scalar in one event file, until its end or its first incomplete record.
+
+    Reads the records itself (length, checksum, protobuf, checksum): several times faster than tensorboard's loader,
+    which decodes every text and picture as well.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.util import tensor_util
+
+    blob = path.read_bytes()
+    at = 0
+    while at + 12 <= len(blob):
+        (size,) = struct.unpack_from("<Q", blob, at)
+        end = at + 12 + size + 4
+        if end > len(blob):  # still being written, or cut off
+            return
+        event = Event.FromString(blob[at + 12 : end - 4])
+        at = end
+        for value in event.summary.value:
+            if value.HasField("simple_value"):
+                yield value.tag, event.step, value.simple_value
+            elif value.metadata.plugin_data.plugin_name == "scalars" and value.HasField("tensor"):
+                yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor).item())
+
+
+def read_events(folder: Path) -> dict[str, Series]:
+    """Every series of a run's folder. Of two values at one step the later one counts; none that is not finite."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for tag, step, value in scalars(path):
+            if math.isfinite(value):
+                found.setdefault(tag, {})[step] = value
+    return {tag: as_series(points) for tag, points in sorted(found.items())}
+
+
+def as_series(points: dict[int, float]) -> Series:
+    steps = np.array(sorted(points), dtype=np.int64)
+    return steps, np.array([points[s] for s in steps.tolist()], dtype=np.float64)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file, {} where there is none. Raises `InputError` where it cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from e
+
+
+def read_folder(folder: Path) -> Run:
+    """A run from its folder. Raises `InputError` where config.json or summary.json cannot be read."""
+    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
+    opts = vars(options.parser().parse_args([])) | config.get("options", {})
+    opts["model"] = opts["model"] or "resnet18"
+    opts["noise"] = config.get("noise", {}).get("nominal", opts["noise"])  # a file's noise has no --noise
+    return Run(
+        folder.name, opts, config.get("resolved", {}), summary, read_events(folder), str(folder), config.get("versions", {})
+    )
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def load(paths: list[str], progress: bool = True) -> list[Run]:
+    """Every run found in `paths`: folders of runs, single runs' folders, exported files (.npz), report curves (.csv).
+
+    Of two runs with the same name the one further on counts, a folder before a file. Raises `InputError` for a path
+    that is none of these.
+    """
+    runs: list[Run] = []
+    folders: list[Path] = []
+    for path in map(Path, paths):
+        if path.suffix == ".npz" and path.is_file():
+            runs += read_export(path)
+        elif path.suffix == ".csv" and path.is_file():
+            runs += read_curves(path)
+        elif path.is_dir():
+            inside = [path] if is_run(path) else sorted(p for p in path.iterdir() if is_run(p))
+            if not inside:
+                raise InputError(f"{path}: no run in it (a run's folder holds a config.json)")
+            folders += inside
+        else:
+            raise InputError(f"{path}: neither a folder of runs nor an exported .npz nor a .csv of curves")
+    for folder in tqdm(folders, unit="run", desc="reading", disable=not progress or len(folders) < 4):
+        runs.append(read_folder(folder))
+    best: dict[str, Run] = {}
+    for run in runs:
+        have = best.get(run.name)
+        if have is None or (run.finished, run.summary.get("steps") or 0) >= (have.finished, have.summary.get("steps") or 0):
+            best[run.name] = run
+    return list(best.values())
+
+
+# --------------------------------------------------------------------------------------------------- exported files
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 values with `KEPT_BITS` bits of mantissa, rounded to nearest: what is left compresses to half the size."""
+    bits = values.astype("<f4").view("<u4")
+    drop = 23 - KEPT_BITS
+    return ((bits + np.uint32(1 << (drop - 1))) & ~np.uint32((1 << drop) - 1)).view("<f4")
+
+
+def export(runs: list[Run], path: Path) -> None:
+    """Write the series of many runs into one compressed .npz without pickles, whole or not at all.
+
+    `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
+    `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
+    steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
+    """
+    grids: dict[bytes, int] = {}
+    arrays, values, listed, first = {}, [], [], 0
+    for run in runs:
+        series = []
+        for tag, (steps, found) in run.series.items():
+            apart = np.diff(steps, prepend=0).astype("<i4")
+            grid = grids.setdefault(apart.tobytes(), len(grids))
+            arrays[f"steps_{grid}"] = apart
+            values.append(found.astype("<f4") if tag.startswith(EXACT) else rounded(found))
+            series.append([tag, grid, first, len(found)])
+            first += len(found)
+        about = {k: getattr(run, k) for k in ("name", "options", "resolved", "summary", "versions")}
+        listed.append(about | {"series": series})
+    text = json.dumps({"format": FORMAT, "runs": listed}).encode()
+    arrays |= {"runs": np.frombuffer(text, np.uint8), "values": np.concatenate(values) if values else np.zeros(0, "<f4")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_bytes(buffer.getvalue())
+        temporary.replace(path)
+    except OSError as e:
+        raise InputError(f"--export {path}: cannot be written ({e.strerror})") from e
+
+
+def read_export(path: Path) -> list[Run]:
+    """The runs of an exported file. Raises `InputError` where it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            listed = json.loads(z["runs"].tobytes())
+            if listed["format"] != FORMAT:
+                raise ValueError(f"format '{listed['format']}', not '{FORMAT}'")
+            values = z["values"].astype(np.float64)
+            grids = {k: np.cumsum(z[k].astype(np.int64)) for k in z.files if k.startswith("steps_")}
+        return [
+            Run(
+                **{k: about[k] for k in ("name", "options", "resolved", "summary", "versions")},
+                series={tag: (grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]},
+                source=str(path),
+            )
+            for about in listed["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        raise InputError(
+            f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        ) from e
+
+
+# ----------------------------------------------------------------------------------------------- the report's curves
+
+METRICS = {"val_accuracy": "val/acc", "grad_cosine": "grad/cos_clean_all", "noisy_train_accuracy": "train/acc_noisy"}
+RATIO_EPOCHS, RATIO_STEPS = 80, 25_000  # figures 13 and 14
+
+
+def read_curves(path: Path) -> list[Run]:
+    """The report's curves as runs: one for each (figure 13 or not, scheduler, noise, batch size, lr).
+
+    Steps and values are kept as they stand in the file (validation accuracy one step earlier than ours); an empty
+    value is a batch without a noisy example. Raises `InputError` where the file is something else.
+    """
+    points: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
+    about: dict[tuple, dict] = {}
+    try:
+        with open(path, newline="") as f:
+            for row in csv.DictReader(f):
+                ratio = row["figure"] == "13"
+                key = (ratio, row["scheduler"], row["noise"], row["batch_size"], row["lr"])
+                about[key] = row
+                series = points.setdefault(key, {}).setdefault(METRICS[row["metric"]], [])
+                if row["value"] != "":
+                    series.append((int(row["step"]), float(row["value"])))
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as e:
+        raise InputError(f"{path}: not a table of the report's curves ({type(e).__name__}: {str(e)[:80]})") from e
+    if not points:
+        raise InputError(f"{path}: not a table of the report's curves (it is empty)")
+    runs = []
+    for key, series in points.items():
+        ratio, sched, noise, B, lr = key
+        name = f"report{'-ratio' if ratio else ''}_sched-{sched}_noise{noise}_bs{B}_lr{lr}"
+        opts = vars(options.parser().parse_args([])) | {
+            **{k: about[key][k] for k in ("dataset", "model")},
+            **{"noise": float(noise), "bs": int(B), "lr": float(lr), "sched": sched},
+            **{"epochs": RATIO_EPOCHS if ratio else 64, "sched_steps": RATIO_STEPS if ratio else 5000},
+        }
+        found = {}
+        for tag, pairs in series.items():
+            steps, values = zip(*pairs, strict=True)
+            found[tag] = (np.array(steps, np.int64), np.array(values))
+        summary = {"status": "finished", "steps": max(int(s[-1]) for s, _ in found.values())}
+        resolved = {"steps_per_epoch": math.ceil(40_000 / int(B)), "train_examples": 40_000}
+        runs.append(Run(name, opts, resolved, summary, found, str(path)))
+    return runs
+
+
+# ----------------------------------------------------------------------------------------- one row per finished run
+
+
+def last(run: Run, tag: str) -> float | None:
+    return float(run.series[tag][1][-1]) if tag in run.series and len(run.series[tag][1]) else None
+
+
+def together(run: Run, a: str, b: str, how) -> float | None:
+    """Mean over the run of how(a, b) at the steps that both series have."""
+    if a not in run.series or b not in run.series:
+        return None
+    (sa, va), (sb, vb) = run.series[a], run.series[b]
+    _, ia, ib = np.intersect1d(sa, sb, return_indices=True)
+    return float(np.mean(how(va[ia], vb[ib]))) if len(ia) else None
+
+
+def values_of(run: Run) -> dict[str, float]:
+    """What the findings need of a run, without what it lacks."""
+    corrected = run.series.get("corrected/cos_clean_noisy")
+    found = {
+        "val_acc": last(run, "val/acc"),
+        "test_acc": last(run, "test/acc"),
+        "memorized": last(run, "probe/memorized"),
+        "cos_minus_null": together(run, "grad/cos_clean_noisy", "null/cos_clean_noisy", np.subtract),
+        "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
+        "participation_minus_1": together(run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1),
+    }
+    return {k: v for k, v in found.items() if v is not None}
+
+
+def row_of(run: Run) -> Row:
+    """The row of a finished run for findings.py."""
+    return Row(run.cell, run.seed, run.budget, values_of(run), run.name, bool(run.fake), float(run.options["wd"]))
+
+
+@dataclass
+class Setting:
+    """Runs that may be compared with one another. `runs`: at one learning rate, weight decay and schedule length for
+    each budget; `ratio_runs`: at every learning rate, for findings about lr/B; `all_runs`: with every rate, decay and
+    length; `notes` say what `runs` leave out. `ratio`: whether cells of equal lr/B are there (figures 13 and 14)."""
+
+    label: str
+    runs: list[Run]
+    ratio_runs: list[Run]
+    all_runs: list[Run]
+    notes: list[str]
+    ratio: bool
+
+
+def settings(runs: list[Run]) -> list[Setting]:
+    """Group runs by everything but their axes, largest group first."""
+    plain = vars(options.parser().parse_args([]))
+    made = []
+    for key, members in sorted(by(runs, lambda r: r.setting).items(), key=lambda item: -len(item[1])):
+        named, notes, kept = dict(key), [], members
+        parts = [named.get("dataset", "?"), named.get("model", "?"), f"{named.get('epochs', '?')} epochs"]
+        rest = [
+            (k.replace("_", "-"), v) for k, v in key if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))
+        ]
+        parts += [k if v == "True" else f"{k} {v}" for k, v in rest]
+        for what, of in (("schedule length", lambda r: r.length), ("weight decay", lambda r: r.options["wd"])):
+            kept = [r for group in by(kept, lambda r: r.budget).values() for r in most_common(group, of, what, notes)]
+        pairs = by(kept, lambda r: (r.cell.sched, r.cell.noise, f"{r.cell.lr / r.cell.B:.6g}"))
+        ratio = any(len({r.cell.B for r in group}) > 1 for group in pairs.values())
+        one_rate = most_common(kept, lambda r: r.cell.lr, "learning rate", notes)
+        made.append(Setting(", ".join(parts), one_rate, kept, members, notes, ratio))
+    return made
+
+
+def by(runs: list[Run], key) -> dict:
+    groups: dict = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    return groups
+
+
+def most_common(runs: list[Run], of, what: str, notes: list[str]) -> list[Run]:
+    """The runs with the most frequent value of `of` (the larger of two); a note says what was left out."""
+    counts = Counter(of(r) for r in runs)
+    if len(counts) < 2:
+        return runs
+    chosen = max(counts, key=lambda v: (counts[v], v))
+    rest = ", ".join(f"{v:g} ({n} runs)" for v, n in sorted(counts.items()) if v != chosen)
+    notes.append(f"compared at {what} {chosen:g}; apart from that there are {rest}")
+    return [r for r in runs if of(r) == chosen]

@@ -1,0 +1,176 @@
+"""Many runs of train.py from one command: grids of options, this machine's cores and GPUs, other machines through Ray.
+
+    python sweep.py --preset quick                                          # about 15 minutes on two CPU cores
+    python sweep.py --preset report --jobs 1 --seeds 0,1,2                  # the report's whole study
+    python sweep.py --grid "noise=0,0.2,0.5 bs=16,64,256 sched=onecycle seed=0,1,2" --epochs 10
+    python sweep.py --preset report --status
+
+Options that are not named here go to every run of train.py. A finished run is skipped, a stopped one resumed, a
+failed one reported and not repeated unless asked. Ctrl-C lets the running ones save, and stops.
+"""
+
+import os
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+
+import options
+import results
+from cluster import run_on_ray
+from data import InputError
+from grids import PRESETS, REPORT_SIZES, Job, expand
+from processes import STATES, command, run_here, state
+
+
+def jobs_of(args, extra: list[str]) -> list[Job]:
+    """The jobs that the command line asks for. Raises `InputError`."""
+    seeds = args.seeds.split(",") if args.seeds else []
+    if args.grid is not None:
+        if args.part or args.with_1024:
+            raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
+        return expand([args.grid], extra, "--grid", seeds)
+    parts = PRESETS[args.preset]
+    for part in args.part:
+        if part not in parts:
+            raise InputError(f"--part {part}: --preset {args.preset} has {', '.join(parts)}")
+    sizes = REPORT_SIZES + (",1024" if args.with_1024 else "")
+    grids = [g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids]
+    return expand(grids, extra, f"--preset {args.preset}", seeds)
+
+
+def print_status(jobs: list[Job], runs: Path, done: set[str]) -> None:
+    """A table of all runs, and how many are in which state."""
+    found = [(job, *state(runs, job.name, done)) for job in jobs]
+    width = max((len(job.name) for job in jobs), default=4)
+    for job, status, said in found:
+        print(f"{job.name:<{width}}  {status:<8}  {said}".rstrip())
+    counts = Counter(status for _, status, _ in found)
+    print(", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]) + f" of {len(jobs)}")
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpus(extra: list[str]) -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none with `--accelerator cpu`."""
+    if options.parser().parse_args(extra).accelerator == "cpu":
+        return []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [g for g in given.split(",") if g.strip() not in ("", "-1")]
+    import torch
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def parser() -> options.Parser:
+    p = options.Parser(prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False)
+    g = p.add_argument_group("what to run")
+    what = g.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--preset", choices=list(PRESETS), help="; ".join(f"{k}: parts {', '.join(v)}" for k, v in PRESETS.items())
+    )
+    what.add_argument("--grid", metavar="AXES", help='for instance "noise=0,0.5 bs=32,128 seed+noise-seed=0,1"')
+    g.add_argument(
+        "--part", action="append", default=[], metavar="PART", help="only this part of the preset (may be repeated)"
+    )
+    g.add_argument("--with-1024", action="store_true", help="the report's batch sizes and 1024")
+    g.add_argument(
+        "--seeds", metavar="S,S,...", help="seeds of initialization and of noise, together (presets but quick: 0)"
+    )
+    g.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are")
+    g.add_argument(
+        "--done", action="append", default=[], metavar="FILE", help="runs in this exported .npz count as finished"
+    )
+    g.add_argument("--retry-failed", action="store_true", help="start failed runs again, from their last checkpoint")
+    g = p.add_argument_group("where to run")
+    g.add_argument("--jobs", type=options.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
+    g.add_argument("--per-gpu", type=options.count, default=1, metavar="K", help="runs at a time on one GPU")
+    g.add_argument("--threads", type=options.count, metavar="N", help="CPU threads of a run (cores / jobs)")
+    g.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, or local to start one here")
+    g.add_argument(
+        "--retries",
+        type=options.number(0, 1000, "a whole number from 0", int),
+        default=3,
+        metavar="N",
+        help="of a Ray task whose machine is lost",
+    )
+    g = p.add_argument_group("instead of running")
+    g.add_argument("--dry-run", action="store_true", help="print what would be done")
+    g.add_argument(
+        "--print-commands",
+        action="store_true",
+        help="print a command line for each run that is not finished, for job arrays",
+    )
+    g.add_argument("--status", action="store_true", help="print a table of all runs")
+    return p
+
+
+def run(args, extra: list[str]) -> int:
+    """Do what was asked for; returns the exit status. Raises `InputError`."""
+    for word in extra:
+        if word.split("=")[0] in ("--name", "--resume"):
+            raise InputError(f"{word}: the sweep names and resumes its runs itself")
+    runs = Path(args.runs)
+    if runs.is_file():
+        raise InputError(f"--runs {runs}: is a file, not a folder")
+    jobs = jobs_of(args, extra)
+    done = {r.name for path in args.done for r in results.read_export(Path(path)) if r.finished}
+    if args.status:
+        print_status(jobs, runs, done)
+        return 0
+    states = {job.name: state(runs, job.name, done) for job in jobs}
+    wanted = {"running", "stopped", "waiting"} | ({"failed"} if args.retry_failed else set())
+    queue = [job for job in jobs if states[job.name][0] in wanted]
+    devices = [] if args.ray else gpus(extra)
+    jobs_at_once = args.jobs or max(len(devices) * args.per_gpu, 1)
+    threads = args.threads or max(cores() // jobs_at_once, 1)
+    if args.print_commands:
+        for job in queue:
+            print(shlex.join(command(job, runs, resume=True, threads=args.threads)))
+        return 0
+    for job in jobs:
+        if states[job.name][0] == "failed" and not args.retry_failed:
+            print(f"{job.name}: failed before: {states[job.name][1]} (--retry-failed starts it again)", file=sys.stderr)
+    if args.dry_run:
+        for job in queue:
+            print(shlex.join(command(job, runs, states[job.name][0] == "stopped", threads)))
+        counts = Counter(status for status, _ in states.values())
+        where = (
+            f"{jobs_at_once} at a time" + (f" on GPU {', '.join(devices)}" if devices else "") + f", {threads} threads each"
+        )
+        print(f"# {len(queue)} of {len(jobs)} runs to do ({', '.join(f'{n} {s}' for s, n in counts.items())}), {where}")
+        return 0
+    skipped = len(jobs) - len(queue)
+    if args.ray:
+        ended = run_on_ray(
+            queue, runs, args.ray, 1 / args.per_gpu if args.per_gpu > 1 else 0, threads, args.retries, done, skipped
+        )
+    else:
+        slots = (devices * args.per_gpu or [None] * jobs_at_once)[:jobs_at_once]
+        slots += [devices[i % len(devices)] for i in range(jobs_at_once - len(slots))] if devices else []
+        ended = run_here(queue, runs, slots, threads, done, skipped)
+    interrupted = ended.pop("interrupted")
+    failed = ended["failed"] + sum(s == "failed" for s, _ in states.values()) * (not args.retry_failed)
+    print(
+        f"{skipped - (failed - ended['failed'])} were finished, "
+        + ", ".join(f"{n} {s}" for s, n in ended.items() if n)
+        + f"; {failed} failed"
+    )
+    return 3 if interrupted else 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Bad input becomes one line and status 2; 1 if a run failed, 3 if stopped by a signal."""
+    try:
+        args, extra = parser().parse_known_args(argv)
+        return run(args, extra)
+    except InputError as e:
+        print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

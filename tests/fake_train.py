@@ -1,0 +1,64 @@
+"""Stands in for train.py in tests of the sweep: the same options, folder, lock, signals and exit statuses, no training.
+
+A run takes --epochs steps of a tenth of a second. `--noise 0.9` fails in the run, `--lr 9` before it has a folder,
+`--wd 9` dies without a word.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+p = argparse.ArgumentParser(allow_abbrev=False)
+for option in ("runs", "name", "threads", "noise", "lr", "wd", "epochs"):
+    p.add_argument(f"--{option}")
+p.add_argument("--resume", action="store_true")
+args, _ = p.parse_known_args()
+folder = Path(args.runs, args.name)
+
+
+def note(what: str) -> None:
+    with open(Path(args.runs, "history.txt"), "a") as f:
+        f.write(f"{what} {args.name} {int(args.resume)} {args.threads} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+
+
+def save(status: str, step: int, reason: str | None = None) -> None:
+    (folder / "tmp").write_text(json.dumps({"status": status, "reason": reason, "steps": step, "val_acc": 0.5}))
+    os.replace(folder / "tmp", folder / "summary.json")
+
+
+if args.lr == "9":
+    sys.exit("train.py: error: --lr 9: too large for a test")
+if folder.exists() and not args.resume:
+    print("exists already", file=sys.stderr)
+    sys.exit(2)
+folder.mkdir(parents=True, exist_ok=True)
+lock = open(folder / ".lock", "a")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+state = folder / "state"
+step = int(state.read_text()) if state.exists() else 0
+note("start")
+save("running", step)
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+if args.noise == "0.9":
+    save("failed", step, "train/loss is nan at step 3")
+    sys.exit(1)
+if args.wd == "9":
+    os.kill(os.getpid(), signal.SIGKILL)
+while step < int(args.epochs or 3):
+    time.sleep(0.1)
+    step += 1
+    state.write_text(str(step))
+    with open(folder / "steps.txt", "a") as f:
+        f.write(f"{step}\n")
+    if stopped:
+        save("stopped", step, "SIGTERM")
+        note("stop")
+        sys.exit(3)
+save("finished", step)
+note("end")

@@ -1,0 +1,372 @@
+"""Reading runs back, the report's smoothing, figures and tables from planted event files, and the export."""
+
+import csv
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+import figures
+import options
+import report
+import results
+from conftest import SHARED, series
+
+EVERY = ("steps", "epochs")
+
+
+def plant(
+    folder: Path, argv: str, found: dict, status: str = "finished", reason: str | None = None, fake: float = 0
+) -> Path:
+    """A run's folder with the given series {tag: [(step, value)]}, as train.py would have left it."""
+    args = options.parse(argv.split())
+    path = folder / (args.name + (f"_fake{fake:g}" if fake else ""))
+    path.mkdir(parents=True)
+    writer = SummaryWriter(str(path))
+    for tag, points in found.items():
+        for step, value in points:
+            writer.add_scalar(tag, value, step)
+    writer.close()
+    opts = vars(args) | {"noise": args.noise or 0.0} | ({"fake_mask": fake} if fake else {})
+    n = math.ceil(1600 / args.bs)
+    resolved = {"steps_per_epoch": n, "train_examples": 1600, "sched_steps": options.sched_steps(args, n), "device": "test"}
+    (path / "config.json").write_text(json.dumps({"options": opts, "resolved": resolved, "versions": {"torch": "0"}}))
+    (path / "summary.json").write_text(
+        json.dumps({"status": status, "reason": reason, "steps": n * args.epochs, "val_acc": 0.5})
+    )
+    return path
+
+
+def sweep_of(
+    folder: Path, seeds: int, sizes=(16, 64, 256), scheds=("onecycle",), budgets=EVERY, noises=(0.0, 0.5), effect=0.05
+) -> None:
+    """A planted sweep: larger batches memorize more by `effect` a doubling, under the step budget only."""
+    rng = np.random.default_rng(0)
+    for seed in range(seeds):
+        for sched in scheds:
+            for budget in budgets if sched != "constant" else ("steps",):
+                for noise in noises:
+                    for B in sizes:
+                        length = {"steps": "", "epochs": "--sched-epochs 4", "examples": "--sched-examples 6400"}[budget]
+                        argv = f"--dataset synthetic --noise {noise} --bs {B} --sched {sched} {length} --epochs 4 --seed {seed} --noise-seed {seed}"
+                        n = math.ceil(1600 / B)
+                        steps = range(0, 4 * n, max(n // 20, 1))
+                        scatter = lambda k=0.004: float(rng.normal(0, k))  # noqa: E731
+                        x = math.log2(B) - 6
+                        found = {
+                            "val/acc": [
+                                (e * n, 0.1 + 0.2 * e - 0.3 * noise - 0.01 * (x - 1 + 2 * noise) ** 2 + scatter())
+                                for e in range(5)
+                            ]
+                        }
+                        found["test/acc"] = [(4 * n, 0.6)]
+                        found["optim/lr"] = [(s, 0.1 * math.sin(math.pi * s / 4 / n)) for s in steps]
+                        found["optim/momentum"] = [(s, 0.9) for s in steps]
+                        if noise:
+                            grow = effect * (budget == "steps")
+                            found["grad/cos_clean_all"] = [(s, 0.8 + scatter(0.05)) for s in steps]
+                            found["grad/cos_clean_noisy"] = [(s, 0.2 + scatter(0.05)) for s in steps]
+                            found["null/cos_clean_all"] = [(s, 0.9 + 0.01 * x) for s in steps]
+                            found["null/cos_clean_noisy"] = [(s, 0.6 + 0.05 * x) for s in steps]
+                            found["corrected/cos_clean_noisy"] = [(s, 0.3) for s in steps][3::4]
+                            found["isotropy/participation"] = [(s, 3.0 + scatter()) for s in steps][::4]
+                            found["isotropy/isotropic"] = [(s, 7.0) for s in steps][::4]
+                            found["train/acc_noisy"] = [(s, 0.1 + scatter(0.05)) for s in steps]
+                            memorized = 0.2 + grow * x + scatter()
+                            found["probe/memorized"] = [(e * n, memorized * e / 4) for e in range(5)]
+                            found["probe/recovered"] = [(e * n, 0.1 + 0.1 * e) for e in range(5)]
+                            found["probe/other"] = [(e * n, 1 - memorized * e / 4 - 0.1 - 0.1 * e) for e in range(5)]
+                        plant(folder, argv, found)
+                        if budget == "steps" and not noise and sched == "onecycle":
+                            pair = {
+                                "grad/cos_clean_noisy": [(s, 0.6 + scatter()) for s in steps],
+                                "null/cos_clean_noisy": [(s, 0.6) for s in steps],
+                            }
+                            pair["corrected/cos_clean_noisy"] = [(s, 1.0 + scatter(0.02)) for s in steps]
+                            plant(folder, argv, pair, fake=0.5)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def test_events_are_read_as_tensorboard_reads_them(go):
+    folder = go("--noise", "0.5")
+    ours = results.read_events(folder)
+    theirs = series(folder)
+    assert ours.keys() == theirs.keys()
+    for tag, points in theirs.items():
+        assert list(zip(ours[tag][0].tolist(), ours[tag][1].tolist(), strict=True)) == points, tag
+    run = results.read_folder(folder)
+    assert run.finished and run.cell.noise == 0.5 and run.cell.B == 32 and run.budget == "any" and run.steps_per_epoch == 5
+
+
+def test_a_run_that_is_being_written_reads_as_far_as_it_goes(tmp_path):
+    path = plant(tmp_path, "--bs 16", {"val/acc": [(s, s / 10) for s in range(10)]}, status="running")
+    (events,) = path.glob("events*")
+    whole = events.read_bytes()
+    for cut in (len(whole) - 5, len(whole) - 40, 10):
+        events.write_bytes(whole[:cut])
+        steps = results.read_events(path).get("val/acc", ((), ()))[0]
+        assert list(steps) == list(range(len(steps))) and len(steps) < 10
+
+
+def test_new_style_scalars_and_doubled_steps(tmp_path):
+    writer = SummaryWriter(str(tmp_path))
+    writer.add_scalar("a", 1.0, 3, new_style=True)
+    writer.add_scalar("a", 2.0, 5)
+    writer.add_scalar("a", 3.0, 5)
+    writer.add_scalar("b", math.nan, 5)
+    writer.close()
+    found = results.read_events(tmp_path)
+    assert {k: [v.tolist() for v in s] for k, s in found.items()} == {"a": [[3, 5], [1.0, 3.0]]}
+
+
+@pytest.mark.parametrize("what", ["absent", "empty folder", "text", "wrong npz", "broken config"])
+def test_bad_input_is_one_line_and_status_2(what, tmp_path, capsys):
+    path = tmp_path / "in"
+    if what == "empty folder":
+        path.mkdir()
+    elif what == "text":
+        path = tmp_path / "in.csv"
+        path.write_text("a,b\n1,2\n")
+    elif what == "wrong npz":
+        path = tmp_path / "in.npz"
+        np.savez(path, x=np.zeros(3))
+    elif what == "broken config":
+        plant(path, "--bs 16", {"val/acc": [(0, 0.1)]})
+        next(path.glob("*/config.json")).write_text("{")
+    assert report.main([str(path), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("report.py: error: ") and err.count("\n") == 1 and "in" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_says_where_the_report_goes(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------- smoothing
+
+
+def test_smoothing_by_hand():
+    mean, spread = figures.smooth(np.array([1.0, 2.0, 4.0]), 0.5)
+    assert mean == pytest.approx([1.0, (2 + 0.5) / 1.5, (4 + 1 + 0.25) / 1.75])
+    assert spread[0] == 0 and spread[1] == pytest.approx(math.sqrt((4 + 0.5) / 1.5 - (2.5 / 1.5) ** 2))
+    assert figures.alpha_of("val/acc") == 0.5 and figures.alpha_of("grad/cos_clean_all") == 0.05
+    assert figures.smooth(np.arange(4.0), 1.0)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_smoothing_is_that_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    values = np.random.default_rng(0).normal(size=300)
+    for alpha in (0.5, 0.05):
+        mean, spread = figures.smooth(values, alpha)
+        assert mean == pytest.approx(pandas.Series(values).ewm(alpha=alpha).mean().to_numpy())
+        assert spread == pytest.approx(pandas.Series(values).ewm(alpha=alpha).std(bias=True).to_numpy(), abs=1e-7)
+
+
+@pytest.fixture(scope="module")
+def curves() -> Path:
+    path = SHARED / "report" / "curves.csv"
+    if not path.is_file():
+        pytest.skip("no ../shared/report/curves.csv beside the repository")
+    return path
+
+
+def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path):
+    """Every drawn line is the exponential average of the file's values at the file's steps."""
+    runs = results.load([str(curves)])
+    assert len(runs) == 18 + 12
+    with open(curves, newline="") as f:
+        table = list(csv.DictReader(f))
+    where = {
+        "4": ("val/acc", 64, 0.5),
+        "7": ("grad/cos_clean_all", 64, 0.05),
+        "10": ("train/acc_noisy", 64, 0.05),
+        "13": ("val/acc", 80, 0.5),
+    }
+    for number, (tag, epochs, alpha) in where.items():
+        chosen = [r for r in runs if r.options["epochs"] == epochs]
+        figure = figures.curves("t", "y", chosen, tag, figures.Look(), with_clean=tag == "val/acc", by_lr=number == "13")
+        drawn = [line for axis in figure.axes for line in axis.get_lines() if line.get_linewidth() > 1.5]
+        lines: dict = {}
+        for row in table:
+            if row["figure"] == number and row["value"]:
+                key = (float(row["noise"]), int(row["batch_size"]), float(row["lr"]))
+                lines.setdefault(key, []).append((int(row["step"]), float(row["value"])))
+        assert len(drawn) == len(lines) == {"4": 18, "7": 12, "10": 12, "13": 12}[number]
+        for line, (_, points) in zip(drawn, sorted(lines.items()), strict=True):
+            x, y = zip(*points, strict=True)
+            want, total = [], 0.0
+            for i, value in enumerate(y):  # written out once more: the normalised weights (1 - alpha)^i
+                total = total * (1 - alpha) + value
+                want.append(total * alpha / (1 - (1 - alpha) ** (i + 1)))
+            assert line.get_xdata().tolist() == list(x)
+            assert line.get_ydata() == pytest.approx(want)
+
+
+def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
+    """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
+    out = tmp_path / "out"
+    assert report.main([str(curves), "--out", str(out), "--reference", str(curves)]) == 0
+    said = (out / "report.md").read_text()
+    rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
+    assert len(rows) == 18 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
+    assert {"figure-04.png", "figure-07.svg", "figure-10.png", "figure-13.svg"} <= {p.name for p in out.iterdir()}
+    verdicts = capsys.readouterr().out
+    assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")
+    assert "0.6958" in said  # figure 4, batch 16, no noise: the last value
+
+
+# ------------------------------------------------------------------------------------------------ figures and verdicts
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("planted")
+    sweep_of(folder, 3)
+    plant(
+        folder,
+        "--dataset synthetic --bs 128 --sched onecycle --epochs 4",
+        {"val/acc": [(0, 0.1)]},
+        "failed",
+        "train/loss is nan at step 3",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(planted, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    assert report.main([str(planted), "--out", str(out), "--x", "epochs"]) == 0
+    return out
+
+
+def test_a_report_from_planted_runs(made):
+    said = (made / "report.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+(?: raw| corrected)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", said, re.M))
+    assert rows["1a raw"] == rows["1a corrected"] == rows["1b"] == "supported"
+    assert rows["2"] == "confounded"  # planted under the step budget only
+    assert rows["4"] == rows["5c"] == "not resolved"
+    assert "train/loss is nan at step 3" in said
+    assert "no finished run that the claim speaks of" in said
+    assert "excludes 0 in the claimed direction" in said  # the rule beside the verdict
+
+
+def test_figures_are_whole_and_the_page_stands_alone(made):
+    stems = {p.stem for p in made.glob("*.png")}
+    assert {"figure-03", "figure-04", "figure-04-epochs", "figure-07", "figure-10", "probes-onecycle-steps"} <= stems
+    assert {"null-cos_clean_all-onecycle-steps", "null-cos_clean_noisy-onecycle-epochs", "ratio", "best-batch"} <= stems
+    page, text = (made / "report.html").read_text(), (made / "report.md").read_text()
+    assert page.count("data:image/png;base64,") == len(stems) == len(re.findall(r"^!\[", text, re.M))
+    assert not re.search(r'src="(?!data:)|href=', page)
+    for stem in stems:
+        assert (made / f"{stem}.png").read_bytes()[:4] == b"\x89PNG" and f"]({stem}.png)" in text
+        ET.parse(made / f"{stem}.svg")
+
+
+def test_what_is_not_there_is_said(tmp_path, capsys):
+    """Runs with validation accuracy alone: figures of the rest are named as absent, findings as not resolved."""
+    for B in (16, 64):
+        plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "report.md").read_text()
+    for tag in (
+        "grad/cos_clean_all",
+        "train/acc_noisy",
+        "null/cos_clean_all",
+        "probe/memorized",
+        "corrected/cos_clean_noisy",
+    ):
+        assert re.search(rf"^- .*no run.* has {tag}", said, re.M), tag
+    assert "its run has no probe/memorized" in said
+    assert set(re.findall(r"\*\*([a-z ]+)\*\*", said)) & {"supported", "not supported", "confounded"} == set()
+
+
+def test_a_single_run_gives_one_page(planted, tmp_path):
+    folder = sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0]
+    assert report.main([str(folder), "--out", str(tmp_path)]) == 0
+    said = (tmp_path / "report.md").read_text()
+    assert said.startswith(f"# {folder.name}") and "| finished |" in said and "run.png" in said
+    number = float(re.search(r"minus its null \| (\S+) \|", said)[1])
+    assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
+
+
+def test_lines_are_means_and_bands_deviations_over_seeds(tmp_path):
+    for seed, v in enumerate((0.2, 0.4)):
+        plant(tmp_path, f"--bs 16 --seed {seed}", {"val/acc": [(s, v + s / 1000) for s in (0, 100, 200)]})
+    plant(tmp_path, "--bs 16 --seed 2", {"val/acc": [(0, 0.6), (100, 0.7)]}, status="running")
+    figure = figures.curves("t", "y", results.load([str(tmp_path)]), "val/acc", figures.Look(), True)
+    (axis,) = figure.axes
+    (line,) = [x for x in axis.get_lines() if x.get_linewidth() > 1.5]
+    assert line.get_xdata().tolist() == [0, 100]  # as far as every seed has got
+    assert line.get_ydata()[0] == pytest.approx(0.4)
+    band = axis.collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(0.4 - np.std([0.2, 0.4, 0.6], ddof=1))
+    assert "3 runs, 3 seeds; 1 not finished" in figure._supxlabel.get_text()
+
+
+def test_x_in_steps_epochs_and_examples(tmp_path):
+    plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
+    (run,) = results.load([str(tmp_path)])
+    steps = run.series["val/acc"][0]
+    assert [figures.along(run, steps, x).tolist() for x in figures.X_LABEL] == [[0, 50, 100], [0, 1, 2], [0, 1600, 3200]]
+
+
+def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
+    """Rate 0.2 is better at batch 64 and worse at 16; each cell is drawn and judged at its own best."""
+    for seed in range(3):
+        for B, lr, acc in ((16, 0.1, 0.6), (16, 0.2, 0.5), (64, 0.1, 0.5), (64, 0.2, 0.7)):
+            for noise in (0, 0.5):
+                argv = f"--bs {B} --lr {lr} --noise {noise} --sched constant --epochs 2 --seed {seed} --noise-seed {seed}"
+                plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    said = (tmp_path / "out" / "report.md").read_text()
+    assert "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
+    (setting,) = report.at_best(results.settings(results.load([str(tmp_path / "runs")])))
+    assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+def test_exported_runs_read_like_runs(planted, tmp_path, capsys):
+    file = tmp_path / "all.npz"
+    assert report.main([str(planted), "--export", str(file)]) == 0
+    a, b = ({r.name: r for r in results.load([str(p)])} for p in (planted, file))
+    assert a.keys() == b.keys()
+    for name, run in a.items():
+        other = b[name]
+        assert (run.options, run.summary, run.resolved) == (other.options, other.summary, other.resolved)
+        assert run.series.keys() == other.series.keys()
+        for tag, (steps, values) in run.series.items():
+            assert other.series[tag][0].tolist() == steps.tolist()
+            if tag.startswith(("val/", "probe/")):
+                assert other.series[tag][1].tolist() == values.tolist()  # event files hold float32
+            assert other.series[tag][1] == pytest.approx(values, rel=2.0**-12)
+    with np.load(file, allow_pickle=False) as z:
+        assert all(z[k].dtype != object for k in z.files)
+    points = sum(len(s) for run in a.values() for s, _ in run.series.values())
+    assert file.stat().st_size < 4 * points
+
+
+def test_files_merge_and_a_finished_run_wins(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    plant(one, "--bs 16", {"val/acc": [(0, 0.1)]}, status="stopped")
+    plant(one, "--bs 32", {"val/acc": [(0, 0.2)]})
+    plant(two, "--bs 16", {"val/acc": [(0, 0.1), (10, 0.4)]})
+    results.export(results.load([str(one)]), tmp_path / "one.npz")
+    merged = {r.name: r for r in results.load([str(two), str(tmp_path / "one.npz")])}
+    assert sorted(merged) == ["bs16", "bs32"] and merged["bs16"].finished and len(merged["bs16"].series["val/acc"][0]) == 2
+
+
+def test_rounding_keeps_what_it_says():
+    values = np.array([0.1, 1 / 3, -7.7e-5, 123.4, 0.5, 0.0, 1.0])
+    assert results.rounded(values) == pytest.approx(values, rel=2.0**-13)
+    assert results.rounded(np.array([0.5, 0.0, 1.0, 0.75])).tolist() == [0.5, 0.0, 1.0, 0.75]

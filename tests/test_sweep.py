@@ -1,0 +1,368 @@
+"""Grids, presets, and the scheduler: what is started, skipped, resumed, reported; with a stand-in for train.py."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import grids
+import options
+import processes
+import results
+import sweep
+from conftest import ROOT, TINY
+from data import InputError
+
+FAKE = Path(__file__).with_name("fake_train.py")
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_train.py."""
+    monkeypatch.setattr(processes, "TRAIN", FAKE)
+    monkeypatch.setattr(processes, "POLL", 0.02)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
+
+
+def history(tmp_path) -> list[list[str]]:
+    return [line.split() for line in (tmp_path / "runs" / "history.txt").read_text().splitlines()]
+
+
+def started(tmp_path) -> list[str]:
+    return [words[1] for words in history(tmp_path) if words[0] == "start"]
+
+
+# ------------------------------------------------------------------------------------------------- grids and presets
+
+
+def test_a_grid_is_every_combination_once():
+    jobs = grids.expand(["noise=0,0.5 bs=16,64 sched=onecycle", "noise=0.5 bs=64,128 sched=onecycle"], [], "--grid")
+    assert [(j.args.noise, j.args.bs) for j in jobs] == [(0, 16), (0, 64), (0.5, 16), (0.5, 64), (0.5, 128)]
+    assert jobs[0].name == "bs16_sched-onecycle" and jobs[0].argv == "--noise 0 --bs 16 --sched onecycle".split()
+
+
+def test_axes_that_move_together_switches_and_defaults():
+    jobs = grids.expand(["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid")
+    found = {(j.args.seed, j.args.noise_seed, j.args.bs, j.args.lr, j.args.no_augment, j.args.subset) for j in jobs}
+    assert found == {
+        (s, s, b, lr, a, n)
+        for s in (0, 7)
+        for b, lr in ((64, 0.05), (128, 0.1))
+        for a in (True, False)
+        for n in (None, 1000)
+    }
+    assert len(jobs) == len(found) == 16
+
+
+def test_options_of_train_pass_through_and_override(fake, capsys):
+    assert fake("--grid", "bs=16,32", "--epochs", "2", "--width", "8", "--dry-run") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("--epochs 2 --width 8" in line for line in lines[:2]) and "2 of 2 runs" in lines[2]
+
+
+def test_seeds_set_initialization_and_noise():
+    jobs = grids.expand(["noise=0.5"], [], "--grid", ["0", "3"])
+    assert [(j.args.seed, j.args.noise_seed) for j in jobs] == [(0, 0), (3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ("bs=16,x", "--bs: 'x' is not a whole number"),
+        ("what=1", "'what' is not an option"),
+        ("bs", "'bs' is not NAME=VALUE"),
+        ("", "it is empty"),
+        ("name=a,b", "'name' is not an option"),
+        ("seed+noise-seed=1:2:3", "not one value for each"),
+        ("no-augment=maybe", "a switch"),
+        ("sched-steps=5 sched-epochs=3", "once"),
+    ],
+)
+def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path):
+    assert fake("--grid", grid) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sweep.py: error: --grid") and said in err and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--preset", "report", "--part", "9"], "--part 9"),
+        (["--grid", "bs=16", "--with-1024"], "--with-1024"),
+        (["--grid", "bs=16", "--name", "x"], "--name"),
+        (["--grid", "bs=16", "--jobs", "0"], "--jobs"),
+        (["--grid", "bs=16", "--wrong", "1"], "--wrong"),
+        (["--grid", "bs=16", "--done", "absent.npz"], "absent.npz"),
+        (["--seeds", "1"], "--preset"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
+    assert fake(*argv) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+
+
+def preset(name: str, *parts: str, sizes: str = grids.REPORT_SIZES) -> list[grids.Job]:
+    chosen = [
+        g.format(sizes=sizes) for part, listed in grids.PRESETS[name].items() if not parts or part in parts for g in listed
+    ]
+    return grids.expand(chosen, [], name)
+
+
+def test_the_reports_study():
+    main, ratio, fmnist = (preset("report", part) for part in ("4-12", "13-14", "15-17"))
+    assert (len(main), len(ratio), len(fmnist), len(preset("report"))) == (54, 24, 18, 96)
+    assert len(preset("report", "4-12", sizes=grids.REPORT_SIZES + ",1024")) == 63
+    plain = options.parse([])
+    for job in main:
+        a = job.args
+        assert (a.dataset, a.model, a.epochs, a.lr, options.sched_steps(a, 1)) == ("cifar10", "resnet18", 64, 0.1, 5000)
+        assert (a.momentum, a.wd, a.val_frac, a.width) == (plain.momentum, plain.wd, 0.2, 64)
+    assert {(j.args.lr, j.args.bs, j.args.epochs, j.args.sched_steps) for j in ratio} == {
+        (lr, B, 80, 25_000) for lr in (0.05, 0.1) for B in (64, 128)
+    }
+    assert {j.args.sched for j in ratio} == {"onecycle", "constant"}
+    assert {(j.args.dataset, j.args.model, j.args.sched, j.args.noise) for j in fmnist} == {
+        ("fmnist", "vgg16", "onecycle", n) for n in (0, 0.2, 0.5)
+    }
+
+
+def test_the_budget_study_matches_schedules_three_ways():
+    jobs = preset("budget", "steps", "epochs", "examples")
+    assert {j.name for j in preset("report", "4-12")} <= {j.name for j in jobs}
+    assert len(jobs) == 54 + 36 + 36
+    length = {"steps": set(), "epochs": set(), "examples": set()}
+    for a in (j.args for j in jobs if j.args.sched == "onecycle"):
+        unit = "epochs" if a.sched_epochs else "examples" if a.sched_examples else "steps"
+        n = -(-40_000 // a.bs)
+        length[unit].add({"steps": 1, "epochs": 1 / n, "examples": a.bs}[unit] * options.sched_steps(a, n))
+    assert length == {"steps": {5000}, "epochs": {64}, "examples": {640_000}}
+
+
+def test_the_quick_study_can_be_judged():
+    """Three seeds, three batch sizes, two budgets, noise and none, and A/A runs."""
+    jobs = preset("quick")
+    assert {j.args.seed for j in jobs} == {0, 1, 2} and all(j.args.seed == j.args.noise_seed for j in jobs)
+    for budget in ("steps", "epochs"):
+        cells = {(j.args.noise, j.args.bs, j.args.seed) for j in preset("quick", budget)}
+        assert len(cells) == 2 * 3 * 3
+    assert len(jobs) == 36 + 3 and {j.args.fake_mask for j in preset("quick", "aa")} == {0.5}
+
+
+# --------------------------------------------------------------------------------------------------------- scheduler
+
+
+def test_everything_runs_once_and_only_once(fake, tmp_path, capsys):
+    argv = ("--grid", "bs=16,32,64 epochs=1", "--jobs", "2", "--threads", "3")
+    assert fake(*argv) == 0
+    assert sorted(started(tmp_path)) == ["bs16_epochs1", "bs32_epochs1", "bs64_epochs1"]
+    assert all(words[2:4] == ["0", "3"] for words in history(tmp_path))
+    assert fake(*argv) == 0
+    assert len(started(tmp_path)) == 3
+    assert "3 were finished" in capsys.readouterr().out
+
+
+def test_jobs_at_a_time_and_their_share_of_the_cores(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "cores", lambda: 4)
+    assert fake("--grid", "bs=16,32,64,128 epochs=2", "--jobs", "2") == 0
+    active = most = 0
+    for what, *_ in history(tmp_path):
+        active += 1 if what == "start" else -1
+        most = max(most, active)
+    assert most == 2 and {words[3] for words in history(tmp_path)} == {"2"}
+
+
+def test_runs_are_spread_over_gpus(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert fake("--grid", "bs=16,32,64,128 epochs=2", "--per-gpu", "2") == 0
+    first = [words for words in history(tmp_path)][:4]
+    assert [w[0] for w in first] == ["start"] * 4 and sorted(w[4] for w in first) == ["4", "4", "6", "6"]
+
+
+def test_a_failure_is_reported_with_its_reason_and_not_repeated(fake, tmp_path, capsys):
+    argv = ("--grid", "noise=0,0.9,0.2 epochs=1")
+    assert fake(*argv) == 1
+    assert "noise0.9_epochs1: failed: train/loss is nan at step 3" in capsys.readouterr().err
+    assert len(started(tmp_path)) == 3  # the failure stopped nothing
+    assert fake(*argv) == 1
+    assert "failed before: train/loss is nan" in capsys.readouterr().err
+    assert len(started(tmp_path)) == 3
+    assert fake(*argv, "--retry-failed") == 1
+    assert started(tmp_path)[3:] == ["noise0.9_epochs1"] and history(tmp_path)[-1][2] == "1"
+
+
+def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
+    assert fake("--grid", "lr=9 epochs=1") == 1
+    assert "--lr 9: too large for a test" in capsys.readouterr().err
+    assert fake("--grid", "lr=9 epochs=1") == 1  # remembered, though there is no folder
+    assert "failed before: train.py: error: --lr 9" in capsys.readouterr().err
+    assert fake("--grid", "wd=9 epochs=1") == 1
+    assert "killed by signal 9" in capsys.readouterr().err
+    assert fake("--grid", "wd=9 epochs=1", "--status") == 0
+    assert "stopped   killed" in capsys.readouterr().out
+
+
+def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys):
+    argv = ("--grid", "bs=16,32,64 epochs=6", "--jobs", "2")
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    before = signal.getsignal(signal.SIGTERM)
+    assert fake(*argv) == 3
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert [w[0] for w in history(tmp_path)] == ["start", "start", "stop", "stop"]
+    capsys.readouterr()
+    assert fake(*argv, "--status") == 0
+    assert "2 stopped, 1 waiting of 3" in capsys.readouterr().out
+    assert fake(*argv) == 0
+    assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1", "1", "0"]
+    for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
+        assert (folder / "steps.txt").read_text().split() == [str(i) for i in range(1, 7)]  # no step twice, none left out
+
+
+def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
+    """SIGKILL leaves the children alive; a new sweep neither starts them twice nor gives them up."""
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+import processes, sweep
+processes.TRAIN = Path({str(FAKE)!r})
+sweep.main(sys.argv[1:])
+"""
+    argv = ["--grid", "bs=16,32 epochs=30", "--jobs", "1", "--runs", str(tmp_path / "runs")]
+    first = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.DEVNULL)
+    summary = tmp_path / "runs" / "bs16_epochs30" / "summary.json"
+    for _ in range(600):
+        if summary.exists():
+            break
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert fake(*argv[:4]) == 0
+    assert started(tmp_path) == ["bs16_epochs30", "bs32_epochs30"]
+
+
+def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path):
+    run = results.Run("bs16_epochs1", {}, {}, {"status": "finished"}, {"val/acc": (np.array([0]), np.array([0.5]))}, "")
+    half = results.Run("bs32_epochs1", {}, {}, {"status": "stopped"}, {}, "")
+    results.export([run, half], tmp_path / "done.npz")
+    assert fake("--grid", "bs=16,32 epochs=1", "--done", str(tmp_path / "done.npz")) == 0
+    assert started(tmp_path) == ["bs32_epochs1"]
+
+
+def test_commands_for_job_arrays_can_be_repeated(fake, tmp_path, capsys):
+    assert fake("--grid", "bs=16,32 epochs=1", "--print-commands") == 0
+    commands = capsys.readouterr().out.splitlines()
+    assert len(commands) == 2 and not (tmp_path / "runs").exists()
+    for line in commands * 2:  # every line resumes, so a second submission does no harm
+        words = shlex.split(line)
+        assert words[0] == sys.executable and "--resume" in words and "--threads" not in words
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        subprocess.run(words, check=True, capture_output=True)
+    assert fake("--grid", "bs=16,32 epochs=1", "--print-commands") == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_without_ray_the_option_says_what_to_install(fake, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert fake("--grid", "bs=16", "--ray", "auto") == 2
+    err = capsys.readouterr().err
+    assert "pip install -r requirements-ray.txt" in err and err.count("\n") == 1
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A local Ray cluster of two nodes of one CPU each."""
+    pytest.importorskip("ray", reason="Ray is optional: pip install -r requirements-ray.txt")
+    import ray
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    made.second = made.add_node(num_cpus=1)
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+def test_on_a_ray_cluster_of_two_nodes(cluster, fake, tmp_path, capsys):
+    """Six runs, two at a time; a failure is reported and stops nothing; nothing is done twice."""
+    argv = ("--grid", "noise=0,0.9 bs=16,32,64 epochs=8", "--ray", cluster.address, "--threads", "1")
+    assert fake(*argv) == 1
+    assert capsys.readouterr().err.count("train/loss is nan") == 3
+    assert len(started(tmp_path)) == 6
+    active = [0]
+    for what, *_ in (words for words in history(tmp_path) if "noise0.9" not in words[1]):
+        active.append(active[-1] + (1 if what == "start" else -1))
+    assert max(active) == 2  # one on each node
+    assert fake(*argv) == 1 and len(started(tmp_path)) == 6
+
+
+def test_a_signal_to_a_sweep_on_ray_lets_the_runs_save(cluster, fake, tmp_path):
+    argv = ("--grid", "bs=16,32,64 epochs=40", "--ray", cluster.address, "--threads", "1")
+    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    assert fake(*argv) == 3
+    assert [w[0] for w in history(tmp_path)] == ["start", "start", "stop", "stop"]
+
+
+def test_a_lost_node_s_run_goes_on_elsewhere(cluster, fake, tmp_path):
+    argv = ("--grid", "bs=16,32 epochs=40", "--ray", cluster.address, "--threads", "1")
+    threading.Timer(2.5, cluster.remove_node, (cluster.second,), {"allow_graceful": False}).start()
+    assert fake(*argv) == 0
+    assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1"]  # one was resumed
+    for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
+        assert (folder / "steps.txt").read_text().split() == [str(i) for i in range(1, 41)]
+
+
+# ---------------------------------------------------------------------------------------------------------- real runs
+
+
+def test_a_real_run_and_a_real_failure(tmp_path, capsys):
+    """train.py itself: one run that finishes, one that its data cannot start."""
+    tiny = [w for w in TINY if w not in ("--bs", "32", "--threads", "1")]
+    assert sweep.main(["--grid", "bs=32,500", "--runs", str(tmp_path), *tiny]) == 1
+    err = capsys.readouterr().err
+    assert "--bs 500: larger than the training split of 160 examples" in err
+    finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
+    assert len(finished) == 1 and json.loads((finished[0] / "summary.json").read_text())["status"] == "finished"
+    assert results.read_folder(finished[0]).finished
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
+    """Killed in its second run and started again: the same series as never killed, and the first run untouched."""
+    own = [*TINY, "--epochs", "25"]
+    argv = ["--grid", "noise=0.5 seed=0,1", *own]
+    names = [job.name for job in grids.expand(["noise=0.5 seed=0,1"], own, "--grid")]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "sweep.py"), *argv, "--runs", str(tmp_path / "killed")], stderr=subprocess.DEVNULL
+    )
+    second = tmp_path / "killed" / names[1]
+    while not (second / "last.ckpt").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 3
+    assert json.loads((second / "summary.json").read_text())["status"] == "stopped"
+    first = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / names[0]).iterdir()}
+    assert sweep.main([*argv, "--runs", str(tmp_path / "killed")]) == 0
+    assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / names[0]).iterdir()}
+    assert sweep.main([*argv, "--runs", str(tmp_path / "whole")]) == 0
+    for name in names:
+        a, b = (results.read_folder(tmp_path / where / name) for where in ("killed", "whole"))
+        assert a.finished and a.series.keys() == b.series.keys()
+        for tag in a.series:
+            assert [v.tolist() for v in a.series[tag]] == [v.tolist() for v in b.series[tag]], tag
+    assert len(json.loads((second / "config.json").read_text())["segments"]) == 2
+
+
+def test_bad_grids_raise_input_errors():
+    with pytest.raises(InputError):
+        grids.axes("bs=", "--grid")
