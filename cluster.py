@@ -17,6 +17,8 @@ def run_on_ray(
 ) -> Counter:
     """Run jobs as tasks of a Ray cluster, whose machines see this code and RUNS under the same paths.
 
+    Where the cluster has GPUs each run asks for `gpu_share` of one, and Ray shows it that one alone.
+
     A task whose machine is lost is given to another one, where the run goes on from its last checkpoint. Raises
     `InputError` without Ray, or where no cluster answers at `address` ("local" starts one here).
     """
@@ -61,7 +63,8 @@ def run_on_ray(
                 child.terminate()
             return child.wait()
 
-    task = ray.remote(work).options(num_cpus=threads, num_gpus=gpu_share, max_retries=retries)
+    gpus = gpu_share if ray.cluster_resources().get("GPU") else 0
+    task = ray.remote(work).options(num_cpus=threads, num_gpus=gpus, max_retries=retries)
     progress, ended, pending = Progress(queue, skipped), Counter(), {}
 
     def submit(job: Job) -> None:

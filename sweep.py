@@ -145,9 +145,8 @@ def run(args, extra: list[str]) -> int:
         return 0
     skipped = len(jobs) - len(queue)
     if args.ray:
-        ended = run_on_ray(
-            queue, runs, args.ray, 1 / args.per_gpu if args.per_gpu > 1 else 0, threads, args.retries, done, skipped
-        )
+        share = 0 if options.parser().parse_args(extra).accelerator == "cpu" else 1 / args.per_gpu
+        ended = run_on_ray(queue, runs, args.ray, share, threads, args.retries, done, skipped)
     else:
         slots = (devices * args.per_gpu or [None] * jobs_at_once)[:jobs_at_once]
         slots += [devices[i % len(devices)] for i in range(jobs_at_once - len(slots))] if devices else []
