@@ -11,6 +11,7 @@ import hashlib
 import math
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ class Source(NamedTuple):
 
     `x_train` (N, H, W, C) uint8, `y_train` (N,) int64 true labels, `given` (N,) int64 labels that came with the set
     to be trained on, or None; `x_test`, `y_test` likewise. `mean`, `std` (C,) float per channel, of pixels in 0..1.
+    `flips` (K,) int64 is the class that each class is taken for (itself if for none), or None where nobody knows.
     """
 
     x_train: Tensor
@@ -62,6 +64,12 @@ class Source(NamedTuple):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flips: Tensor | None = None
+
+
+def flip_map(classes: tuple[str, ...], taken_for: dict[str, str]) -> Tensor:
+    """`Source.flips` (K,) from names: each class of `taken_for` becomes its value, the others themselves."""
+    return torch.tensor([classes.index(taken_for.get(name, name)) for name in classes])
 
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -74,6 +82,9 @@ CIFAR10_MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
     "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
 }
+CIFAR10_FLIPS = {  # Patrini et al. 2017 (1609.03683), section 5
+    "truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat",
+}  # fmt: skip
 FMNIST_FOLDER = "FashionMNIST/raw"
 FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the archives
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -81,6 +92,9 @@ FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the arc
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
+FMNIST_FLIPS = {  # Zhang & Sabuncu 2018 (1805.07836), section 4
+    "Ankle boot": "Sneaker", "Sneaker": "Sandal", "Pullover": "Shirt", "Coat": "Dress", "Dress": "Coat",
+}  # fmt: skip
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
@@ -161,6 +175,7 @@ def load_cifar10(args) -> Source:
         tuple(train.classes),
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),  # of all pixels; the widespread 0.2023, 0.1994, 0.2010 is a mistake
+        flip_map(tuple(train.classes), CIFAR10_FLIPS),
     )
 
 
@@ -178,8 +193,17 @@ def load_fmnist(args) -> Source:
 
     ready(make, args.data_dir, FMNIST_FOLDER, FMNIST_MD5)
     train, test = (FashionMNIST(args.data_dir, train=part) for part in (True, False))
+    names = tuple(train.classes)
     return Source(
-        pixels(train), train.targets, None, pixels(test), test.targets, tuple(train.classes), (0.2860,), (0.3530,)
+        pixels(train),
+        train.targets,
+        None,
+        pixels(test),
+        test.targets,
+        names,
+        (0.2860,),
+        (0.3530,),
+        flip_map(names, FMNIST_FLIPS),
     )
 
 
@@ -259,11 +283,14 @@ def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def load_synthetic(args) -> Source:
-    """The drawn set (`synthetic`), `--synthetic-train` and `--synthetic-test` images; always from seed 0."""
+    """The drawn set (`synthetic`), `--synthetic-train` and `--synthetic-test` images; always from seed 0.
+
+    A plain shape and the same shape striped are taken for each other.
+    """
     x, y = synthetic(args.synthetic_train, 0, "train")
     x_test, y_test = synthetic(args.synthetic_test, 0, "test")
     names = tuple(f"{fill} {shape}" for fill in FILLS for shape in SHAPES)
-    return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x))
+    return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x), torch.arange(10).roll(5))
 
 
 def load_npz(path: str) -> Source:
@@ -313,7 +340,11 @@ def load_npz(path: str) -> Source:
     )
 
 
-DATASETS = {"cifar10": load_cifar10, "fmnist": load_fmnist, "synthetic": load_synthetic}  # a new set is one entry
+DATASETS = {  # a new set is one entry
+    "cifar10": load_cifar10,
+    "fmnist": load_fmnist,
+    "synthetic": load_synthetic,
+}
 
 
 def load(args) -> Source:
@@ -413,8 +444,22 @@ def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:
 class TrainSet:
     """The training split on the device. `labels` are trained on, `true` are the truth; noisy means that they differ."""
 
-    def __init__(self, images: Tensor, labels: Tensor, true: Tensor, mean, std, device, augment: bool) -> None:
-        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU."""
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        true: Tensor,
+        mean,
+        std,
+        device,
+        augment: bool,
+        by_epoch: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU.
+
+        `by_epoch`, epoch -> labels (n,), takes the place of `labels` where they change with the epoch.
+        """
+        self.by_epoch = by_epoch
         self.pad = PAD if augment else 0
         self.images = Images(images, mean, std, device, self.pad, mirror=augment)
         self.labels, self.true, self.device, self.augment = labels, true, device, augment
@@ -435,7 +480,8 @@ class TrainSet:
             g = generator(seed, "augment", epoch)
             dy, dx = torch.randint(2 * self.pad + 1, (2, n), generator=g)
             flip = torch.randint(2, (n,), generator=g)
-        labels, true = self.labels[index], self.true[index]
+        labels = self.labels if self.by_epoch is None else self.by_epoch(epoch)
+        labels, true = labels[index], self.true[index]
         starts = self.images.starts(index, dy, dx, flip)
         on_device = (t.to(self.device, non_blocking=True) for t in (index, starts, labels, true))
         return Epoch(*on_device, noisy=labels != true)
