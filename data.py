@@ -7,11 +7,14 @@ and flip. A batch is then a gather of whole pixel rows, without a DataLoader and
 Shapes: N examples of the set, n of a split, B of a batch, K classes, C channels, H x W pixels.
 """
 
+import csv
 import hashlib
 import math
+import pickle
 import socket
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,6 +88,12 @@ CIFAR10_MD5 = {
 CIFAR10_FLIPS = {  # Patrini et al. 2017 (1609.03683), section 5
     "truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat",
 }  # fmt: skip
+CIFAR100_FOLDER = "cifar-100-python"
+CIFAR100_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 FMNIST_FOLDER = "FashionMNIST/raw"
 FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the archives
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -176,6 +185,38 @@ def load_cifar10(args) -> Source:
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),  # of all pixels; the widespread 0.2023, 0.1994, 0.2010 is a mistake
         flip_map(tuple(train.classes), CIFAR10_FLIPS),
+    )
+
+
+def load_cifar100(args) -> Source:
+    """CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images (32, 32, 3) of 100 classes in 20 superclasses.
+
+    A class is taken for the next of its superclass, the fifth for the first (Patrini et al. 2017, section 5). Which
+    class is in which superclass is read from the set's own coarse labels.
+    """
+    from torchvision.datasets import CIFAR100
+
+    def make(root):
+        return CIFAR100(root, train=True, download=True)
+
+    ready(make, args.data_dir, CIFAR100_FOLDER, CIFAR100_MD5)
+    train, test = (CIFAR100(args.data_dir, train=part) for part in (True, False))
+    with open(Path(args.data_dir) / CIFAR100_FOLDER / "train", "rb") as f:
+        coarse = torch.tensor(pickle.load(f, encoding="latin1")["coarse_labels"])  # the published bytes, just checked
+    x, y = torch.from_numpy(train.data), torch.tensor(train.targets)
+    flips = torch.arange(len(train.classes))
+    for superclass in coarse.unique():
+        members = y[coarse == superclass].unique()  # sorted
+        flips[members] = members.roll(-1)
+    return Source(
+        x,
+        y,
+        None,
+        torch.from_numpy(test.data),
+        torch.tensor(test.targets),
+        tuple(train.classes),
+        *pixel_statistics(x),
+        flips,
     )
 
 
@@ -340,16 +381,92 @@ def load_npz(path: str) -> Source:
     )
 
 
+GIVEN = "train_noisy.csv"  # in a folder of images: file below train/, class to train on
+
+
+def load_folder(path: str, size: int) -> Source:
+    """An own set in a folder: `train/CLASS/*.png` and `test/CLASS/*.png` (or jpg, ...), read as by `ImageFolder`.
+
+    The shorter side is resized to `size` pixels (bilinear, antialias) and the middle (size, size) cut out; grey if
+    every pixel of every image is, else colour. Classes are numbered in the order of their names. An optional
+    `train_noisy.csv` gives files of the training set another class to train on: lines `CLASS/FILE,OTHER CLASS`.
+    Raises `InputError` naming the first file that does not fit.
+    """
+    from torchvision.datasets import ImageFolder
+
+    said, parts = f"--dataset {path}", {}
+    for part in ("train", "test"):
+        try:
+            parts[part] = ImageFolder(str(Path(path) / part))
+        except OSError as e:  # no folder, no class in it, no image in a class
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(f"{said}: needs {part}/CLASS/*.png or the like ({why})") from e
+    names = tuple(parts["train"].classes)
+    if len(names) < 2:
+        raise InputError(f"{said}: train/ holds one class only")
+    if tuple(parts["test"].classes) != names:
+        odd = sorted(set(names) ^ set(parts["test"].classes))
+        raise InputError(f"{said}: train/ and test/ hold different classes ({', '.join(odd[:5])})")
+    x, y = {}, {}
+    for part, found in parts.items():
+        with ThreadPoolExecutor() as pool:  # decoding does not hold the interpreter; the order stays
+            x[part] = torch.stack(list(pool.map(lambda sample: pixels_of(sample[0], size, said), found.samples)))
+        y[part] = torch.tensor(found.targets)
+    if all(bool((a == a[..., :1]).all()) for a in x.values()):
+        x = {part: a[..., :1].contiguous() for part, a in x.items()}
+    given = given_labels(Path(path), parts["train"], said)
+    return Source(x["train"], y["train"], given, x["test"], y["test"], names, *pixel_statistics(x["train"]))
+
+
+def pixels_of(path: str, size: int, said: str) -> Tensor:
+    """An image file as (size, size, 3) uint8. Raises `InputError`."""
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as TF
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
+                raise InputError(f"{said}: {path} has pixels of more than 8 bits (mode {image.mode})")
+            whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except InputError:
+        raise
+    except Exception as e:  # Pillow raises all sorts for a damaged file
+        raise InputError(f"{said}: {path} is not a readable image ({type(e).__name__})") from e
+    small = TF.resize(whole, [size], TF.InterpolationMode.BILINEAR, antialias=True)
+    return TF.center_crop(small, [size, size]).permute(1, 2, 0).contiguous()
+
+
+def given_labels(folder: Path, train, said: str) -> Tensor | None:
+    """Labels (N,) with the changes that `train_noisy.csv` lists, or None without that file. Raises `InputError`."""
+    if not (folder / GIVEN).exists():
+        return None
+    position = {Path(name).relative_to(folder / "train").as_posix(): i for i, (name, _) in enumerate(train.samples)}
+    labels = list(train.targets)
+    try:
+        with open(folder / GIVEN, newline="", encoding="utf-8") as f:
+            rows = [row for row in csv.reader(f) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{said}: {GIVEN} cannot be read ({type(e).__name__})") from e
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2 or row[0] not in position or row[1] not in train.class_to_idx:
+            raise InputError(f"{said}: {GIVEN}, entry {number}: '{','.join(row)}' is not a file of train/ and a class")
+        labels[position[row[0]]] = train.class_to_idx[row[1]]
+    return torch.tensor(labels)
+
+
 DATASETS = {  # a new set is one entry
     "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
     "fmnist": load_fmnist,
     "synthetic": load_synthetic,
 }
 
 
 def load(args) -> Source:
-    """The set `args.dataset` names (one of `DATASETS` or an `.npz` path). Raises `InputError`."""
-    return DATASETS[args.dataset](args) if args.dataset in DATASETS else load_npz(args.dataset)
+    """The set `args.dataset` names: one of `DATASETS`, an `.npz` path or a folder of images. Raises `InputError`."""
+    if args.dataset in DATASETS:
+        return DATASETS[args.dataset](args)
+    return load_folder(args.dataset, args.image_size) if Path(args.dataset).is_dir() else load_npz(args.dataset)
 
 
 def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tuple[Tensor, Tensor]:

@@ -212,7 +212,8 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     if source.given is not None:
         if args.noise is not None or kind != "uniform":
             option = f"--noise {args.noise}" if args.noise is not None else f"--noise-type {kind}"
-            raise InputError(f"{option}: {args.dataset} brings its own noisy labels (y_train_noisy)")
+            where = "y_train_noisy" if args.dataset.endswith(".npz") else data.GIVEN
+            raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({where})")
         labels = source.given[index]
         rate = (source.given != source.y_train).double().mean().item()
         return labels, ledger("given", rate, None, index, true, labels, K), None

@@ -57,6 +57,7 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 
 share = number(0, 1, "a number from 0 to 1")
 count = number(1, 2**31, "a whole number from 1", int)
+image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
 seed = number(0, 2**63 - 1, "a whole number from 0", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
@@ -70,9 +71,10 @@ def data_options(p: Parser):
     """Add the options that choose a data set; returns their group."""
     g = p.add_argument_group("data")
     g.add_argument(
-        "--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, or a path to an .npz"
+        "--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, a path to an .npz or a folder"
     )
     g.add_argument("--data-dir", default="data", metavar="DIR", help="where torchvision's folders lie or go")
+    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (32)")
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
@@ -181,13 +183,18 @@ def check(args: argparse.Namespace) -> None:
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the choice of the data set."""
-    wrong = []
-    if args.dataset not in DATASETS:
+    """What is wrong with the choice of the data set; fills in a folder's image size."""
+    wrong, folder = [], args.dataset not in DATASETS and Path(args.dataset).is_dir()
+    if args.dataset not in DATASETS and not folder:
         if not args.dataset.endswith(".npz"):
-            wrong.append(f"--dataset '{args.dataset}': neither one of {', '.join(DATASETS)} nor a path to an .npz")
+            sets = ", ".join(DATASETS)
+            wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
         elif not Path(args.dataset).is_file():
             wrong.append(f"--dataset {args.dataset}: there is no such file")
+    if folder:
+        args.image_size = args.image_size or 32
+    elif args.image_size:
+        wrong.append(f"--image-size {args.image_size}: only a folder of images is resized, not {args.dataset}")
     return wrong
 
 
@@ -216,6 +223,7 @@ def run_name(args: argparse.Namespace) -> str:
     """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`."""
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
+    defaults["image_size"] = 32  # of a folder
     parts = []
     for key, value in vars(args).items():
         if key in PLACE or value in (None, defaults[key]) or (key == "noise" and value == 0):
