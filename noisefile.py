@@ -128,7 +128,8 @@ def read_pt(path: str, name: str | None, option: str) -> LabelFile:
     names = [k for k in found if k != CLEAN]
     if name not in names:
         given = f"has no labels '{name}'" if name else "holds several sets of labels"
-        raise InputError(f"{said}: {given}; --noise-labels must be one of {', '.join(names)}")
+        how = "--noise-labels must be" if option == "--noise-file" else f"give {path}:LABELS, LABELS being"
+        raise InputError(f"{said}: {given}; {how} one of {', '.join(names)}")
     true = labels(found[CLEAN], CLEAN, said)
     return LabelFile(None, true, labels(found[name], name, said, true))
 
@@ -312,14 +313,11 @@ def compare(one: str, other: str) -> str:
     files = [read(*named(text), "compare") for text in (one, other)]
     a, b = files
     ia, ib = (torch.arange(len(f.true)) if f.index is None else f.index for f in files)
-    common, at = np.intersect1d(ia.numpy(), ib.numpy(), return_indices=True)[0], {}
+    common, at_a, at_b = np.intersect1d(ia.numpy(), ib.numpy(), assume_unique=True, return_indices=True)
     if len(common) == 0:
         raise InputError(f"compare {one}, {other}: the files have no example in common")
-    for name, i in (("a", ia), ("b", ib)):
-        order = i.argsort()
-        at[name] = order[torch.searchsorted(i[order], torch.from_numpy(common))]
-    true, la, lb = a.true[at["a"]], a.label[at["a"]], b.label[at["b"]]
-    different = int((true != b.true[at["b"]]).sum())
+    true, la, lb = a.true[at_a], a.label[at_a], b.label[at_b]
+    different = int((true != b.true[at_b]).sum())
     if different:
         raise InputError(
             f"compare {one}, {other}: true labels differ for {different} of {len(common)} examples: "

@@ -252,6 +252,8 @@ def test_inspect_cifar10n(human, capsys):
     assert noise.main(["inspect", human]) == 0
     rows = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
     assert {k: float(v) for k, v in rows.items()} == LABELS
+    refused(capsys, ["compare", human, human], f"{human}:LABELS", *LABELS)
+    refused(capsys, ["inspect", f"{human}:worst"], "no labels 'worst'", "worse_label")
 
 
 def test_the_command_as_a_process(tmp_path):
