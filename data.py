@@ -7,10 +7,14 @@ and flip. A batch is then a gather of whole pixel rows, without a DataLoader and
 Shapes: N examples of the set, n of a split, B of a batch, K classes, C channels, H x W pixels.
 """
 
+import csv
 import hashlib
 import math
+import pickle
 import socket
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,6 +56,7 @@ class Source(NamedTuple):
 
     `x_train` (N, H, W, C) uint8, `y_train` (N,) int64 true labels, `given` (N,) int64 labels that came with the set
     to be trained on, or None; `x_test`, `y_test` likewise. `mean`, `std` (C,) float per channel, of pixels in 0..1.
+    `flips` (K,) int64 is the class that each class is taken for (itself if for none), or None where nobody knows.
     """
 
     x_train: Tensor
@@ -62,6 +67,12 @@ class Source(NamedTuple):
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flips: Tensor | None = None
+
+
+def flip_map(classes: tuple[str, ...], taken_for: dict[str, str]) -> Tensor:
+    """`Source.flips` (K,) from names: each class of `taken_for` becomes its value, the others themselves."""
+    return torch.tensor([classes.index(taken_for.get(name, name)) for name in classes])
 
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -74,6 +85,15 @@ CIFAR10_MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
     "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
 }
+CIFAR10_FLIPS = {  # Patrini et al. 2017 (1609.03683), section 5
+    "truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat",
+}  # fmt: skip
+CIFAR100_FOLDER = "cifar-100-python"
+CIFAR100_MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 FMNIST_FOLDER = "FashionMNIST/raw"
 FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the archives
     "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
@@ -81,6 +101,9 @@ FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the arc
     "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
     "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
 }
+FMNIST_FLIPS = {  # Zhang & Sabuncu 2018 (1805.07836), section 4
+    "Ankle boot": "Sneaker", "Sneaker": "Sandal", "Pullover": "Shirt", "Coat": "Dress", "Dress": "Coat",
+}  # fmt: skip
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 
 
@@ -161,6 +184,39 @@ def load_cifar10(args) -> Source:
         tuple(train.classes),
         (0.4914, 0.4822, 0.4465),
         (0.2470, 0.2435, 0.2616),  # of all pixels; the widespread 0.2023, 0.1994, 0.2010 is a mistake
+        flip_map(tuple(train.classes), CIFAR10_FLIPS),
+    )
+
+
+def load_cifar100(args) -> Source:
+    """CIFAR-100 (Krizhevsky 2009): 50,000 and 10,000 images (32, 32, 3) of 100 classes in 20 superclasses.
+
+    A class is taken for the next of its superclass, the fifth for the first (Patrini et al. 2017, section 5). Which
+    class is in which superclass is read from the set's own coarse labels.
+    """
+    from torchvision.datasets import CIFAR100
+
+    def make(root):
+        return CIFAR100(root, train=True, download=True)
+
+    ready(make, args.data_dir, CIFAR100_FOLDER, CIFAR100_MD5)
+    train, test = (CIFAR100(args.data_dir, train=part) for part in (True, False))
+    with open(Path(args.data_dir) / CIFAR100_FOLDER / "train", "rb") as f:
+        coarse = torch.tensor(pickle.load(f, encoding="latin1")["coarse_labels"])  # the published bytes, just checked
+    x, y = torch.from_numpy(train.data), torch.tensor(train.targets)
+    flips = torch.arange(len(train.classes))
+    for superclass in coarse.unique():
+        members = y[coarse == superclass].unique()  # sorted
+        flips[members] = members.roll(-1)
+    return Source(
+        x,
+        y,
+        None,
+        torch.from_numpy(test.data),
+        torch.tensor(test.targets),
+        tuple(train.classes),
+        *pixel_statistics(x),
+        flips,
     )
 
 
@@ -178,8 +234,17 @@ def load_fmnist(args) -> Source:
 
     ready(make, args.data_dir, FMNIST_FOLDER, FMNIST_MD5)
     train, test = (FashionMNIST(args.data_dir, train=part) for part in (True, False))
+    names = tuple(train.classes)
     return Source(
-        pixels(train), train.targets, None, pixels(test), test.targets, tuple(train.classes), (0.2860,), (0.3530,)
+        pixels(train),
+        train.targets,
+        None,
+        pixels(test),
+        test.targets,
+        names,
+        (0.2860,),
+        (0.3530,),
+        flip_map(names, FMNIST_FLIPS),
     )
 
 
@@ -259,11 +324,14 @@ def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def load_synthetic(args) -> Source:
-    """The drawn set (`synthetic`), `--synthetic-train` and `--synthetic-test` images; always from seed 0."""
+    """The drawn set (`synthetic`), `--synthetic-train` and `--synthetic-test` images; always from seed 0.
+
+    A plain shape and the same shape striped are taken for each other.
+    """
     x, y = synthetic(args.synthetic_train, 0, "train")
     x_test, y_test = synthetic(args.synthetic_test, 0, "test")
     names = tuple(f"{fill} {shape}" for fill in FILLS for shape in SHAPES)
-    return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x))
+    return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x), torch.arange(10).roll(5))
 
 
 def load_npz(path: str) -> Source:
@@ -313,12 +381,92 @@ def load_npz(path: str) -> Source:
     )
 
 
-DATASETS = {"cifar10": load_cifar10, "fmnist": load_fmnist, "synthetic": load_synthetic}  # a new set is one entry
+GIVEN = "train_noisy.csv"  # in a folder of images: file below train/, class to train on
+
+
+def load_folder(path: str, size: int) -> Source:
+    """An own set in a folder: `train/CLASS/*.png` and `test/CLASS/*.png` (or jpg, ...), read as by `ImageFolder`.
+
+    The shorter side is resized to `size` pixels (bilinear, antialias) and the middle (size, size) cut out; grey if
+    every pixel of every image is, else colour. Classes are numbered in the order of their names. An optional
+    `train_noisy.csv` gives files of the training set another class to train on: lines `CLASS/FILE,OTHER CLASS`.
+    Raises `InputError` naming the first file that does not fit.
+    """
+    from torchvision.datasets import ImageFolder
+
+    said, parts = f"--dataset {path}", {}
+    for part in ("train", "test"):
+        try:
+            parts[part] = ImageFolder(str(Path(path) / part))
+        except OSError as e:  # no folder, no class in it, no image in a class
+            why = (str(e).splitlines() or [""])[0]
+            raise InputError(f"{said}: needs {part}/CLASS/*.png or the like ({why})") from e
+    names = tuple(parts["train"].classes)
+    if len(names) < 2:
+        raise InputError(f"{said}: train/ holds one class only")
+    if tuple(parts["test"].classes) != names:
+        odd = sorted(set(names) ^ set(parts["test"].classes))
+        raise InputError(f"{said}: train/ and test/ hold different classes ({', '.join(odd[:5])})")
+    x, y = {}, {}
+    for part, found in parts.items():
+        with ThreadPoolExecutor() as pool:  # decoding does not hold the interpreter; the order stays
+            x[part] = torch.stack(list(pool.map(lambda sample: pixels_of(sample[0], size, said), found.samples)))
+        y[part] = torch.tensor(found.targets)
+    if all(bool((a == a[..., :1]).all()) for a in x.values()):
+        x = {part: a[..., :1].contiguous() for part, a in x.items()}
+    given = given_labels(Path(path), parts["train"], said)
+    return Source(x["train"], y["train"], given, x["test"], y["test"], names, *pixel_statistics(x["train"]))
+
+
+def pixels_of(path: str, size: int, said: str) -> Tensor:
+    """An image file as (size, size, 3) uint8. Raises `InputError`."""
+    from PIL import Image
+    from torchvision.transforms.v2 import functional as TF
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
+                raise InputError(f"{said}: {path} has pixels of more than 8 bits (mode {image.mode})")
+            whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except InputError:
+        raise
+    except Exception as e:  # Pillow raises all sorts for a damaged file
+        raise InputError(f"{said}: {path} is not a readable image ({type(e).__name__})") from e
+    small = TF.resize(whole, [size], TF.InterpolationMode.BILINEAR, antialias=True)
+    return TF.center_crop(small, [size, size]).permute(1, 2, 0).contiguous()
+
+
+def given_labels(folder: Path, train, said: str) -> Tensor | None:
+    """Labels (N,) with the changes that `train_noisy.csv` lists, or None without that file. Raises `InputError`."""
+    if not (folder / GIVEN).exists():
+        return None
+    position = {Path(name).relative_to(folder / "train").as_posix(): i for i, (name, _) in enumerate(train.samples)}
+    labels = list(train.targets)
+    try:
+        with open(folder / GIVEN, newline="", encoding="utf-8") as f:
+            rows = [row for row in csv.reader(f) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{said}: {GIVEN} cannot be read ({type(e).__name__})") from e
+    for number, row in enumerate(rows, 1):
+        if len(row) != 2 or row[0] not in position or row[1] not in train.class_to_idx:
+            raise InputError(f"{said}: {GIVEN}, entry {number}: '{','.join(row)}' is not a file of train/ and a class")
+        labels[position[row[0]]] = train.class_to_idx[row[1]]
+    return torch.tensor(labels)
+
+
+DATASETS = {  # a new set is one entry
+    "cifar10": load_cifar10,
+    "cifar100": load_cifar100,
+    "fmnist": load_fmnist,
+    "synthetic": load_synthetic,
+}
 
 
 def load(args) -> Source:
-    """The set `args.dataset` names (one of `DATASETS` or an `.npz` path). Raises `InputError`."""
-    return DATASETS[args.dataset](args) if args.dataset in DATASETS else load_npz(args.dataset)
+    """The set `args.dataset` names: one of `DATASETS`, an `.npz` path or a folder of images. Raises `InputError`."""
+    if args.dataset in DATASETS:
+        return DATASETS[args.dataset](args)
+    return load_folder(args.dataset, args.image_size) if Path(args.dataset).is_dir() else load_npz(args.dataset)
 
 
 def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tuple[Tensor, Tensor]:
@@ -423,9 +571,24 @@ class TrainSet:
     unless a mask (n,) bool says which examples are to be called noisy (an A/A run's fake one)."""
 
     def __init__(
-        self, images: Tensor, labels: Tensor, true: Tensor, mean, std, device, augment: bool, mask: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        true: Tensor,
+        mean,
+        std,
+        device,
+        augment: bool,
+        mask: Tensor | None = None,
+        by_epoch: Callable[[int], Tensor] | None = None,
     ) -> None:
-        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU."""
+        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU.
+
+        `by_epoch`, epoch -> labels (n,), takes the place of `labels` where they change with the epoch; no example is
+        noisy for good then, and what looks at single examples sees the true labels.
+        """
+        self.by_epoch, self.mask = by_epoch, mask
+        labels = labels if by_epoch is None else true
         self.pad = PAD if augment else 0
         self.images = Images(images, mean, std, device, self.pad, mirror=augment)
         self.labels, self.true, self.device, self.augment = labels, true, device, augment
@@ -447,9 +610,11 @@ class TrainSet:
             g = generator(seed, "augment", epoch)
             dy, dx = torch.randint(2 * self.pad + 1, (2, n), generator=g)
             flip = torch.randint(2, (n,), generator=g)
-        labels, noisy = self.labels[index], self.noisy[index]
+        labels, true = self.labels if self.by_epoch is None else self.by_epoch(epoch), self.true[index]
+        labels = labels[index]
+        noisy = labels != true if self.mask is None else self.mask[index]
         starts = self.images.starts(index, dy, dx, flip)
-        parts = (index, starts, labels, self.true[index], noisy)
+        parts = (index, starts, labels, true, noisy)
         return Epoch(*(t.to(self.device, non_blocking=True) for t in parts), labels, noisy)
 
     def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1) -> Batch:

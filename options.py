@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data import DATASETS, InputError
 from models import DEFAULT_MODEL, GROUP, MODELS
-from noise import NOISES
+from noise import FROM_FILE, TYPES
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.
@@ -21,6 +21,7 @@ PLACE = (
     *("data_dir", "runs", "name", "resume", "checkpoint_minutes"),
     *("accelerator", "devices", "strategy", "num_nodes", "threads"),
 )
+FILES = ("noise_file", "noise_matrix")  # may lie elsewhere when a run is resumed: its labels are compared instead
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu", "cuda"),
@@ -56,6 +57,7 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 
 share = number(0, 1, "a number from 0 to 1")
 count = number(1, 2**31, "a whole number from 1", int)
+image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
 seed = number(0, 2**63 - 1, "a whole number from 0", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
@@ -65,20 +67,36 @@ def devices(text: str):
     return text if text == "auto" else count(text)
 
 
+def data_options(p: Parser):
+    """Add the options that choose a data set; returns their group."""
+    g = p.add_argument_group("data")
+    g.add_argument(
+        "--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, a path to an .npz or a folder"
+    )
+    g.add_argument("--data-dir", default="data", metavar="DIR", help="where torchvision's folders lie or go")
+    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (32)")
+    g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
+    g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
+    g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
+    g.add_argument("--synthetic-test", type=count, default=2_000, metavar="N", help="drawn test images")
+    return g
+
+
+def noise_options(p: Parser) -> None:
+    """Add the options that choose the label noise, but for its seed."""
+    g = p.add_argument_group("noise")
+    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (0)")
+    g.add_argument("--noise-type", choices=TYPES, default="uniform", help="law of a selected example's label")
+    g.add_argument("--noise-matrix", metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
+    g.add_argument("--noise-file", metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt")
+    g.add_argument("--noise-labels", metavar="NAME", help="which labels of a .pt: worse_label, aggre_label, ...")
+
+
 def parser() -> Parser:
     """The options of interface.md. Defaults of None mean "follows from other options" (see `check`)."""
     p = Parser(prog="train.py", description="Train and measure SGD under label noise.", allow_abbrev=False)
-    g = p.add_argument_group("data")
-    g.add_argument("--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, or a path to an .npz")
-    g.add_argument("--data-dir", default="data", metavar="DIR", help="where torchvision's folders lie or go")
-    g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
-    g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
-    g.add_argument("--no-augment", action="store_true", help="no random crop and flip")
-    g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
-    g.add_argument("--synthetic-test", type=count, default=2_000, metavar="N", help="drawn test images")
-    g = p.add_argument_group("noise")
-    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is re-labelled")
-    g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of the new label")
+    data_options(p).add_argument("--no-augment", action="store_true", help="no random crop and flip")
+    noise_options(p)
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=list(MODELS), help="default: vgg16 for fmnist, else resnet18")
     g.add_argument("--width", type=count, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
@@ -144,12 +162,7 @@ def under_fabric_run() -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
-    wrong = []
-    if args.dataset not in DATASETS:
-        if not args.dataset.endswith(".npz"):
-            wrong.append(f"--dataset '{args.dataset}': neither one of {', '.join(DATASETS)} nor a path to an .npz")
-        elif not Path(args.dataset).is_file():
-            wrong.append(f"--dataset {args.dataset}: there is no such file")
+    wrong = data_problems(args) + noise_problems(args)
     args.model = args.model or DEFAULT_MODEL.get(args.dataset, "resnet18")
     if args.model != "resnet18":
         if args.width != 64:
@@ -164,8 +177,6 @@ def check(args: argparse.Namespace) -> None:
     lengths = [f"--sched-{unit}" for unit in ("steps", "epochs", "examples") if getattr(args, f"sched_{unit}")]
     if len(lengths) > 1:
         wrong.append(f"{' and '.join(lengths)}: give the schedule's length once")
-    if args.fake_mask is not None and args.noise:
-        wrong.append(f"--fake-mask {args.fake_mask}: only over clean labels, not with --noise {args.noise}")
     for name in ("runs", "data_dir"):
         if Path(getattr(args, name)).is_file():
             wrong.append(f"--{name.replace('_', '-')} {getattr(args, name)}: is a file, not a folder")
@@ -177,10 +188,48 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("; ".join(wrong))
 
 
+def data_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the choice of the data set; fills in a folder's image size."""
+    wrong, folder = [], args.dataset not in DATASETS and Path(args.dataset).is_dir()
+    if args.dataset not in DATASETS and not folder:
+        if not args.dataset.endswith(".npz"):
+            sets = ", ".join(DATASETS)
+            wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
+        elif not Path(args.dataset).is_file():
+            wrong.append(f"--dataset {args.dataset}: there is no such file")
+    if folder:
+        args.image_size = args.image_size or 32
+    elif args.image_size:
+        wrong.append(f"--image-size {args.image_size}: only a folder of images is resized, not {args.dataset}")
+    return wrong
+
+
+def noise_problems(args: argparse.Namespace) -> list[str]:
+    """What does not go together in the choice of the noise."""
+    wrong, kind = [], args.noise_type
+    if kind in FROM_FILE and args.noise is not None:
+        wrong.append(f"--noise {args.noise}: --noise-type {kind} has the rate of its file; leave --noise out")
+    for option, value, wanted in (
+        ("--noise-file", args.noise_file, kind in FROM_FILE),
+        ("--noise-matrix", args.noise_matrix, kind == "matrix"),
+    ):
+        if wanted and value is None:
+            wrong.append(f"--noise-type {kind}: needs {option} FILE")
+        if value is not None and not wanted:
+            wrong.append(f"{option} {value}: --noise-type {kind} takes none")
+    if args.noise_labels is not None and kind not in FROM_FILE:
+        wrong.append(f"--noise-labels {args.noise_labels}: --noise-type {kind} takes none")
+    if kind == "human" and args.noise_labels is None:
+        names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
+        wrong.append(f"--noise-type human: needs --noise-labels, for CIFAR-10N one of {names}")
+    return wrong
+
+
 def run_name(args: argparse.Namespace) -> str:
     """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`."""
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
+    defaults["image_size"] = 32  # of a folder
     parts = []
     for key, value in vars(args).items():
         if key in PLACE or value in (None, defaults[key]) or (key == "noise" and value == 0):
@@ -190,6 +239,9 @@ def run_name(args: argparse.Namespace) -> str:
             parts.append(key)
         elif key == "dataset":
             parts.append(Path(value).stem)
+        elif key.replace("-", "_") in FILES:
+            path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
+            parts.append(f"{key}-{path.parent.name if path.name == 'noise.npz' else path.stem}")
         else:
             parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{value}")
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)) or "default"
@@ -201,7 +253,7 @@ def run_name(args: argparse.Namespace) -> str:
 def continue_from(args: argparse.Namespace, config: dict) -> None:
     """Take over what a resumed run keeps from its first start, and refuse what differs, by name, in one `InputError`.
 
-    `config` is the run's config.json. Options of `PLACE` may differ; epochs and max-steps may grow.
+    `config` is the run's config.json. Options of `PLACE` and `FILES` may differ; epochs and max-steps may grow.
     """
     first = {**vars(parser().parse_args([])), **config["options"]}  # an option newer than the run has its default
     if args.precision == "auto":
@@ -210,7 +262,7 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
     wrong = []
     for key, value in vars(args).items():
         option, was = f"--{key.replace('_', '-')}", first[key]
-        if key in PLACE or value == was or (key == "noise" and not value and not was):
+        if key in (*PLACE, *FILES) or value == was or (key == "noise" and not value and not was):
             continue
         if key in ("epochs", "max_steps") and (value or math.inf) >= (was or math.inf):
             continue
@@ -233,7 +285,7 @@ def rank_zero() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
 
 
-def complain(message: object) -> None:
+def complain(message: object, program: str = "train.py") -> None:
     """One line on standard error, from rank 0."""
     if rank_zero():
-        print(f"train.py: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)

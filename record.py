@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import noise
+import noisefile
 from data import InputError, Source
 
 LAYOUT = {  # TensorBoard's custom scalars: the report's figures
@@ -84,14 +84,35 @@ def picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...
     """A matplotlib figure of up to 32 uint8 images (m, H, W, C), titled with the true label and, if changed, the given."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    for i, axis in enumerate(figure.subplots(4, 8).flat):
-        axis.axis("off")
+    figure = Figure(figsize=(12, 7.5))  # fixed margins: matplotlib takes as long to find its own as to draw
+    margins = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.05, "hspace": 0.35}
+    for i, axis in enumerate(figure.subplots(4, 8, gridspec_kw=margins).flat):
+        axis.set_axis_off()
         if i >= len(images):
             continue
         axis.imshow(images[i].squeeze(-1).numpy(), cmap="gray" if images.shape[-1] == 1 else None)
         t, y = int(true[i]), int(given[i])
         axis.set_title(classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}", fontsize=8, color="k" if t == y else "r")
+    return figure
+
+
+def matrix_picture(matrix: list[list[float]], classes: tuple[str, ...]):
+    """A matplotlib figure of a transition matrix (K rows of K shares by true class), with numbers up to K = 20."""
+    from matplotlib.figure import Figure
+
+    K = len(classes)
+    figure = Figure(figsize=(7, 6))
+    axis, bar = figure.add_axes((0.2, 0.2, 0.64, 0.75)), figure.add_axes((0.87, 0.2, 0.03, 0.75))
+    figure.colorbar(axis.imshow(matrix, vmin=0, vmax=1, cmap="Blues"), bar, label="share of the true class")
+    axis.set(xlabel="label trained on", ylabel="true label")
+    if K <= 20:
+        axis.set_xticks(range(K), classes, rotation=90)
+        axis.set_yticks(range(K), classes)
+        for k, row in enumerate(matrix):
+            for j, share in enumerate(row):
+                if share:
+                    color = "white" if share > 0.5 else "black"
+                    axis.text(j, k, f"{100 * share:.1f}", ha="center", va="center", fontsize=6, color=color)
     return figure
 
 
@@ -207,10 +228,12 @@ class Record:
         """
         if not self.active:
             return
-        self.guard("noise.npz", noise.save, self.folder / "noise.npz", index, true, label)
+        self.guard("noise.npz", noisefile.save, self.folder / "noise.npz", index, true, label, ledger["dynamic"])
         self.writer.add_custom_scalars(LAYOUT)
         self.writer.add_text("config", as_table(self.config["options"] | self.config["resolved"]))
-        self.writer.add_text("noise", as_table(ledger))
+        self.writer.add_text("noise", as_table({k: v for k, v in ledger.items() if k != "matrix"}))
+        if ledger["matrix"]:
+            self.writer.add_figure("noise/matrix", matrix_picture(ledger["matrix"], source.classes))
         self.writer.add_figure("data/labels", picture(source.x_train[index[:32]], true, label, source.classes))
 
     def log(self, step: int, values: dict) -> None:

@@ -28,6 +28,7 @@ import measure
 import metrics
 import models
 import noise
+import noisefile
 import options
 from data import Batch, Images, InputError, TrainSet
 from hardware import Signals, average_buffers, make_fabric, on_rank_zero, peak_memory_mb, sum_over_ranks, synchronize
@@ -107,8 +108,10 @@ class Job:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
 
 
-def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: Tensor, fabric: Fabric, scaler=None) -> Job:
-    """Put data, model and optimizer on the device. `labels` (n,) are those of the training split to train on."""
+def prepare(
+    args, source: data.Source, indices: tuple[Tensor, Tensor], labels: Tensor, fabric: Fabric, scaler=None, by_epoch=None
+) -> Job:
+    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `noise.relabel`."""
     index, held = indices
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
     stats = source.mean, source.std
@@ -116,7 +119,7 @@ def prepare(args, source: data.Source, indices: tuple[Tensor, Tensor], labels: T
     mask = None
     if args.fake_mask is not None:
         mask = noise.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
-    train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask)
+    train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
     module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
@@ -428,12 +431,14 @@ def run(args, signals: Signals) -> int:
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
     if args.model != "resnet18" and source.x_train.shape[1] < 32:
         raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
-    labels, ledger = noise.relabel(args, source, index)
+    labels, ledger, by_epoch = noise.relabel(args, source, index)
+    if args.fake_mask is not None and ledger["changed"]:
+        raise InputError(f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here")
     if earlier and earlier["noise"]["labels_sha256"] != ledger["labels_sha256"]:
         raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
 
     fabric, scaler = make_fabric(args)
-    job = prepare(args, source, indices, labels, fabric, scaler)
+    job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
     saved = on_rank_zero(fabric, lambda: record.claim(args.resume))
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
@@ -460,7 +465,7 @@ def run(args, signals: Signals) -> int:
             record.start(ledger, index, source.y_train[index], labels, source)
             record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         summarize(job, record, "running")
-        announce(job, record, ledger)
+        announce(job, record, noisefile.describe(ledger, source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
         record.log(job.state["step"], {"test/acc": acc})
@@ -490,15 +495,13 @@ def run(args, signals: Signals) -> int:
     return STATUS[status]
 
 
-def announce(job: Job, record: Record, ledger: dict) -> None:
+def announce(job: Job, record: Record, label_noise: str) -> None:
     """The lines before the progress bar: what will run, and on which labels."""
     if record.active:
         args = job.args
         print(
             f"{args.model} on {args.dataset}: {len(job.train)} training examples, {job.total_steps} steps of {args.bs}, "
-            f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n"
-            f"label noise {ledger['type']}: nominal {ledger['nominal']:.4f}, realised {ledger['realised']:.4f} "
-            f"({ledger['changed']} labels changed), labels sha256 {ledger['labels_sha256'][:16]}",
+            f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n{label_noise}",
             flush=True,
         )
         plan = job.state["plan"]

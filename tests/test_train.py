@@ -55,7 +55,7 @@ def test_tensorboard_gets_layout_text_picture_and_hyperparameters(go):
     events = EventAccumulator(str(folder)).Reload()
     assert {"config/text_summary", "noise/text_summary"} <= set(events.Tags()["tensors"])
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    assert events.Tags()["images"] == ["data/labels"]
+    assert set(events.Tags()["images"]) == {"data/labels", "noise/matrix"}
     plugin = events.SummaryMetadata
     assert plugin("_hparams_/session_start_info").plugin_data.plugin_name == "hparams"
     assert not [p for p in folder.iterdir() if p.is_dir()]  # add_hparams would have made a subfolder
