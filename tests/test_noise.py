@@ -207,7 +207,7 @@ def test_batches_of_dynamic_labels_are_slices_of_the_epoch_on_any_number_of_rank
     n, B, true = 103, 25, labels(103)
     x = torch.zeros(n, 32, 32, 1, dtype=torch.uint8)
     train = data.TrainSet(
-        x, true, true, (0,), (1,), "cpu", True, lambda epoch: noise.dynamic(true, K, 0.5, 9, epoch)
+        x, true, true, (0,), (1,), "cpu", True, by_epoch=lambda epoch: noise.dynamic(true, K, 0.5, 9, epoch)
     )
     seen = []
     for epoch in (0, 1):
