@@ -13,7 +13,14 @@ from processes import LOGS, POLL, Progress, Stop, command, note_failure, state, 
 
 
 def run_on_ray(
-    queue: list[Job], runs: Path, address: str, gpu_share: float, threads: int, retries: int, done: set[str], skipped: int
+    queue: list[Job],
+    runs: Path,
+    address: str,
+    gpu_share: float,
+    threads: int,
+    retries: int,
+    done: set[str],
+    skipped: int,
 ) -> Counter:
     """Run jobs as tasks of a Ray cluster, whose machines see this code and RUNS under the same paths.
 

@@ -350,7 +350,9 @@ def load_npz(path: str) -> Source:
         if a.dtype != np.uint8 or a.ndim not in (3, 4) or len(a) == 0:
             raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not uint8 (N, H, W) or (N, H, W, C)")
         if a.shape[1] != a.shape[2] or not 28 <= a.shape[1] <= 64 or a.shape[3:] not in ((), (1,), (3,)):
-            raise InputError(f"{said}: {name} has shape {a.shape}, not square images of 28 to 64 pixels, grey or colour")
+            raise InputError(
+                f"{said}: {name} has shape {a.shape}, not square images of 28 to 64 pixels, grey or colour"
+            )
     if x.shape[1:] != x_test.shape[1:]:
         raise InputError(f"{said}: x_train has images of shape {x.shape[1:]}, x_test of {x_test.shape[1:]}")
     labels = {}

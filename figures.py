@@ -85,7 +85,9 @@ def along(run: Run, steps: np.ndarray, x: str) -> np.ndarray | None:
     if not run.steps_per_epoch:
         return None
     epochs = steps / run.steps_per_epoch
-    return epochs if x == "epochs" else epochs * (run.resolved.get("train_examples") or run.steps_per_epoch * run.cell.B)
+    return (
+        epochs if x == "epochs" else epochs * (run.resolved.get("train_examples") or run.steps_per_epoch * run.cell.B)
+    )
 
 
 def draw_line(axis, runs: list[Run], tag: str, look: Look, color, style: str = "-") -> bool:
@@ -117,7 +119,9 @@ def draw_line(axis, runs: list[Run], tag: str, look: Look, color, style: str = "
     return True
 
 
-def panels(n: int, title: str, ylabel: str, xlabel: str, rows: int = 1, height: float = 3.3) -> tuple[Figure, np.ndarray]:
+def panels(
+    n: int, title: str, ylabel: str, xlabel: str, rows: int = 1, height: float = 3.3
+) -> tuple[Figure, np.ndarray]:
     """A figure of `rows` x `n` panels with shared axes."""
     figure = Figure(figsize=(max(3.4 * n, 6.0) + 1.2, height * rows + 0.7), layout="constrained")
     axes = figure.subplots(rows, n, sharey="row", sharex=True, squeeze=False)
@@ -343,7 +347,13 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
                 if r.cell.noise == noise:
                     x = findings.ratio(r.cell, with_m)
                     axis.scatter(
-                        x, last(r, "val/acc"), color=colour(r.cell.B), marker=markers[r.cell.sched], s=26, alpha=0.8, lw=0
+                        x,
+                        last(r, "val/acc"),
+                        color=colour(r.cell.B),
+                        marker=markers[r.cell.sched],
+                        s=26,
+                        alpha=0.8,
+                        lw=0,
                     )
     marks = [Line2D([], [], color=colour(B), marker="o", ls="", label=str(B)) for B in sorted({r.cell.B for r in runs})]
     marks += [
@@ -397,7 +407,9 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     axes[0][0].set_yticks([math.log2(B) for B in sizes], [str(B) for B in sizes])
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right center")
-    foot(figure, "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds")
+    foot(
+        figure, "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
+    )
     return figure
 
 
@@ -428,7 +440,9 @@ def single(run: Run, look: Look) -> Figure:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7)
         else:
-            axis.text(0.5, 0.5, f"no {tags[0]} in this run", ha="center", transform=axis.transAxes, color="0.4", fontsize=8)
+            axis.text(
+                0.5, 0.5, f"no {tags[0]} in this run", ha="center", transform=axis.transAxes, color="0.4", fontsize=8
+            )
     foot(figure, "faint: raw values; lines: exponential average, alpha 0.05 (validation accuracy 0.5)")
     return figure
 

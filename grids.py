@@ -23,7 +23,9 @@ PRESETS = {
     "report": {
         "4-12": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],
         "13-14": [RATIO + "sched=onecycle,constant sched-steps=25000"],
-        "15-17": ["dataset=fmnist model=vgg16 epochs=64 lr=0.1 noise=0,0.2,0.5 bs={sizes} sched=onecycle sched-steps=5000"],
+        "15-17": [
+            "dataset=fmnist model=vgg16 epochs=64 lr=0.1 noise=0,0.2,0.5 bs={sizes} sched=onecycle sched-steps=5000"
+        ],
     },
     "budget": {
         "steps": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],

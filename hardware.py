@@ -45,7 +45,9 @@ def resolve(args) -> int:
     if args.devices == "auto":
         args.devices = gpus if on_gpu else 1
     args.num_nodes = int(args.num_nodes)
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun, and so `fabric run`, has started the processes: theirs is the count
+    if (
+        "LOCAL_WORLD_SIZE" in os.environ
+    ):  # torchrun, and so `fabric run`, has started the processes: theirs is the count
         args.devices = int(os.environ["LOCAL_WORLD_SIZE"])
         args.num_nodes = int(os.environ["WORLD_SIZE"]) // args.devices
     try:  # Fabric also takes lists of GPUs, "0,2"
@@ -84,7 +86,9 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     how = {"plugins": MixedPrecision("16-mixed", kind, scaler)} if scaler else {"precision": args.precision}
     # Without SyncBatchNorm each process keeps its own running statistics until they are averaged (`average_buffers`).
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    unsynced = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # renamed in torch 2.15
+    unsynced = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # renamed in torch 2.15
     strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}) if args.strategy == "ddp" else "auto"
     try:
         place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}

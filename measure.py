@@ -136,7 +136,9 @@ def split_values(rows: list[list[Tensor]], own: list[Tensor] | None, batch: Batc
 # -------------------------------------------------------------------------------------------- nulls and controls, per step
 
 
-def full_values(job, batch: Batch, step: int, ahead: Forward, rows: list[list[Tensor]], own: list[Tensor] | None) -> dict:
+def full_values(
+    job, batch: Batch, step: int, ahead: Forward, rows: list[list[Tensor]], own: list[Tensor] | None
+) -> dict:
     """`null/*`, `corrected/*`, `noise_scale/*`, `fresh/*`, `truth/*` of a batch with both sets; waits for the device.
 
     `rows` are those of `split_rows` on `ahead`, `own` a g that is not their sum. Empty where a set is.
@@ -222,7 +224,7 @@ def chunk_estimates(job, batch: Batch, row, base: list[list[float]], products) -
 
 def permuted(job, batch: Batch, step: int, ahead: Forward, g: list[Tensor]) -> dict:
     """`null/permuted_*`: mean and standard deviation of both cosines over R random masks of the noisy set's size."""
-    args, B = job.args, batch.size
+    args = job.args
     found = {"null/permuted_cos_clean_all": [], "null/permuted_cos_clean_noisy": []}
     for r in range(args.permutations):
         mask = random_mask(batch, args.stratify, data.generator(args.seed, f"permutation{r}", step))
@@ -416,7 +418,9 @@ def timed(job, family: str):
 def counted_costs(args, P: int, n_probe: int) -> dict[str, float]:
     """Cost of one measurement of each family beyond the split, in forwards of one example (F = 1, a product 2F)."""
     rows = 2 * args.chunks + args.permutations + 2
-    separate = 2 * args.permutations if args.measure_bn == "separate" else 0  # two forwards of half a batch, one more row
+    separate = (
+        2 * args.permutations if args.measure_bn == "separate" else 0
+    )  # two forwards of half a batch, one more row
     own_forward = 0 if args.measure_bn == "train" else 1
     products = 2 * CURVATURE_PRODUCTS + TRACE_PROBES
     return {
@@ -427,7 +431,9 @@ def counted_costs(args, P: int, n_probe: int) -> dict[str, float]:
     }
 
 
-def schedule_full(args, P: int, n_probe: int, total_steps: int, steps_per_epoch: int, n_train: int, n_eval: int) -> dict:
+def schedule_full(
+    args, P: int, n_probe: int, total_steps: int, steps_per_epoch: int, n_train: int, n_eval: int
+) -> dict:
     """How far apart the full measurements stand so that they cost at most `--measure-budget` of the run.
 
     Everything is counted, nothing timed, so it is the same in every run: 3F an example trained on, F an example

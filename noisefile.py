@@ -148,7 +148,9 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a file can be broken in any way
         wants = re.search(r"GLOBAL (\S+)", str(e))
-        what = f"it wants {wants[1].rstrip('.,')} to be called" if wants else "it is damaged, or holds other than arrays"
+        what = (
+            f"it wants {wants[1].rstrip('.,')} to be called" if wants else "it is damaged, or holds other than arrays"
+        )
         raise InputError(f"{option} {path}: refused, {what}; a .pt may hold integer arrays only") from e
     if not isinstance(found, dict) or CLEAN not in found or not all(isinstance(k, str) for k in found):
         raise InputError(f"{option} {path}: not a dictionary of label arrays with '{CLEAN}', as CIFAR-10N's")

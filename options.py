@@ -116,12 +116,30 @@ def parser() -> Parser:
     g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
     g.add_argument("--measure-bn", choices=["train", "eval", "separate"], default="train", help="BatchNorm's mode")
-    g.add_argument("--measure-budget", type=positive, default=0.05, metavar="X", help="full: cost, as a share of the run's")
-    g.add_argument("--permutations", type=number(0, 1000, "a whole number from 0", int), default=4, metavar="R", help="random masks")
+    g.add_argument(
+        "--measure-budget", type=positive, default=0.05, metavar="X", help="full: cost, as a share of the run's"
+    )
+    g.add_argument(
+        "--permutations",
+        type=number(0, 1000, "a whole number from 0", int),
+        default=4,
+        metavar="R",
+        help="random masks",
+    )
     g.add_argument("--stratify", action="store_true", help="random masks keep each class's share of noisy examples")
-    g.add_argument("--chunks", type=number(2, 64, "a whole number from 2 to 64", int), default=4, metavar="k", help="disjoint parts")
-    g.add_argument("--window", type=count, default=20, metavar="M", help="full measurements that corrected/* accumulates")
-    g.add_argument("--fake-mask", type=share, metavar="X", help="A/A run: call this share of a clean training split noisy")
+    g.add_argument(
+        "--chunks",
+        type=number(2, 64, "a whole number from 2 to 64", int),
+        default=4,
+        metavar="k",
+        help="disjoint parts",
+    )
+    g.add_argument(
+        "--window", type=count, default=20, metavar="M", help="full measurements that corrected/* accumulates"
+    )
+    g.add_argument(
+        "--fake-mask", type=share, metavar="X", help="A/A run: call this share of a clean training split noisy"
+    )
     g = p.add_argument_group("randomness")
     g.add_argument("--seed", type=seed, default=0, help="initialization, order, augmentation")
     g.add_argument("--noise-seed", type=seed, default=0, help="label noise")
@@ -138,7 +156,11 @@ def parser() -> Parser:
     g.add_argument("--runs", default="runs", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     g.add_argument(
-        "--checkpoint-minutes", type=not_negative, default=10.0, metavar="MIN", help="time between checkpoints in an epoch"
+        "--checkpoint-minutes",
+        type=not_negative,
+        default=10.0,
+        metavar="MIN",
+        help="time between checkpoints in an epoch",
     )
     g.add_argument("--name", help="default: made from the options that change the result and are not default")
     return p
@@ -266,7 +288,9 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
             continue
         if key in ("epochs", "max_steps") and (value or math.inf) >= (was or math.inf):
             continue
-        wrong.append(f"{option} was {was} and is {value} now" + " (it may only grow)" * (key in ("epochs", "max_steps")))
+        wrong.append(
+            f"{option} was {was} and is {value} now" + " (it may only grow)" * (key in ("epochs", "max_steps"))
+        )
     if wrong:
         raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
 

@@ -43,7 +43,9 @@ def value(finding: Finding, cell: Cell, effect: float) -> float:
     return 0.9 - (0.2 + effect * (x - 6)) * (cell.noise > 0)
 
 
-def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.Random, run_sd: float = RUN_SD) -> list[Row]:
+def plant(
+    finding: Finding, effects: dict[str, float], seeds: int, rng: random.Random, run_sd: float = RUN_SD
+) -> list[Row]:
     """Rows of one planted sweep for one finding; `effects`: {budget: size}. A/A runs are among them where needed."""
     name = finding.needs
     scale = MARGINS[finding.margin] / MARGINS["acc"] if finding.margin == "cos" else 1.0  # cosines scatter more
@@ -65,7 +67,9 @@ def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.R
                 found = value(finding, cell, effect) + offset + rng.gauss(0, run_sd * scale)
                 rows.append(Row(cell, str(seed), budget, {name: found}))
         if finding.null:
-            rows.append(Row(Cell("onecycle", 0.0, 64), str(seed), "steps", {name: rng.gauss(0, run_sd * scale)}, fake=True))
+            rows.append(
+                Row(Cell("onecycle", 0.0, 64), str(seed), "steps", {name: rng.gauss(0, run_sd * scale)}, fake=True)
+            )
     return rows
 
 

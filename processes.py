@@ -128,7 +128,9 @@ class Progress:
         self.bar.set_postfix_str(", ".join(words))
 
 
-def run_here(queue: list[Job], runs: Path, slots: list[str | None], threads: int, done: set[str], skipped: int) -> Counter:
+def run_here(
+    queue: list[Job], runs: Path, slots: list[str | None], threads: int, done: set[str], skipped: int
+) -> Counter:
     """Run jobs as processes, one in each slot (a GPU, or None for the CPU); returns how they ended.
 
     A run that another process holds is waited for and looked at again. The first signal is passed on to the
@@ -165,7 +167,9 @@ def run_here(queue: list[Job], runs: Path, slots: list[str | None], threads: int
                     finish(job, status, said)
             if stop.asked > passed_on:
                 if not passed_on:
-                    tqdm.write(f"stopping: {len(active)} running runs save and end (again to kill them)", file=sys.stderr)
+                    tqdm.write(
+                        f"stopping: {len(active)} running runs save and end (again to kill them)", file=sys.stderr
+                    )
                 for process in active:
                     process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
                 passed_on = stop.asked
@@ -191,7 +195,12 @@ def run_here(queue: list[Job], runs: Path, slots: list[str | None], threads: int
                 argv = command(job, runs, (runs / job.name).is_dir(), threads)
                 # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
                 process = subprocess.Popen(
-                    argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True
+                    argv,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=env,
+                    start_new_session=True,
                 )
                 active[process] = (job, slot, log, out)
                 progress.show(ended, len(active))

@@ -39,7 +39,12 @@ LAYOUT = {  # TensorBoard's custom scalars: the report's figures
         ],
         "cos(clean, noisy) and random masks": [
             "Multiline",
-            ["grad/cos_clean_noisy", "null/cos_clean_noisy", "null/permuted_cos_clean_noisy$", "corrected/cos_clean_noisy"],
+            [
+                "grad/cos_clean_noisy",
+                "null/cos_clean_noisy",
+                "null/permuted_cos_clean_noisy$",
+                "corrected/cos_clean_noisy",
+            ],
         ],
         "memorized, recovered, other": ["Multiline", ["probe/memorized", "probe/recovered", "probe/other"]],
         "participation ratio and isotropic": ["Multiline", ["isotropy/participation", "isotropy/isotropic"]],
@@ -92,7 +97,9 @@ def picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...
             continue
         axis.imshow(images[i].squeeze(-1).numpy(), cmap="gray" if images.shape[-1] == 1 else None)
         t, y = int(true[i]), int(given[i])
-        axis.set_title(classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}", fontsize=8, color="k" if t == y else "r")
+        axis.set_title(
+            classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}", fontsize=8, color="k" if t == y else "r"
+        )
     return figure
 
 

@@ -273,7 +273,9 @@ def draw(page: Page, settings: list[Setting], look: Look, suffix: str = "") -> N
         for sched in {r.cell.sched for r in s.runs}:
             for budget, words in BUDGET_WORDS.items():
                 runs = [
-                    r for r in s.runs if (r.cell.sched, r.budget) == (sched, budget) or (r.fake and r.cell.sched == sched)
+                    r
+                    for r in s.runs
+                    if (r.cell.sched, r.budget) == (sched, budget) or (r.fake and r.cell.sched == sched)
                 ]
                 if not any(r.budget == budget and not r.fake for r in runs):
                     continue

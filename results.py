@@ -158,7 +158,13 @@ def read_folder(folder: Path) -> Run:
     opts["model"] = opts["model"] or "resnet18"
     opts["noise"] = config.get("noise", {}).get("nominal", opts["noise"])  # a file's noise has no --noise
     return Run(
-        folder.name, opts, config.get("resolved", {}), summary, read_events(folder), str(folder), config.get("versions", {})
+        folder.name,
+        opts,
+        config.get("resolved", {}),
+        summary,
+        read_events(folder),
+        str(folder),
+        config.get("versions", {}),
     )
 
 
@@ -191,7 +197,10 @@ def load(paths: list[str], progress: bool = True) -> list[Run]:
     best: dict[str, Run] = {}
     for run in runs:
         have = best.get(run.name)
-        if have is None or (run.finished, run.summary.get("steps") or 0) >= (have.finished, have.summary.get("steps") or 0):
+        if have is None or (run.finished, run.summary.get("steps") or 0) >= (
+            have.finished,
+            have.summary.get("steps") or 0,
+        ):
             best[run.name] = run
     return list(best.values())
 
@@ -227,7 +236,10 @@ def export(runs: list[Run], path: Path) -> None:
         about = {k: getattr(run, k) for k in ("name", "options", "resolved", "summary", "versions")}
         listed.append(about | {"series": series})
     text = json.dumps({"format": FORMAT, "runs": listed}).encode()
-    arrays |= {"runs": np.frombuffer(text, np.uint8), "values": np.concatenate(values) if values else np.zeros(0, "<f4")}
+    arrays |= {
+        "runs": np.frombuffer(text, np.uint8),
+        "values": np.concatenate(values) if values else np.zeros(0, "<f4"),
+    }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     temporary = path.with_name(path.name + ".tmp")
@@ -364,7 +376,9 @@ def settings(runs: list[Run]) -> list[Setting]:
         named, notes, kept = dict(key), [], members
         parts = [named.get("dataset", "?"), named.get("model", "?"), f"{named.get('epochs', '?')} epochs"]
         rest = [
-            (k.replace("_", "-"), v) for k, v in key if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))
+            (k.replace("_", "-"), v)
+            for k, v in key
+            if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))
         ]
         parts += [k if v == "True" else f"{k} {v}" for k, v in rest]
         for what, of in (("schedule length", lambda r: r.length), ("weight decay", lambda r: r.options["wd"])):

@@ -35,7 +35,9 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
         if part not in parts:
             raise InputError(f"--part {part}: --preset {args.preset} has {', '.join(parts)}")
     sizes = REPORT_SIZES + (",1024" if args.with_1024 else "")
-    grids = [g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids]
+    grids = [
+        g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids
+    ]
     return expand(grids, extra, f"--preset {args.preset}", seeds)
 
 
@@ -66,7 +68,9 @@ def gpus(extra: list[str]) -> list[str]:
 
 
 def parser() -> options.Parser:
-    p = options.Parser(prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False)
+    p = options.Parser(
+        prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False
+    )
     g = p.add_argument_group("what to run")
     what = g.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -139,7 +143,9 @@ def run(args, extra: list[str]) -> int:
             print(shlex.join(command(job, runs, states[job.name][0] == "stopped", threads)))
         counts = Counter(status for status, _ in states.values())
         where = (
-            f"{jobs_at_once} at a time" + (f" on GPU {', '.join(devices)}" if devices else "") + f", {threads} threads each"
+            f"{jobs_at_once} at a time"
+            + (f" on GPU {', '.join(devices)}" if devices else "")
+            + f", {threads} threads each"
         )
         print(f"# {len(queue)} of {len(jobs)} runs to do ({', '.join(f'{n} {s}' for s, n in counts.items())}), {where}")
         return 0

@@ -9,11 +9,9 @@ Shapes: B examples of the global batch, b of them on this process, K classes.
 
 import logging
 import math
-import platform
 import sys
 import time
 import traceback
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,41 +29,16 @@ import noise
 import noisefile
 import options
 from data import Batch, Images, InputError, TrainSet
-from hardware import Signals, average_buffers, make_fabric, on_rank_zero, peak_memory_mb, sum_over_ranks, synchronize
+from hardware import Signals, average_buffers, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from measure import EVAL_BATCH, forward
-from record import NotFinite, Record, load_state, read_json, versions
+from record import NotFinite, Record, load_state, read_json
+from schedules import schedule
+from summary import announce, describe, print_table, summarize
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
 POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
 STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
-
-
-# ------------------------------------------------------------------------------------------------------- schedules
-
-
-def schedule(name: str, step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
-    """(lr, momentum) of the update made at 0-based `step`: a pure function of the step.
-
-    constant; cosine: lr to 0 at step `sched_steps` (Loshchilov & Hutter 2017, no restarts); onecycle: lr from lr/25
-    up to lr over 30 % of the steps and down to lr/25e4 at step sched_steps - 1, momentum 0.95 -> 0.85 -> 0.95
-    (Smith & Topin 2018, torch's defaults). At every step up to the end the values are those of torch's
-    `CosineAnnealingLR` and `OneCycleLR`; afterwards both keep their last value.
-    """
-
-    def anneal(start: float, end: float, part: float) -> float:
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
-
-    if name == "cosine":
-        return anneal(lr, 0.0, min(step, sched_steps) / sched_steps), momentum
-    if name == "onecycle":
-        step, last, top = min(step, sched_steps - 1), sched_steps - 1, 0.3 * sched_steps - 1
-        if step <= top:
-            part = step / top
-            return anneal(lr / 25, lr, part), anneal(0.95, 0.85, part)
-        part = (step - top) / (last - top)
-        return anneal(lr, lr / 25e4, part), anneal(0.85, 0.95, part)
-    return lr, momentum
 
 
 # ------------------------------------------------------------------------------------------------------------- job
@@ -109,7 +82,13 @@ class Job:
 
 
 def prepare(
-    args, source: data.Source, indices: tuple[Tensor, Tensor], labels: Tensor, fabric: Fabric, scaler=None, by_epoch=None
+    args,
+    source: data.Source,
+    indices: tuple[Tensor, Tensor],
+    labels: Tensor,
+    fabric: Fabric,
+    scaler=None,
+    by_epoch=None,
 ) -> Job:
     """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `noise.relabel`."""
     index, held = indices
@@ -370,52 +349,6 @@ def show(bar: tqdm, record: Record) -> None:
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
 
 
-def describe(job: Job, source: data.Source, held: Tensor, ledger: dict) -> dict:
-    """config.json: the options as resolved, what followed from them, the labels and the versions."""
-    on_gpu = job.fabric.device.type == "cuda"
-    machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
-    resolved = {
-        "device": machine,
-        "world_size": job.fabric.world_size,
-        "sched_steps": job.sched_steps,
-        "steps_per_epoch": job.steps_per_epoch,
-        "total_steps": job.total_steps,
-        "parameters": sum(p.numel() for p in job.parameters),
-        "classes": list(source.classes),
-        "train_examples": len(job.train),
-        "val_examples": len(held),
-        "test_examples": len(source.x_test),
-    }
-    return {"options": dict(vars(job.args)), "resolved": resolved, "noise": ledger, "versions": versions()}
-
-
-def summarize(job: Job, record: Record, status: str, reason: str | None = None) -> dict:
-    """Write summary.json and return its content."""
-    state, noisy = job.state, record.recent_noisy
-    epochs, rest = divmod(state["step"], job.steps_per_epoch)
-    content = {
-        "status": status,
-        "reason": reason,
-        "val_acc": record.latest.get("val/acc"),
-        "best_val_acc": state["best_val_acc"],
-        "test_acc": record.latest.get("test/acc"),
-        "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
-        "steps": state["step"],
-        "examples": epochs * len(job.train) + rest * job.args.bs,
-        "seconds": round(state["seconds"] + time.perf_counter() - record.began, 2),
-        "images_per_second": round(state["steps_images"] / state["steps_seconds"], 1) if state["steps_seconds"] else None,
-        "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
-    }
-    if job.args.measure == "full":
-        content["half_memorized_step"] = state["half_memorized_step"]
-        content["not_resolved"] = state["not_resolved"]
-        content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state["measure_seconds"].items()}
-        content["measure_share"] = round(sum(state["measure_seconds"].values()) / content["seconds"], 4)
-        content["measure_share_counted"] = round(state["plan"].get("share", 0.0), 4)
-    record.guard("summary.json", lambda: record.summary(**content))
-    return content
-
-
 def run(args, signals: Signals) -> int:
     """One run from checked options to its finished folder; returns the exit status. Raises `InputError`."""
     began = time.perf_counter()
@@ -433,7 +366,9 @@ def run(args, signals: Signals) -> int:
         raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
     labels, ledger, by_epoch = noise.relabel(args, source, index)
     if args.fake_mask is not None and ledger["changed"]:
-        raise InputError(f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here")
+        raise InputError(
+            f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
+        )
     if earlier and earlier["noise"]["labels_sha256"] != ledger["labels_sha256"]:
         raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
 
@@ -457,7 +392,11 @@ def run(args, signals: Signals) -> int:
     status, reason, summary = "failed", None, {}
     try:
         config = describe(job, source, held, ledger)
-        segment = {"step": job.state["step"], **{k: config["options"][k] for k in options.HARDWARE}, **config["versions"]}
+        segment = {
+            "step": job.state["step"],
+            **{k: config["options"][k] for k in options.HARDWARE},
+            **config["versions"],
+        }
         config["segments"] = [*(earlier or {}).get("segments", []), {**segment, "device": config["resolved"]["device"]}]
         record.configure(config)
         record.open_events(state["events"] if saved else {})
@@ -493,43 +432,6 @@ def run(args, signals: Signals) -> int:
     if fabric.world_size > 1 and status != "failed":
         fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
     return STATUS[status]
-
-
-def announce(job: Job, record: Record, label_noise: str) -> None:
-    """The lines before the progress bar: what will run, and on which labels."""
-    if record.active:
-        args = job.args
-        print(
-            f"{args.model} on {args.dataset}: {len(job.train)} training examples, {job.total_steps} steps of {args.bs}, "
-            f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n{label_noise}",
-            flush=True,
-        )
-        plan = job.state["plan"]
-        if plan:
-            said = [f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
-                    for name, unit in (("steps", "steps"), ("probe", "epochs"), ("isotropy", "epochs"), ("curvature", "epochs"))]
-            print(f"full measurements: {', '.join(said)}; {plan['share']:.1%} of the run, counted", flush=True)
-
-
-def print_table(ledger: dict, summary: dict, folder: Path) -> None:
-    """What was reached."""
-    shown = {
-        "validation accuracy": f"{summary['val_acc']:.4f} (best {summary['best_val_acc']:.4f})",
-        "test accuracy": f"{summary['test_acc']:.4f}",
-        "noise, nominal / realised": f"{ledger['nominal']:.4f} / {ledger['realised']:.4f}",
-    }
-    if summary["train_acc_noisy"] is not None:
-        shown["accuracy on noisy examples"] = f"{summary['train_acc_noisy']:.4f} (last ten measured steps)"
-    shown["steps / examples"] = f"{summary['steps']} / {summary['examples']}"
-    speed = f", {summary['images_per_second']:.0f} images/s" if summary["images_per_second"] else ""
-    shown["time"] = f"{summary['seconds']:.1f} s{speed}, peak memory {summary['peak_memory_mb']:.0f} MB"
-    if "measure_seconds" in summary:
-        took = ", ".join(f"{family} {seconds:.1f} s" for family, seconds in summary["measure_seconds"].items())
-        shares = f"{summary['measure_share']:.1%} of the run, counted {summary['measure_share_counted']:.1%}"
-        shown["full measurements"] = f"{took} ({shares})"
-    shown["folder"] = str(folder)
-    width = max(map(len, shown))
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in shown.items()), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -69,9 +69,13 @@ def main() -> None:
     for act in (plain, split, full):
         act(), act()
     n_probe = sum(map(len, measure.probe_indices(job)))
-    where = torch.cuda.get_device_name() if job.fabric.device.type == "cuda" else platform.processor() or platform.machine()
+    where = (
+        torch.cuda.get_device_name() if job.fabric.device.type == "cuda" else platform.processor() or platform.machine()
+    )
     base = [seconds(plain) for _ in range(mine.repeats)]
-    print(f"{args.model} width {args.width}, B = {args.bs}, {args.precision}, {where}, {args.threads} threads, torch {torch.__version__}")
+    print(
+        f"{args.model} width {args.width}, B = {args.bs}, {args.precision}, {where}, {args.threads} threads, torch {torch.__version__}"
+    )
     print(f"plain step: {1e3 * statistics.median(base):.1f} ms (median of {mine.repeats}); probe set of {n_probe}")
     print("\n| family | plain steps, measured (spread) | counted | after every 50 steps |\n|---|---|---|---|")
     for name, (act, counted, repeats) in families.items():
@@ -82,9 +86,14 @@ def main() -> None:
         print(f"| {name} | {median:.2f} ({spread}) | {counted:.2f} | {every} |")
     account = job.state["measure_seconds"]
     whole = sum(account[k] for k in ("chunks", "permutations", "fresh", "truth"))
-    print("\nof all controls: " + ", ".join(f"{k} {account[k] / whole:.0%}" for k in ("chunks", "permutations", "fresh", "truth")))
+    print(
+        "\nof all controls: "
+        + ", ".join(f"{k} {account[k] / whole:.0%}" for k in ("chunks", "permutations", "fresh", "truth"))
+    )
     rows = [[p.detach().clone() for p in job.parameters] for _ in range(2)]
-    print(f"Gram matrix of the split: {statistics.median(seconds(lambda: metrics.gram(rows)) for _ in range(5)) * 1e3:.1f} ms")
+    print(
+        f"Gram matrix of the split: {statistics.median(seconds(lambda: metrics.gram(rows)) for _ in range(5)) * 1e3:.1f} ms"
+    )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ class Zygote:
     def __init__(self, log: Path) -> None:
         self.log = log
         code = ZYGOTE.format(root=str(ROOT))
-        self.process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def start(self, argv: list[str] | None = None, code: str | None = None, ranks: int = 1) -> list[int]:
         """Start `train.main(argv)` or `code` on `ranks` processes, set up as torchrun does; returns their pids."""

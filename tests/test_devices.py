@@ -26,7 +26,9 @@ def alone(zygote, tmp_path_factory) -> dict[str, Path]:
     """Runs of one process, by batch size."""
     runs = tmp_path_factory.mktemp("alone")
     for bs in ("8", "53"):
-        assert zygote.run([*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(runs), "--name", bs]) == [0]
+        assert zygote.run(
+            [*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(runs), "--name", bs]
+        ) == [0]
     return {bs: runs / bs for bs in ("8", "53")}
 
 
@@ -132,7 +134,15 @@ def test_all_launchers_start_the_same_run(tmp_path):
     plain = plain[:at] + plain[at + 2 :]
     commands = {
         "python": [sys.executable, "train.py", *argv, "--devices", "2"],
-        "fabric": [str(bin / "fabric"), "run", "--accelerator=cpu", "--devices=2", "--precision=32-true", "train.py", *plain],
+        "fabric": [
+            str(bin / "fabric"),
+            "run",
+            "--accelerator=cpu",
+            "--devices=2",
+            "--precision=32-true",
+            "train.py",
+            *plain,
+        ],
         "torchrun": [str(bin / "torchrun"), "--nproc_per_node", "2", "--master_port", "29611", "train.py", *argv],
     }
     for name, command in commands.items():
@@ -216,7 +226,9 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     assert scale == 65536
     rows, rows_full = (measure.split_rows(j, batch, measure.make_forward(j, batch)) for j in (job, full))
     scaled, plain = (torch.cat([t.flatten() for t in metrics.add_rows(r)]) for r in (rows, rows_full))
-    assert float((scaled / scale - plain).norm() / plain.norm()) < 0.2  # float16's rounding; a lost scale gives 1 or 65535
+    assert (
+        float((scaled / scale - plain).norm() / plain.norm()) < 0.2
+    )  # float16's rounding; a lost scale gives 1 or 65535
     got, want = train.train_step(job, batch, 0, True), train.train_step(full, batch, 0, True)
     for tag, value in want.items():
         assert float(got[tag]) == pytest.approx(float(value), rel=0.1, abs=0.05), tag

@@ -180,7 +180,9 @@ def test_drift_needs_aa_runs_that_give_the_null():
     assert evaluate(drift, rows).verdict == "supported"
     result = evaluate(drift, [r for r in rows if not r.fake])
     assert result.verdict == "not resolved" and "A/A" in result.missing[0]
-    biased = [Row(r.cell, r.seed, r.budget, {k: v - 0.2 * r.fake for k, v in r.values.items()}, fake=r.fake) for r in rows]
+    biased = [
+        Row(r.cell, r.seed, r.budget, {k: v - 0.2 * r.fake for k, v in r.values.items()}, fake=r.fake) for r in rows
+    ]
     result = evaluate(drift, biased)
     assert result.verdict == "not resolved" and "do not give the null" in result.missing[0]
 
@@ -204,7 +206,8 @@ def test_tuning_chooses_on_other_seeds():
     """Rate 0.2 is best on average; seed 0's own best is 0.1, by luck, and must not be chosen by itself."""
     acc = {("0", 0.1): 0.95, ("1", 0.1): 0.5, ("2", 0.1): 0.5, ("0", 0.2): 0.7, ("1", 0.2): 0.7, ("2", 0.2): 0.7}
     rows = [
-        Row(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}") for (seed, lr), v in acc.items()
+        Row(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}")
+        for (seed, lr), v in acc.items()
     ]
     chosen = {r.seed: r.name for r in findings.tuned(rows)}
     assert chosen["0"] == "0-0.2"

@@ -79,7 +79,10 @@ def test_every_value_from_brute_force_per_example_gradients():
     part = torch.arange(B) // 8
 
     def moments(mask):
-        sums, n = torch.stack([g[(part == i) & mask].sum(0) for i in range(4)]), [int(((part == i) & mask).sum()) for i in range(4)]
+        sums, n = (
+            torch.stack([g[(part == i) & mask].sum(0) for i in range(4)]),
+            [int(((part == i) & mask).sum()) for i in range(4)],
+        )
         pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
         G2 = sum(float(sums[i] @ sums[j]) for i, j in pairs) / sum(n[i] * n[j] for i, j in pairs)
         return G2, (float((sums**2).sum()) - G2 * sum(x * x for x in n)) / sum(n)
@@ -154,7 +157,18 @@ def test_corrected_cosine_recovers_a_planted_one_and_says_when_it_cannot():
 
 def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
     """At fixed weights, evaluation-mode BatchNorm, probe batches of 16, 64 and 256 (measurements.md, section 5)."""
-    big = ("--synthetic-train", "3200", "--measure-bn", "eval", "--noise", "0.4", "--precision", "64-true", "--chunks", "4")
+    big = (
+        "--synthetic-train",
+        "3200",
+        "--measure-bn",
+        "eval",
+        "--noise",
+        "0.4",
+        "--precision",
+        "64-true",
+        "--chunks",
+        "4",
+    )
     job = full_job(*big)
     torch.manual_seed(0)
     job.module = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 10))
@@ -230,7 +244,9 @@ def test_isotropy_rows_are_the_label_noise_gradients():
 def test_hessian_of_a_tiny_net():
     job = full_job("--precision", "64-true")
     torch.manual_seed(0)
-    job.module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 10)).double()
+    job.module = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 10)
+    ).double()
     job.parameters = list(job.module.parameters())
     sizes = [p.numel() for p in job.parameters]
     index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: measure.CURVATURE_EXAMPLES]
@@ -309,20 +325,41 @@ def test_full_leaves_no_trace(go, mode):
     assert same_weights(a, b)
     plain, full = series(a), series(b)
     assert {tag: full[tag] for tag in plain} == plain
-    assert {"null/cos_clean_all", "fresh/index", "truth/shift", "probe/auc", "optim/update_norm"} <= full.keys() - plain.keys()
+    assert {
+        "null/cos_clean_all",
+        "fresh/index",
+        "truth/shift",
+        "probe/auc",
+        "optim/update_norm",
+    } <= full.keys() - plain.keys()
     assert all(math.isfinite(v) for points in full.values() for _, v in points)
 
 
 def test_what_a_full_run_leaves(go):
     folder = go("--noise", "0.5", *FULL, "--epochs", "3")
     found, said = series(folder), summary(folder)
-    for tag in ("probe/memorized", "probe/recovered", "probe/other", "probe/clean_acc", "probe/auc", "isotropy/participation"):
+    for tag in (
+        "probe/memorized",
+        "probe/recovered",
+        "probe/other",
+        "probe/clean_acc",
+        "probe/auc",
+        "isotropy/participation",
+    ):
         assert [s for s, _ in found[tag]] == [0, 5, 10, 15], tag
     assert [s for s, _ in found["curvature/top"]] == [0, 5, 10, 15]
     shares = zip(found["probe/memorized"], found["probe/recovered"], found["probe/other"], strict=True)
     assert all(a + b + c == pytest.approx(1, abs=1e-6) for (_, a), (_, b), (_, c) in shares)
     assert [s for s, _ in found["null/cos_clean_all"]] == list(range(0, 15, 2))
-    assert set(said["measure_seconds"]) == {"chunks", "permutations", "fresh", "truth", "probe", "isotropy", "curvature"}
+    assert set(said["measure_seconds"]) == {
+        "chunks",
+        "permutations",
+        "fresh",
+        "truth",
+        "probe",
+        "isotropy",
+        "curvature",
+    }
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"histograms": 0}).Reload()
@@ -342,7 +379,9 @@ def test_update_norm_is_the_distance_moved():
 def test_memorization_is_noticed(go):
     """Trained to fit every label, a wide enough net memorizes: half of the noisy ones from some epoch on."""
     argv = "--noise 0.5 --synthetic-train 100 --synthetic-test 20 --no-augment --epochs 35 --bs 16 --width 16".split()
-    folder = go(*argv, "--lr", "0.05", "--wd", "0", "--measure-every", "50", "--measure", "full", "--measure-budget", "0.4")
+    folder = go(
+        *argv, "--lr", "0.05", "--wd", "0", "--measure-every", "50", "--measure", "full", "--measure-budget", "0.4"
+    )
     found, said = series(folder), summary(folder)
     memorized = found["probe/memorized"]
     first = next(step for step, v in memorized if v >= 0.5)
@@ -353,12 +392,28 @@ def test_memorization_is_noticed(go):
 
 def test_a_fake_mask_over_clean_labels_gives_the_null(go):
     """The A/A run, on real training: the cosines differ from their random masks by no more than those among themselves."""
-    argv = ("--fake-mask", "0.4", "--synthetic-train", "1000", "--epochs", "2", "--permutations", "8", "--measure-every", "2")
+    argv = (
+        "--fake-mask",
+        "0.4",
+        "--synthetic-train",
+        "1000",
+        "--epochs",
+        "2",
+        "--permutations",
+        "8",
+        "--measure-every",
+        "2",
+    )
     found = series(go(*argv, *FULL))
     assert "fresh/ratio" not in found and "isotropy/participation" not in found
     for name in ("cos_clean_all", "cos_clean_noisy"):
-        raw, mean, std = (dict(found[f"{prefix}{name}{end}"]) for prefix, end in (("grad/", ""), ("null/permuted_", ""), ("null/permuted_", "_std")))
-        z = torch.tensor([(raw[s] - mean[s]) / (std[s] * math.sqrt(1 + 1 / 8)) for s in mean])  # t, 7 degrees of freedom
+        raw, mean, std = (
+            dict(found[f"{prefix}{name}{end}"])
+            for prefix, end in (("grad/", ""), ("null/permuted_", ""), ("null/permuted_", "_std"))
+        )
+        z = torch.tensor(
+            [(raw[s] - mean[s]) / (std[s] * math.sqrt(1 + 1 / 8)) for s in mean]
+        )  # t, 7 degrees of freedom
         assert len(z) >= 25
         assert abs(float(z.mean())) < 4 / math.sqrt(len(z)), name
         assert float((z.abs() < 2.365).double().mean()) > 0.8, name  # 95 % expected
@@ -386,7 +441,15 @@ def test_bf16_and_float32_agree():
 
 
 def test_the_counted_budget_holds():
-    for argv in ("", "--bs 16", "--bs 512", "--epochs 3", "--permutations 32", "--measure-bn separate", "--measure-every 7"):
+    for argv in (
+        "",
+        "--bs 16",
+        "--bs 512",
+        "--epochs 3",
+        "--permutations 32",
+        "--measure-bn separate",
+        "--measure-every 7",
+    ):
         for budget in (0.01, 0.05, 0.3, 1.0, 100.0):
             args = train.options.parse(["--measure", "full", "--measure-budget", str(budget), *argv.split()])
             spe = math.ceil(40_000 / args.bs)
@@ -405,7 +468,20 @@ def test_the_counted_budget_holds():
 
 
 def test_accumulators_survive_a_kill(zygote, tmp_path):
-    argv = [*TINY, "--noise", "0.5", *AFFORDABLE, "--epochs", "3", "--window", "4", "--checkpoint-minutes", "0", "--runs", str(tmp_path)]
+    argv = [
+        *TINY,
+        "--noise",
+        "0.5",
+        *AFFORDABLE,
+        "--epochs",
+        "3",
+        "--window",
+        "4",
+        "--checkpoint-minutes",
+        "0",
+        "--runs",
+        str(tmp_path),
+    ]
     assert zygote.run([*argv, "--name", "whole"]) == [0]
     (pid,) = zygote.start([*argv, "--name", "cut"])
     end = time.monotonic() + 60
@@ -423,7 +499,20 @@ def test_accumulators_survive_a_kill(zygote, tmp_path):
 
 
 def test_full_measurements_on_two_processes(zygote, tmp_path):
-    argv = [*TINY, "--norm", "gn", "--precision", "64-true", "--noise", "0.2", "--max-steps", "8", *AFFORDABLE, "--runs", str(tmp_path)]
+    argv = [
+        *TINY,
+        "--norm",
+        "gn",
+        "--precision",
+        "64-true",
+        "--noise",
+        "0.2",
+        "--max-steps",
+        "8",
+        *AFFORDABLE,
+        "--runs",
+        str(tmp_path),
+    ]
     assert zygote.run([*argv, "--name", "a"]) == [0], zygote.said()
     assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0], zygote.said()
     a, b = series(tmp_path / "a"), series(tmp_path / "b")

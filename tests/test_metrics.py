@@ -113,7 +113,9 @@ def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
 
         def relaid(*a, **k):
             layout = torch.contiguous_format if contiguous else torch.channels_last
-            return [[g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in row] for row in split_rows(*a, **k)]
+            return [
+                [g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in row] for row in split_rows(*a, **k)
+            ]
 
         monkeypatch.setattr(measure, "split_rows", relaid)
         train.train_step(job, batch, 3, measured=True)

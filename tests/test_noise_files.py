@@ -77,7 +77,16 @@ def test_human_labels_and_their_match(human, real_data):
 
 
 def test_human_labels_of_another_set(human, real_data, capsys, tmp_path):
-    argv = ["--noise-type", "human", "--noise-file", human, "--noise-labels", "worse_label", "--data-dir", str(real_data)]
+    argv = [
+        "--noise-type",
+        "human",
+        "--noise-file",
+        human,
+        "--noise-labels",
+        "worse_label",
+        "--data-dir",
+        str(real_data),
+    ]
     refuse(capsys, tmp_path / "runs", [*argv, "--dataset", "fmnist"], "CIFAR-10_human.pt", "another data set")
     refuse(capsys, tmp_path / "runs", [*argv, "--noise", "0.4"], "--noise 0.4", "rate of its file")
     argv[5] = "worst"
@@ -193,7 +202,10 @@ def test_make_writes_what_train_would(go, tmp_path, capsys):
     out = tmp_path / "pair.npz"
     assert noise.main(["make", str(out), *SYNTHETIC, "--noise-type", "pair", "--noise", "0.4"]) == 0
     assert "nominal 0.4000, realised 0.4000 (64 of 160 labels changed), seed 0" in capsys.readouterr().out
-    assert out.read_bytes() == (go("--noise-type", "pair", "--noise", "0.4", "--max-steps", "1") / "noise.npz").read_bytes()
+    assert (
+        out.read_bytes()
+        == (go("--noise-type", "pair", "--noise", "0.4", "--max-steps", "1") / "noise.npz").read_bytes()
+    )
     whole = tmp_path / "whole.npz"
     assert noise.main(["make", str(whole), *SYNTHETIC, "--noise", "0.4", "--val-frac", "0"]) == 0
     assert arrays(whole)["index"].tolist() == list(range(200))
@@ -250,7 +262,9 @@ def test_compare_knows_what_chance_would_give(tmp_path, capsys):
     """Two independent draws agree as often as the printed expectation says, and a file with itself always."""
     true = torch.arange(20_000) % 10
     for seed in (0, 1):
-        noisefile.save(tmp_path / f"{seed}.npz", torch.arange(20_000), true, noise.apply("uniform", true, 10, 0.5, seed))
+        noisefile.save(
+            tmp_path / f"{seed}.npz", torch.arange(20_000), true, noise.apply("uniform", true, 10, 0.5, seed)
+        )
     noise.main(["compare", str(tmp_path / "0.npz"), str(tmp_path / "1.npz")])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("same label"))
     got, expected = float(line.split()[2]), float(line.split()[3].strip("("))
@@ -400,7 +414,9 @@ def test_a_pickle_that_wants_to_execute_something(zipped, capsys, tmp_path):
     refuse(capsys, tmp_path / "runs", argv, "n.pt", "refused", "to be called")
     path.write_bytes(pickle.dumps(bomb))
     refuse(capsys, tmp_path / "runs", argv, "n.pt", "refused")
-    np.savez(tmp_path / "n.npz", index=np.arange(3), true=np.arange(3), label=np.array([Bomb(touched)] * 3, dtype=object))
+    np.savez(
+        tmp_path / "n.npz", index=np.arange(3), true=np.arange(3), label=np.array([Bomb(touched)] * 3, dtype=object)
+    )
     argv = [*TINY, "--noise-type", "file", "--noise-file", str(tmp_path / "n.npz")]
     refuse(capsys, tmp_path / "runs", argv, "n.npz", "not a readable")
     assert not touched.exists()

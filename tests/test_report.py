@@ -34,7 +34,12 @@ def plant(
     writer.close()
     opts = vars(args) | {"noise": args.noise or 0.0} | ({"fake_mask": fake} if fake else {})
     n = math.ceil(1600 / args.bs)
-    resolved = {"steps_per_epoch": n, "train_examples": 1600, "sched_steps": options.sched_steps(args, n), "device": "test"}
+    resolved = {
+        "steps_per_epoch": n,
+        "train_examples": 1600,
+        "sched_steps": options.sched_steps(args, n),
+        "device": "test",
+    }
     (path / "config.json").write_text(json.dumps({"options": opts, "resolved": resolved, "versions": {"torch": "0"}}))
     (path / "summary.json").write_text(
         json.dumps({"status": status, "reason": reason, "steps": n * args.epochs, "val_acc": 0.5})
@@ -52,7 +57,9 @@ def sweep_of(
             for budget in budgets if sched != "constant" else ("steps",):
                 for noise in noises:
                     for B in sizes:
-                        length = {"steps": "", "epochs": "--sched-epochs 4", "examples": "--sched-examples 6400"}[budget]
+                        length = {"steps": "", "epochs": "--sched-epochs 4", "examples": "--sched-examples 6400"}[
+                            budget
+                        ]
                         argv = f"--dataset synthetic --noise {noise} --bs {B} --sched {sched} {length} --epochs 4 --seed {seed} --noise-seed {seed}"
                         n = math.ceil(1600 / B)
                         steps = range(0, 4 * n, max(n // 20, 1))
@@ -102,7 +109,9 @@ def test_events_are_read_as_tensorboard_reads_them(go):
     for tag, points in theirs.items():
         assert list(zip(ours[tag][0].tolist(), ours[tag][1].tolist(), strict=True)) == points, tag
     run = results.read_folder(folder)
-    assert run.finished and run.cell.noise == 0.5 and run.cell.B == 32 and run.budget == "any" and run.steps_per_epoch == 5
+    assert (
+        run.finished and run.cell.noise == 0.5 and run.cell.B == 32 and run.budget == "any" and run.steps_per_epoch == 5
+    )
 
 
 def test_a_run_that_is_being_written_reads_as_far_as_it_goes(tmp_path):
@@ -193,7 +202,9 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
     }
     for number, (tag, epochs, alpha) in where.items():
         chosen = [r for r in runs if r.options["epochs"] == epochs]
-        figure = figures.curves("t", "y", chosen, tag, figures.Look(), with_clean=tag == "val/acc", by_lr=number == "13")
+        figure = figures.curves(
+            "t", "y", chosen, tag, figures.Look(), with_clean=tag == "val/acc", by_lr=number == "13"
+        )
         drawn = [line for axis in figure.axes for line in axis.get_lines() if line.get_linewidth() > 1.5]
         lines: dict = {}
         for row in table:
@@ -316,7 +327,11 @@ def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
     (run,) = results.load([str(tmp_path)])
     steps = run.series["val/acc"][0]
-    assert [figures.along(run, steps, x).tolist() for x in figures.X_LABEL] == [[0, 50, 100], [0, 1, 2], [0, 1600, 3200]]
+    assert [figures.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
+        [0, 50, 100],
+        [0, 1, 2],
+        [0, 1600, 3200],
+    ]
 
 
 def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
@@ -324,11 +339,15 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
     for seed in range(3):
         for B, lr, acc in ((16, 0.1, 0.6), (16, 0.2, 0.5), (64, 0.1, 0.5), (64, 0.2, 0.7)):
             for noise in (0, 0.5):
-                argv = f"--bs {B} --lr {lr} --noise {noise} --sched constant --epochs 2 --seed {seed} --noise-seed {seed}"
+                argv = (
+                    f"--bs {B} --lr {lr} --noise {noise} --sched constant --epochs 2 --seed {seed} --noise-seed {seed}"
+                )
                 plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
-    assert "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
+    assert (
+        "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
+    )
     (setting,) = report.at_best(results.settings(results.load([str(tmp_path / "runs")])))
     assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}
 
@@ -363,7 +382,9 @@ def test_files_merge_and_a_finished_run_wins(tmp_path):
     plant(two, "--bs 16", {"val/acc": [(0, 0.1), (10, 0.4)]})
     results.export(results.load([str(one)]), tmp_path / "one.npz")
     merged = {r.name: r for r in results.load([str(two), str(tmp_path / "one.npz")])}
-    assert sorted(merged) == ["bs16", "bs32"] and merged["bs16"].finished and len(merged["bs16"].series["val/acc"][0]) == 2
+    assert (
+        sorted(merged) == ["bs16", "bs32"] and merged["bs16"].finished and len(merged["bs16"].series["val/acc"][0]) == 2
+    )
 
 
 def test_rounding_keeps_what_it_says():

@@ -174,7 +174,9 @@ def test_other_options_are_refused_by_name(go, capsys, tmp_path):
 def test_precision_and_threads_are_kept(go, monkeypatch):
     """`auto` keeps the first start's value, and so does the number of threads: bits depend on both."""
     args = train.options.parse(["--dataset", "synthetic"])
-    config = {"options": vars(train.options.parse(["--dataset", "synthetic", "--threads", "3"])) | {"precision": "64-true"}}
+    config = {
+        "options": vars(train.options.parse(["--dataset", "synthetic", "--threads", "3"])) | {"precision": "64-true"}
+    }
     train.options.continue_from(args, config)
     assert (args.precision, args.threads) == ("64-true", 3)
 

@@ -51,7 +51,9 @@ def test_a_grid_is_every_combination_once():
 
 
 def test_axes_that_move_together_switches_and_defaults():
-    jobs = grids.expand(["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid")
+    jobs = grids.expand(
+        ["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid"
+    )
     found = {(j.args.seed, j.args.noise_seed, j.args.bs, j.args.lr, j.args.no_augment, j.args.subset) for j in jobs}
     assert found == {
         (s, s, b, lr, a, n)
@@ -114,7 +116,10 @@ def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
 
 def preset(name: str, *parts: str, sizes: str = grids.REPORT_SIZES) -> list[grids.Job]:
     chosen = [
-        g.format(sizes=sizes) for part, listed in grids.PRESETS[name].items() if not parts or part in parts for g in listed
+        g.format(sizes=sizes)
+        for part, listed in grids.PRESETS[name].items()
+        if not parts or part in parts
+        for g in listed
     ]
     return grids.expand(chosen, [], name)
 
@@ -225,7 +230,9 @@ def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys
     assert fake(*argv) == 0
     assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1", "1", "0"]
     for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
-        assert (folder / "steps.txt").read_text().split() == [str(i) for i in range(1, 7)]  # no step twice, none left out
+        assert (folder / "steps.txt").read_text().split() == [
+            str(i) for i in range(1, 7)
+        ]  # no step twice, none left out
 
 
 def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):

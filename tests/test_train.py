@@ -32,7 +32,9 @@ def test_a_run_leaves_what_the_contract_says(go):
         assert [step for step, _ in found[tag]] == [0, 2, 4, 6, 8], tag
     assert [step for step, _ in found["val/acc"]] == [step for step, _ in found["val/loss"]] == [0, 5, 10]
     assert [step for step, _ in found["test/acc"]] == [10]
-    assert found["optim/lr"] == [(s, pytest.approx(train.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)]
+    assert found["optim/lr"] == [
+        (s, pytest.approx(train.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)
+    ]
     ledger = json.loads((folder / "config.json").read_text())["noise"]
     assert found["noise/nominal"] == [(0, 0.5)] and found["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
     said = summary(folder)
@@ -141,7 +143,9 @@ def test_the_short_last_batch_is_kept(go):
 
 def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
     schedule = train.schedule
-    monkeypatch.setattr(train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9))
+    monkeypatch.setattr(
+        train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9)
+    )
     folder = go("--noise", "0.5", "--epochs", "4", status=1)
     said = summary(folder)
     assert said["status"] == "failed" and "not finite" in said["reason"] or "is nan" in said["reason"]

@@ -1,0 +1,104 @@
+"""What a run says of itself: its configuration, its summary, and the lines on the screen."""
+
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+from hardware import peak_memory_mb
+from record import Record, versions
+
+
+def describe(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
+    """config.json: the options as resolved, what followed from them, the labels and the versions."""
+    on_gpu = job.fabric.device.type == "cuda"
+    machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
+    resolved = {
+        "device": machine,
+        "world_size": job.fabric.world_size,
+        "sched_steps": job.sched_steps,
+        "steps_per_epoch": job.steps_per_epoch,
+        "total_steps": job.total_steps,
+        "parameters": sum(p.numel() for p in job.parameters),
+        "classes": list(source.classes),
+        "train_examples": len(job.train),
+        "val_examples": len(held),
+        "test_examples": len(source.x_test),
+    }
+    return {"options": dict(vars(job.args)), "resolved": resolved, "noise": ledger, "versions": versions()}
+
+
+def summarize(job, record: Record, status: str, reason: str | None = None) -> dict:
+    """Write summary.json and return its content."""
+    state, noisy = job.state, record.recent_noisy
+    epochs, rest = divmod(state["step"], job.steps_per_epoch)
+    content = {
+        "status": status,
+        "reason": reason,
+        "val_acc": record.latest.get("val/acc"),
+        "best_val_acc": state["best_val_acc"],
+        "test_acc": record.latest.get("test/acc"),
+        "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
+        "steps": state["step"],
+        "examples": epochs * len(job.train) + rest * job.args.bs,
+        "seconds": round(state["seconds"] + time.perf_counter() - record.began, 2),
+        "images_per_second": round(state["steps_images"] / state["steps_seconds"], 1)
+        if state["steps_seconds"]
+        else None,
+        "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
+    }
+    if job.args.measure == "full":
+        content["half_memorized_step"] = state["half_memorized_step"]
+        content["not_resolved"] = state["not_resolved"]
+        content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state["measure_seconds"].items()}
+        content["measure_share"] = round(sum(state["measure_seconds"].values()) / content["seconds"], 4)
+        content["measure_share_counted"] = round(state["plan"].get("share", 0.0), 4)
+    record.guard("summary.json", lambda: record.summary(**content))
+    return content
+
+
+def announce(job, record: Record, label_noise: str) -> None:
+    """The lines before the progress bar: what will run, and on which labels."""
+    if record.active:
+        args = job.args
+        print(
+            f"{args.model} on {args.dataset}: {len(job.train)} training examples, {job.total_steps} steps of {args.bs}, "
+            f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n{label_noise}",
+            flush=True,
+        )
+        plan = job.state["plan"]
+        if plan:
+            said = [
+                f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
+                for name, unit in (
+                    ("steps", "steps"),
+                    ("probe", "epochs"),
+                    ("isotropy", "epochs"),
+                    ("curvature", "epochs"),
+                )
+            ]
+            print(f"full measurements: {', '.join(said)}; {plan['share']:.1%} of the run, counted", flush=True)
+
+
+def print_table(ledger: dict, summary: dict, folder: Path) -> None:
+    """What was reached."""
+    shown = {
+        "validation accuracy": f"{summary['val_acc']:.4f} (best {summary['best_val_acc']:.4f})",
+        "test accuracy": f"{summary['test_acc']:.4f}",
+        "noise, nominal / realised": f"{ledger['nominal']:.4f} / {ledger['realised']:.4f}",
+    }
+    if summary["train_acc_noisy"] is not None:
+        shown["accuracy on noisy examples"] = f"{summary['train_acc_noisy']:.4f} (last ten measured steps)"
+    shown["steps / examples"] = f"{summary['steps']} / {summary['examples']}"
+    speed = f", {summary['images_per_second']:.0f} images/s" if summary["images_per_second"] else ""
+    shown["time"] = f"{summary['seconds']:.1f} s{speed}, peak memory {summary['peak_memory_mb']:.0f} MB"
+    if "measure_seconds" in summary:
+        took = ", ".join(f"{family} {seconds:.1f} s" for family, seconds in summary["measure_seconds"].items())
+        shares = f"{summary['measure_share']:.1%} of the run, counted {summary['measure_share_counted']:.1%}"
+        shown["full measurements"] = f"{took} ({shares})"
+    shown["folder"] = str(folder)
+    width = max(map(len, shown))
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in shown.items()), flush=True)
