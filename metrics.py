@@ -222,29 +222,34 @@ def auc(positive: Tensor, negative: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------------- curvature
 
 
-def power_iteration(product, start: Tensor, tolerance: float, limit: int) -> tuple[Tensor, Tensor, int]:
-    """(eigenvalue, residual |Hv - lambda v| / |lambda|, products) of the largest eigenvalue of a symmetric operator.
+def lanczos(product, start: Tensor, tolerance: float, limit: int) -> tuple[float, float, int]:
+    """(eigenvalue, residual |Hv - lambda v| / |lambda|, products): the largest eigenvalue of a symmetric operator.
 
-    `product` maps a vector (P,) to H v (P,). Plain power iteration finds the eigenvalue largest in modulus; if that is
-    negative it is iterated again on H - lambda I, whose largest is the largest of H (Yao et al. 2020 use the first
-    part). Stops when the residual is below `tolerance`, or after `limit` products each time.
+    `product` maps a vector (P,) to H v (P,). Lanczos's recurrence (Golub & Van Loan, chapter 10) holds three vectors
+    and finds the algebraically largest eigenvalue where a more negative one exists, as it does early in training:
+    there power iteration converges to that one, and on a shifted operator hardly at all. Stops when the residual is
+    below `tolerance`, when the space is exhausted, or after `limit` products.
     """
-    done, shift = 0, 0.0
-    for _ in range(2):
-        v = start / start.norm()
-        for _ in range(limit):
-            w = product(v) - shift * v
-            done += 1
-            value = v @ w
-            residual = (w - value * v).norm() / value.abs().clamp_min(1e-30)
-            if residual < tolerance:  # here the host waits for the device
-                break
-            v = w / w.norm().clamp_min(1e-30)
-        value = value + shift
-        if value >= 0 or shift:
+    v, before, beta = start / start.norm(), torch.zeros_like(start), 0.0
+    diagonal, off = [], []
+    for done in range(1, limit + 1):
+        w = product(v) - beta * before
+        alpha = float(v @ w)  # here the host waits for the device
+        w = w - alpha * v
+        beta = float(w.norm())
+        diagonal.append(alpha)
+        T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        if off:
+            side = torch.tensor(off, dtype=torch.float64)
+            T = T + torch.diag(side, 1) + torch.diag(side, -1)
+        values, vectors = torch.linalg.eigh(T)
+        top = float(values[-1])
+        residual = beta * abs(float(vectors[-1, -1])) / max(abs(top), 1e-30)
+        if residual < tolerance or beta < 1e-12 * max(map(abs, values.tolist())):
             break
-        shift = float(value)
-    return value, residual, done
+        before, v = v, w / beta
+        off.append(beta)
+    return top, residual, done
 
 
 def hutchinson(product, probes: list[Tensor]) -> tuple[Tensor, Tensor]:

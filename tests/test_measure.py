@@ -33,7 +33,7 @@ def default_dtype():
 def quick_curvature(request, monkeypatch):
     """A handful of Hessian products where their accuracy is not the question."""
     if "hessian" not in request.node.name:
-        for name, value in (("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2), ("CURVATURE_EXAMPLES", 16)):
+        for name, value in (("CURVATURE_PRODUCTS", 2), ("CURVATURE_RESOLVED", 1e9), ("TRACE_PROBES", 2), ("CURVATURE_EXAMPLES", 16)):
             monkeypatch.setattr(measure, name, value)
 
 
@@ -272,14 +272,56 @@ def test_hessian_of_a_tiny_net():
 
 
 @pytest.mark.parametrize("spectrum", [(7, 3, -2, 0.5), (-9, 4, 1, 0), (-3, -1, -2, -5)])
-def test_power_iteration_finds_the_largest_eigenvalue(spectrum):
+def test_lanczos_finds_the_largest_eigenvalue(spectrum):
     gen = torch.Generator().manual_seed(1)
     Q, _ = torch.linalg.qr(torch.randn(4, 4, generator=gen, dtype=torch.float64))
     H = Q @ torch.diag(torch.tensor(spectrum, dtype=torch.float64)) @ Q.T
     start = torch.randn(4, generator=gen, dtype=torch.float64)
-    value, residual, products = metrics.power_iteration(lambda v: H @ v, start, 1e-6, 500)
-    assert float(value) == pytest.approx(max(spectrum), abs=1e-4) and residual < 1e-5 and products < 1000
-    assert metrics.power_iteration(lambda v: H @ v, start, 0.0, 5)[2] in (5, 10)  # the limit holds
+    value, residual, products = metrics.lanczos(lambda v: H @ v, start, 1e-9, 50)
+    assert value == pytest.approx(max(spectrum), abs=1e-9) and residual < 1e-6 and products == 4
+
+
+def test_lanczos_beside_a_far_more_negative_eigenvalue():
+    """A bulk at 0, one eigenvalue at -5000 and the wanted one at 3: as networks have it early in training."""
+    gen = torch.Generator().manual_seed(0)
+    spectrum = torch.cat([torch.tensor([-5000.0, 3.0]), 0.02 * torch.randn(498, generator=gen)]).double()
+    start = torch.randn(500, generator=gen, dtype=torch.float64)
+    value, residual, products = metrics.lanczos(lambda v: spectrum * v, start, 1e-2, 16)
+    assert value == pytest.approx(3, rel=1e-3) and residual < 1e-2 and products <= 16
+    assert metrics.lanczos(lambda v: spectrum * v, start, 0.0, 3)[1:] == (pytest.approx(0.3, abs=10), 3)  # the limit holds
+
+
+def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeypatch):
+    """The second derivative through train-mode BatchNorm, on the real network, against central differences."""
+    monkeypatch.setattr(measure, "TRACE_PROBES", 2)
+    job = full_job("--precision", "64-true")
+    warm(job)
+    seen = {}
+
+    def one_product(product, start, *_):
+        seen["v"], seen["Hv"] = start, product(start)
+        return 1.0, 0.0, 1
+
+    original = metrics.lanczos
+    try:
+        metrics.lanczos = one_product
+        measure.curvature(job)
+    finally:
+        metrics.lanczos = original
+    index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: measure.CURVATURE_EXAMPLES]
+    x, y = job.train.images.plain(index), job.train.labels[index]
+    start = torch.cat([p.detach().flatten() for p in job.parameters])
+
+    def gradient(flat):
+        with torch.no_grad():
+            for p, part in zip(job.parameters, flat.split([p.numel() for p in job.parameters])):
+                p.copy_(part.view_as(p))
+        with measure.batchnorm_mode(job.module, "train"):
+            return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(job.module(x), y), job.parameters)])
+
+    step = 1e-10 / seen["v"].norm() * start.norm()  # so small that hardly one of the millions of ReLUs meets its kink
+    difference = (gradient(start + step * seen["v"]) - gradient(start - step * seen["v"])) / (2 * step)
+    assert float((difference - seen["Hv"]).norm() / seen["Hv"].norm()) < 1e-3
 
 
 def test_auc_is_the_share_of_ordered_pairs():
