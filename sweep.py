@@ -20,6 +20,7 @@ import results
 from cluster import run_on_ray
 from data import InputError
 from grids import PRESETS, REPORT_SIZES, Job, expand
+from hardware import cores
 from processes import STATES, command, run_here, state
 
 
@@ -49,10 +50,6 @@ def print_status(jobs: list[Job], runs: Path, done: set[str]) -> None:
         print(f"{job.name:<{width}}  {status:<8}  {said}".rstrip())
     counts = Counter(status for _, status, _ in found)
     print(", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]) + f" of {len(jobs)}")
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus(extra: list[str]) -> list[str]:
