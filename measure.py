@@ -71,12 +71,14 @@ def batchnorm_mode(module: nn.Module, mode: str):
 class Forward:
     """One forward of a batch, to be pulled back along any cotangent; of several parts, one forward of each.
 
-    `parts` are masks (b,) bool that together cover the batch (`--measure-bn separate`).
+    `parts` are masks (b,) bool that together cover the batch (`--measure-bn separate`); `exact`: without autocast.
     """
 
-    def __init__(self, job, batch: Batch, parts: list[Tensor] | None = None) -> None:
+    def __init__(self, job, batch: Batch, parts: list[Tensor] | None = None, exact: bool = False) -> None:
         self.job, self.unit = job, loss_scale(job) / batch.size
-        if parts is None:
+        if exact:
+            self.pieces = [(None, job.module(batch.x))]
+        elif parts is None:
             self.pieces = [(None, forward(job, batch.x))]
         else:  # here the host waits for the device
             indices = [part.nonzero().squeeze(1) for part in parts]
@@ -105,6 +107,14 @@ def over_ranks(job, rows: list[list[Tensor]]) -> list[list[Tensor]]:
     flat = sum_over_ranks(job.fabric, torch.cat([part.reshape(-1) for row in rows for part in row]))
     parts = iter(flat.split([p.numel() for p in job.parameters] * len(rows)))
     return [[next(parts).view_as(p) for p in job.parameters] for _ in rows]
+
+
+def whole_row(job, batch: Batch, exact: bool = False) -> tuple[list[Tensor], Tensor]:
+    """The batch's mean loss gradient times `loss_scale`, and its logits (b, K) detached, by the bare network; with
+    `exact` in full precision whatever the run's."""
+    ahead = Forward(job, batch, exact=exact)
+    row = over_ranks(job, [ahead.row(batch.y, torch.ones_like(batch.noisy), free=True)])[0]
+    return row, ahead.pieces[0][1].detach()
 
 
 # --------------------------------------------------------------------------------------------------- the split, per step

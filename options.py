@@ -19,7 +19,7 @@ SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.
 PLACE = (
     *("data_dir", "runs", "name", "resume", "checkpoint_minutes"),
-    *("accelerator", "devices", "strategy", "num_nodes", "threads"),
+    *("accelerator", "devices", "strategy", "num_nodes", "threads", "compile", "graph", "profile"),
 )
 FILES = ("noise_file", "noise_matrix")  # may lie elsewhere when a run is resumed: its labels are compared instead
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
@@ -29,7 +29,7 @@ KNOWN = {  # checked here and not by the parser, for under `fabric run` they do 
 }
 # Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
 FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
-HARDWARE = (*FABRIC, "threads")
+HARDWARE = (*FABRIC, "threads", "compile", "graph")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
@@ -152,6 +152,11 @@ def parser() -> Parser:
     g.add_argument("--num-nodes", type=count, metavar="N", help="machines (1)")
     g.add_argument("--sync-bn", choices=["on", "off"], default="on", help="one BatchNorm over all GPUs")
     g.add_argument("--threads", type=count, metavar="N", help="CPU threads a process (cores / processes here)")
+    g = p.add_argument_group("speed")
+    choice = {"choices": ["auto", "on", "off"], "default": "auto"}
+    g.add_argument("--compile", nargs="?", const="on", **choice, help="torch.compile for plain steps")
+    g.add_argument("--graph", nargs="?", const="on", **choice, help="replay plain steps as a CUDA graph (one GPU)")
+    g.add_argument("--profile", type=count, metavar="STEPS", help="write a trace of so many steps")
     g = p.add_argument_group("run folder")
     g.add_argument("--runs", default="runs", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")

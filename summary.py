@@ -50,6 +50,8 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
         else None,
         "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
     }
+    if job.fast_error is not None:
+        content["fast_gradient"] = job.fast_error
     if job.args.measure == "full":
         content["half_memorized_step"] = state["half_memorized_step"]
         content["not_resolved"] = state["not_resolved"]
@@ -69,6 +71,9 @@ def announce(job, record: Record, label_noise: str) -> None:
             f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n{label_noise}",
             flush=True,
         )
+        fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
+        if fast:
+            print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
         plan = job.state["plan"]
         if plan:
             said = [

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import fast
 import measure
 import metrics
 import models
@@ -62,6 +63,8 @@ class Job:
     dropout: bool
     transition: Tensor  # (K, K) float64 on the CPU: counts of (true, given) label in the training split
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
+    graph: fast.Graph | None = None  # --graph: the captured step
+    fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
     state: dict = field(
         default_factory=lambda: {
             "step": 0,  # updates made
@@ -108,8 +111,11 @@ def prepare(
     optimizer = torch.optim.SGD(
         module.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True
     )
-    model, optimizer = fabric.setup(module, optimizer)
     steps_per_epoch = math.ceil(len(train) / args.bs)
+    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    dropout = models.has_dropout(module)
+    fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
+    model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
     job = Job(
         args,
         fabric,
@@ -121,8 +127,8 @@ def prepare(
         test,
         options.sched_steps(args, steps_per_epoch),
         steps_per_epoch,
-        min(args.epochs * steps_per_epoch, args.max_steps or math.inf),
-        models.has_dropout(module),
+        total_steps,
+        dropout,
         torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
         scaler,
     )
@@ -138,10 +144,20 @@ def prepare(
 
 def plain_gradient(job: Job, batch: Batch) -> Tensor:
     """Leave the batch's mean loss gradient in `.grad`; returns the logits (b, K), detached."""
+    if job.args.compile == "on" and batch.size != job.args.bs:  # a short batch would be compiled for its own shape
+        row, logits = measure.whole_row(job, batch)
+        leave(job, row)
+        return logits
     logits = job.model(batch.x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
     job.fabric.backward(loss * (job.fabric.world_size / batch.size))  # DDP averages over the processes
     return logits.detach()
+
+
+def leave(job: Job, row: list[Tensor]) -> None:
+    """Put a gradient into `.grad`, laid out like its weight: fused SGD walks both in memory order."""
+    for p, g in zip(job.parameters, row, strict=True):
+        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
 def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
@@ -173,12 +189,10 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
     if split and args.measure_bn == "train":
         ahead = measure.make_forward(job, batch)
         ((_, logits),) = ahead.pieces
-        rows = measure_with(ahead)
-        for p, g in zip(job.parameters, metrics.add_rows(rows), strict=True):
-            # Fused SGD walks both in memory order: a gradient laid out unlike its weight would be applied scrambled.
-            p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+        leave(job, metrics.add_rows(measure_with(ahead)))
     else:
-        logits = plain_gradient(job, batch)
+        replay = job.graph and batch.size == args.bs
+        logits = (job.graph if replay else plain_gradient)(job, batch)
     if split and args.measure_bn == "separate":
         measure.seed_dropout(job, step)
         with measure.batchnorm_mode(job.module, "separate"):
@@ -299,8 +313,10 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
     warmup = state["step"] + (WARMUP if job.total_steps - state["step"] > 2 * WARMUP else 0)
     bar = tqdm(total=job.total_steps, initial=state["step"], unit="step", disable=not record.active)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
+    fast.make_ready(job, plain_gradient)
+    profile = fast.profiler(args.profile, record.folder, record.active, WARMUP)
     clock, images, plan = time.perf_counter(), 0, None
-    with bar:
+    with bar, profile as tracing:
         if state["step"] == 0:
             validate(job, record)
             agree(job, record, signals)
@@ -319,6 +335,8 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
             state["step"] += 1
             images += batch.size
             bar.update()
+            if tracing:
+                tracing.step()
 
             if values:
                 record.log(step, values)
@@ -415,7 +433,7 @@ def run(args, signals: Signals) -> int:
     except Stopped as e:
         status, reason = "stopped", str(e)
         record.say(f"stopped by {e} after step {job.state['step'] - 1}; --resume goes on from there")
-    except (NotFinite, Fault) as e:
+    except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
         checkpoint(job, record, "failed.ckpt")
         options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))

@@ -33,7 +33,12 @@ def default_dtype():
 def quick_curvature(request, monkeypatch):
     """A handful of Hessian products where their accuracy is not the question."""
     if "hessian" not in request.node.name:
-        for name, value in (("CURVATURE_PRODUCTS", 2), ("CURVATURE_RESOLVED", 1e9), ("TRACE_PROBES", 2), ("CURVATURE_EXAMPLES", 16)):
+        for name, value in (
+            ("CURVATURE_PRODUCTS", 2),
+            ("CURVATURE_RESOLVED", 1e9),
+            ("TRACE_PROBES", 2),
+            ("CURVATURE_EXAMPLES", 16),
+        ):
             monkeypatch.setattr(measure, name, value)
 
 
@@ -288,7 +293,10 @@ def test_lanczos_beside_a_far_more_negative_eigenvalue():
     start = torch.randn(500, generator=gen, dtype=torch.float64)
     value, residual, products = metrics.lanczos(lambda v: spectrum * v, start, 1e-2, 16)
     assert value == pytest.approx(3, rel=1e-3) and residual < 1e-2 and products <= 16
-    assert metrics.lanczos(lambda v: spectrum * v, start, 0.0, 3)[1:] == (pytest.approx(0.3, abs=10), 3)  # the limit holds
+    assert metrics.lanczos(lambda v: spectrum * v, start, 0.0, 3)[1:] == (
+        pytest.approx(0.3, abs=10),
+        3,
+    )  # the limit holds
 
 
 def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeypatch):
@@ -317,7 +325,9 @@ def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeyp
             for p, part in zip(job.parameters, flat.split([p.numel() for p in job.parameters])):
                 p.copy_(part.view_as(p))
         with measure.batchnorm_mode(job.module, "train"):
-            return torch.cat([g.flatten() for g in torch.autograd.grad(F.cross_entropy(job.module(x), y), job.parameters)])
+            return torch.cat(
+                [g.flatten() for g in torch.autograd.grad(F.cross_entropy(job.module(x), y), job.parameters)]
+            )
 
     step = 1e-10 / seen["v"].norm() * start.norm()  # so small that hardly one of the millions of ReLUs meets its kink
     difference = (gradient(start + step * seen["v"]) - gradient(start - step * seen["v"])) / (2 * step)

@@ -1,0 +1,165 @@
+"""Faster ways to make the same plain step: compiled, or replayed from a captured CUDA graph. When they pay, the check
+that they change no result, and a profile that shows where the time goes.
+
+Measured steps and a short last batch take the eager network, so nothing is compiled or captured for them.
+"""
+
+import os
+import shutil
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import measure
+from data import Batch, InputError
+
+# When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
+COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 256, 32
+COMPILE_FROM_IMAGES = 400_000  # of a whole run
+# A fast path's gradient may be this far from the eager one, as |difference| / |gradient|; in mixed precision, where the
+# eager one is itself rounded to a few bits, instead at most TIMES as far from the gradient in full precision as that is.
+BOUND, TIMES = {"64-true": 1e-9, "32-true": 1e-3}, 1.5
+GRAPH_WARMUP = 3  # steps before a capture, in which libraries choose and allocate what they need
+
+
+class Unfit(RuntimeError):
+    """A fast path that cannot be had here, or that would change results."""
+
+
+def has_compiler() -> bool:
+    """Whether the C++ compiler is there that torch.compile needs on a CPU, and on a GPU for what launches its kernels."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
+
+
+def choose(args, on_gpu: bool, world_size: int, dropout: bool, images: int) -> None:
+    """Replace "auto" in `args.compile` and `args.graph`, for a run of `images` training images in all.
+
+    `--compile auto` is on for a ResNet-18 of at most COMPILE_TO_WIDTH channels on one CPU process, at batches of at least
+    COMPILE_FROM_BATCH and for at least COMPILE_FROM_IMAGES images. On a GPU both are off until they are measured.
+    Raises `InputError` where what was asked for cannot be had.
+    """
+    if args.compile == "auto":
+        narrow = args.model == "resnet18" and args.width <= COMPILE_TO_WIDTH
+        pays = narrow and args.bs >= COMPILE_FROM_BATCH and images >= COMPILE_FROM_IMAGES
+        args.compile = "on" if pays and not on_gpu and world_size == 1 and has_compiler() else "off"
+    elif args.compile == "on" and not has_compiler():
+        raise InputError("--compile on: torch.compile needs a C++ compiler, and there is no g++ or clang++ here")
+    if args.graph == "auto":
+        args.graph = "off"
+    elif args.graph == "on":
+        if not on_gpu or world_size > 1:
+            raise InputError("--graph on: needs one CUDA GPU and one process")
+        if dropout:
+            raise InputError(f"--graph on: not for {args.model}, whose dropout draws anew in every step")
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """`module`, to be compiled at its first call, for the one shape that full batches have. Before `fabric.setup`."""
+    return torch.compile(module, dynamic=False, options={"fallback_random": True})  # dropout draws as in eager mode
+
+
+@contextmanager
+def untouched(module: nn.Module):
+    """Give running statistics back the values they had, in place: a graph knows them by their address."""
+    before = [b.clone() for b in module.buffers()]
+    try:
+        yield
+    finally:
+        for b, old in zip(module.buffers(), before, strict=True):
+            b.copy_(old)
+
+
+class Graph:
+    """The forward and backward of a full batch, captured once as a CUDA graph and replayed; the optimizer stays outside,
+    for a captured learning rate would be frozen."""
+
+    def __init__(self, job, batch: Batch, gradient) -> None:
+        """`gradient(job, batch)` leaves the gradient in `.grad` and returns the logits; `batch` gives the shapes."""
+        self.x, self.y = batch.x.clone(), batch.y.clone()
+        still = batch._replace(x=self.x, y=self.y)
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # a cast made outside the graph must not be used inside
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with untouched(job.module):
+                with torch.cuda.stream(side):
+                    for _ in range(GRAPH_WARMUP):
+                        gradient(job, still)
+                        job.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.current_stream().wait_stream(side)
+                self.graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # with .grad unset, backward makes it in the graph's own memory
+                    self.logits = gradient(job, still)
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+        self.gradients = [p.grad for p in job.parameters]
+        job.optimizer.zero_grad(set_to_none=True)
+
+    def __call__(self, job, batch: Batch) -> Tensor:
+        """Leave the gradient of `batch` in `.grad`; returns the logits. Both are overwritten by the next call."""
+        self.x.copy_(batch.x)
+        self.y.copy_(batch.y)
+        self.graph.replay()
+        for p, g in zip(job.parameters, self.gradients, strict=True):
+            p.grad = g
+        return self.logits
+
+
+def make_ready(job, gradient) -> None:
+    """Compile and capture on a full batch, and compare the gradient with the eager one; changes nothing of the run.
+
+    `gradient` as for `Graph`. Raises `Unfit` if a path cannot be had or differs by more than `BOUNDS`.
+    """
+    args = job.args
+    if args.compile == args.graph == "off":
+        return
+    batch = job.train.batch(job.train.epoch(args.seed, 0), 0, args.bs, job.fabric.global_rank, job.fabric.world_size)
+    asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
+    mixed = args.precision not in BOUND
+    with untouched(job.module):
+        measure.seed_dropout(job, 0)
+        eager, _ = measure.whole_row(job, batch)
+        if mixed:
+            measure.seed_dropout(job, 0)
+            exact, _ = measure.whole_row(job, batch, exact=True)
+        try:
+            if args.graph == "on":
+                job.graph = Graph(job, batch, gradient)
+            measure.seed_dropout(job, 0)
+            (job.graph or gradient)(job, batch)
+        except Exception as e:  # a compiler and its back ends raise all sorts
+            why = (str(e).strip().splitlines() or [""])[0]
+            raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why}); with off it runs without") from e
+        found = [p.grad for p in job.parameters]
+        job.optimizer.zero_grad(set_to_none=True)
+    error, bound = distance(found, exact if mixed else eager), BOUND.get(args.precision)
+    if mixed:
+        bound = TIMES * distance(eager, exact)
+    job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
+    if not error <= bound:
+        raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}; use off")
+
+
+def distance(row: list[Tensor], other: list[Tensor]) -> float:
+    """|row - other| / |other|; 0 where both are zero."""
+    apart, size = (torch.stack(torch._foreach_norm(r)).norm() for r in (torch._foreach_sub(row, other), other))
+    return float(apart / size) if apart > 0 else 0.0
+
+
+def profiler(steps: int | None, folder: Path, active: bool, after: int):
+    """A context whose `step()` is to be called after each step; of the `steps` steps that follow the first `after` ones
+    a trace is written to `folder`/profile, for TensorBoard's profile plugin or ui.perfetto.dev, and a table as text."""
+    if not steps or not active:
+        return nullcontext()  # whose value is None
+    target = folder / "profile"
+
+    def write(profile) -> None:
+        torch.profiler.tensorboard_trace_handler(str(target), use_gzip=True)(profile)
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        (target / "table.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=40))
+
+    when = torch.profiler.schedule(wait=max(0, after - 1), warmup=1, active=steps, repeat=1)
+    return torch.profiler.profile(schedule=when, on_trace_ready=write, acc_events=True)

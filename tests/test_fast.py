@@ -1,0 +1,211 @@
+"""Compiled and graph-replayed steps: when they are chosen, that they change no result, and the profile."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fast
+import measure
+import metrics
+import options
+import train
+from conftest import ROOT, TINY, same_weights, series, summary, weights
+from data import InputError
+from test_metrics import default_dtype, job_for  # noqa: F401
+
+compiler = pytest.mark.skipif(not fast.has_compiler(), reason="no C++ compiler here: torch.compile cannot be had")
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`--compile on` without the compiler's minutes: everything around it, and the eager network inside."""
+    monkeypatch.setattr(fast, "compiled", lambda module: module)
+    monkeypatch.setattr(fast, "has_compiler", lambda: True)
+
+
+def chosen(monkeypatch, *words, images=10**6, on_gpu=False, world_size=1, dropout=False, there=True):
+    monkeypatch.setattr(fast, "has_compiler", lambda: there)
+    args = options.parse([*TINY, *words])
+    fast.choose(args, on_gpu, world_size, dropout, images)
+    return args.compile, args.graph
+
+
+def test_auto_follows_the_written_rule(monkeypatch):
+    paying = "--bs", str(fast.COMPILE_FROM_BATCH), "--width", str(fast.COMPILE_TO_WIDTH)
+    assert chosen(monkeypatch, *paying) == ("on", "off")
+    assert chosen(monkeypatch, *paying, there=False) == ("off", "off")
+    assert chosen(monkeypatch, *paying, images=fast.COMPILE_FROM_IMAGES - 1) == ("off", "off")
+    assert chosen(monkeypatch, *paying, "--bs", str(fast.COMPILE_FROM_BATCH - 1)) == ("off", "off")
+    assert chosen(monkeypatch, *paying, "--width", str(fast.COMPILE_TO_WIDTH + 8)) == ("off", "off")
+    assert chosen(monkeypatch, *paying, world_size=2) == ("off", "off")
+    assert chosen(monkeypatch, *paying, on_gpu=True) == ("off", "off")
+    assert chosen(monkeypatch, *paying, "--compile", "off") == ("off", "off")
+    assert chosen(monkeypatch, "--compile") == ("on", "off")
+    assert chosen(monkeypatch, "--graph", on_gpu=True) == ("off", "on")
+
+
+def test_what_cannot_be_had_is_named(monkeypatch, go, capsys):
+    with pytest.raises(InputError, match="--compile on: .*compiler"):
+        chosen(monkeypatch, "--compile", there=False)
+    with pytest.raises(InputError, match="--graph on: .*one process"):
+        chosen(monkeypatch, "--graph", on_gpu=True, world_size=2)
+    with pytest.raises(InputError, match="--graph on: .*dropout"):
+        chosen(monkeypatch, "--graph", on_gpu=True, dropout=True)
+    go("--graph", status=2)
+    assert capsys.readouterr().err.strip() == "train.py: error: --graph on: needs one CUDA GPU and one process"
+
+
+def test_the_check_leaves_no_trace(go, uncompiled):
+    a, b = go("--noise", "0.5", name="a"), go("--noise", "0.5", "--compile", name="b")
+    assert same_weights(a, b) and series(a) == series(b)
+    assert summary(b)["fast_gradient"]["error"] < 1e-5 and "fast_gradient" not in summary(a)
+
+
+def test_a_fast_path_that_is_wrong_ends_the_run(go, uncompiled, monkeypatch, capsys):
+    right = train.plain_gradient
+
+    def wrong(job, batch):
+        logits = right(job, batch)
+        job.parameters[-2].grad.mul_(3)
+        return logits
+
+    monkeypatch.setattr(train, "plain_gradient", wrong)
+    for precision in ("32-true", "bf16-mixed"):
+        folder = go("--compile", "--precision", precision, name=precision, status=1)
+        assert summary(folder)["status"] == "failed" and summary(folder)["steps"] == 0
+        assert "--compile on: the gradient is off by" in capsys.readouterr().err
+
+
+def test_a_short_last_batch_takes_the_eager_network(go, uncompiled):
+    """160 examples in batches of 48: the last has 16. In float64 both ways give the same run."""
+    words = "--noise", "0.5", "--bs", "48", "--precision", "64-true"
+    a, b = weights(go(*words, name="a")), weights(go(*words, "--compile", name="b"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)
+
+
+def test_full_batches_are_replayed_and_only_plain_ones():
+    job, replayed = job_for("--bs", "48"), []
+
+    def replay(job, batch):
+        replayed.append(batch.size)
+        return train.plain_gradient(job, batch)
+
+    job.graph, plan = replay, job.train.epoch(0, 0)
+    for number in range(4):
+        train.train_step(job, job.train.batch(plan, number, 48), number, measured=number == 1)
+    assert replayed == [48, 48]  # not the measured one, not the last of 16
+
+
+@compiler
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_compiled_steps_give_the_eager_run(go, precision):
+    """A measured step every other one, a short last batch: one graph is compiled, and clean + noisy = its gradient."""
+    torch._dynamo.reset()
+    words = "--noise", "0.5", "--bs", "48", "--precision", precision, "--epochs", "2"
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    b = go(*words, "--compile", name="b")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+    said = summary(b)["fast_gradient"]
+    assert 0 < said["error"] <= said["bound"]
+    a = go(*words, name="a")
+    at = {tag: (series(a)[tag], series(b)[tag]) for tag in ("train/loss", "val/loss", "grad/norm_all")}
+    for tag, (eager, other) in at.items():
+        assert [step for step, _ in eager] == [step for step, _ in other]
+        if precision == "64-true":
+            assert [v for _, v in other] == pytest.approx([v for _, v in eager], rel=1e-8), tag
+    assert at["train/loss"][1][0] == at["train/loss"][0][0]  # step 0 is measured, hence eager
+    if precision == "64-true":
+        a, b = weights(a), weights(b)
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-9)
+
+
+@compiler
+def test_clean_and_noisy_add_up_to_the_compiled_gradient():
+    job = job_for("--precision", "64-true", "--compile", "--bs", "48")  # the graph of the test above, from its cache
+    batch = job.train.batch(job.train.epoch(0, 0), 0, 48)
+    rows = measure.split_rows(job, batch, measure.make_forward(job, batch))
+    train.plain_gradient(job, batch)
+    assert fast.distance([p.grad for p in job.parameters], metrics.add_rows(rows)) < 1e-12
+
+
+def test_a_profile_is_written_and_changes_nothing(go):
+    a, b = go(name="a"), go("--profile", "3", "--epochs", "3", name="b")
+    assert series(a)["train/loss"] == series(b)["train/loss"][:5]
+    (trace,) = (b / "profile").glob("*.pt.trace.json.gz")
+    with gzip.open(trace) as f:
+        names = {event.get("name") for event in json.load(f)["traceEvents"]}
+    assert {f"ProfilerStep#{step}" for step in (10, 11, 12)} <= names
+    assert "aten::convolution_backward" in (b / "profile" / "table.txt").read_text()
+
+
+def test_the_benchmarks_run(tmp_path):
+    out = tmp_path / "R.md"
+    words = "measured logging --models resnet18-8 --batches 16 --seconds 0.01".split()
+    for _ in range(2):  # the second replaces what the first wrote
+        own = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *words, "--out", str(out)]
+        subprocess.run(own, check=True, capture_output=True)
+    text = out.read_text()
+    assert text.count("<!-- measured: ") == text.count("<!-- logging: ") == 1
+    assert text.count("| resnet18-8 |") == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def gpu_job(*words):
+    return job_for("--accelerator", "cuda", "--precision", "32-true", *words)
+
+
+@cuda
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_no_plain_step_waits_for_the_gpu(precision):
+    for words in ((), ("--graph",)):
+        job = gpu_job("--precision", precision, *words)
+        fast.make_ready(job, train.plain_gradient)
+        plan = job.train.epoch(0, 0)
+        for number in range(4):
+            if number == 2:  # the first ones may still choose and allocate
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                train.train_step(job, job.train.batch(plan, number, 32), number, measured=False)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+@cuda
+@pytest.mark.parametrize("way", [("--graph",), ("--compile",), ("--compile", "--graph")])
+@pytest.mark.parametrize("precision", ["64-true", "32-true", "bf16-mixed", "16-mixed"])
+def test_fast_steps_on_a_gpu_give_the_eager_run(go, way, precision):
+    if "--compile" in way and not fast.has_compiler():
+        pytest.skip("no C++ compiler here")
+    torch._dynamo.reset()
+    words = "--noise", "0.5", "--bs", "48", "--accelerator", "cuda", "--precision", precision
+    a, b = go(*words, name="a"), go(*words, *way, name="b")
+    said = summary(b)["fast_gradient"]
+    assert said["error"] <= said["bound"]
+    if precision == "64-true":
+        for (step, x), (other, y) in zip(series(a)["train/loss"], series(b)["train/loss"], strict=True):
+            assert step == other and y == pytest.approx(x, rel=1e-7)
+        for name, w in weights(a).items():
+            torch.testing.assert_close(weights(b)[name], w, rtol=1e-6, atol=1e-8)
+
+
+@cuda
+def test_a_graph_keeps_running_statistics_and_learning_rates():
+    """Replayed steps move running statistics once a step, and the optimizer outside takes each step's learning rate."""
+    eager, replayed = gpu_job("--sched", "onecycle"), gpu_job("--sched", "onecycle", "--graph")
+    fast.make_ready(replayed, train.plain_gradient)
+    assert replayed.graph is not None
+    for job in (eager, replayed):
+        plan = job.train.epoch(0, 0)
+        for number in range(4):
+            train.train_step(job, job.train.batch(plan, number, 32), number, measured=False)
+    for (name, a), b in zip(eager.module.state_dict().items(), replayed.module.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
