@@ -14,7 +14,7 @@ REPORT_SIZES = "16,32,64,128,256,512"
 MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "
 RATIO = "dataset=cifar10 model=resnet18 epochs=80 lr=0.05,0.1 bs=64,128 noise=0,0.2,0.5 "
 QUICK = (  # so few images that a narrow network comes to fit its wrong labels within minutes
-    "dataset=cifar10 subset=2000 val-frac=0.5 width=8 no-augment=on epochs=24 sched=onecycle seed+noise-seed=0,1,2 "
+    "dataset=cifar10 subset=2000 val-frac=0.5 width=8 no-augment=on epochs=20 sched=onecycle seed+noise-seed=0,1,2 "
     "measure=full measure-every=20 measure-budget=0.6 chunks=2 permutations=2 "
 )
 
@@ -35,9 +35,9 @@ PRESETS = {
         "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle"],
     },
     "quick": {
-        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=96"],  # all of the training at 256, a sixteenth at 16
-        "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=24"],
-        "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=24"],
+        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80"],  # all of the training at 256, a sixteenth at 16
+        "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=20"],
+        "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=20"],
     },
 }
 

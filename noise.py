@@ -22,6 +22,7 @@ from torch import Tensor
 
 import data
 import noisefile
+import sources
 from data import InputError, Source, generator
 from noisefile import LabelFile, ledger
 
@@ -212,7 +213,7 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     if source.given is not None:
         if args.noise is not None or kind != "uniform":
             option = f"--noise {args.noise}" if args.noise is not None else f"--noise-type {kind}"
-            where = "y_train_noisy" if args.dataset.endswith(".npz") else data.GIVEN
+            where = "y_train_noisy" if args.dataset.endswith(".npz") else sources.GIVEN
             raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({where})")
         labels = source.given[index]
         rate = (source.given != source.y_train).double().mean().item()
@@ -343,7 +344,7 @@ def make(args) -> str:
         wrong.append("--noise-type instance: needs the images, --true gives labels only")
     if wrong:
         raise InputError("; ".join(wrong))
-    source = bare(args) if args.true else data.load(args)
+    source = bare(args) if args.true else sources.load(args)
     N = len(source.y_train)
     whole = args.true or (args.val_frac == 0 and not args.subset)
     index = torch.arange(N) if whole else data.split(N, args.val_frac, args.split_seed, args.subset)[0]

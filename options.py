@@ -11,9 +11,10 @@ import re
 import sys
 from pathlib import Path
 
-from data import DATASETS, InputError
+from data import InputError
 from models import DEFAULT_MODEL, GROUP, MODELS
 from noise import FROM_FILE, TYPES
+from sources import DATASETS
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.

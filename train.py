@@ -29,6 +29,7 @@ import models
 import noise
 import noisefile
 import options
+import sources
 from data import Batch, Images, InputError, TrainSet
 from hardware import Signals, average_buffers, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from measure import EVAL_BATCH, forward
@@ -376,7 +377,7 @@ def run(args, signals: Signals) -> int:
         options.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
-    source = data.load(args)
+    source = sources.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")

@@ -34,9 +34,9 @@ import data  # noqa: E402
 import fast  # noqa: E402
 import hardware  # noqa: E402
 import measure  # noqa: E402
-import metrics  # noqa: E402
 import noise  # noqa: E402
 import options  # noqa: E402
+import sources  # noqa: E402
 import train  # noqa: E402
 from record import Record  # noqa: E402
 
@@ -68,7 +68,7 @@ def make_job(*words: str, images: int = 2000) -> train.Job:
     args = parsed(*words)
     args.synthetic_train, args.synthetic_test, args.val_frac = images, 10, 0.1
     key = args.dataset, args.synthetic_train
-    source = SOURCES[key] = SOURCES.get(key) or data.load(args)
+    source = SOURCES[key] = SOURCES.get(key) or sources.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
     labels, *_ = noise.relabel(args, source, indices[0])
     job = train.prepare(args, source, indices, labels, *train.make_fabric(args))
@@ -102,7 +102,7 @@ def in_turn(acts: list, budget: float, least: int = 5, most: int = 40) -> list[l
     """Seconds a call of each act, timed in turn until `budget` seconds are spent: as many samples of each."""
     for act in acts:
         act()
-    times = [max(1, round(BLOCK / max(seconds(act, 2), 1e-6))) for act in acts]
+    times = [max(1, round(BLOCK / max(seconds(act, 2), 1e-6))) if BLOCK else 1 for act in acts]
     samples, began = [[] for _ in acts], time.perf_counter()
     while len(samples[0]) < least or (time.perf_counter() - began < budget and len(samples[0]) < most):
         for act, n, found in zip(acts, times, samples, strict=True):
@@ -147,21 +147,40 @@ def flops_of_image(job: train.Job) -> float:
     return counter.get_total_flops() / 2
 
 
+COLUMNS = {  # of the table of steps: what `cell` prints
+    **{"model": "model", "precision": "precision", "B": "B", "way": "way", "plain": "plain step, ms"},
+    **{"rate": "images/s", "share": "of a matmul's rate", "ratio": "measured / plain"},
+    **{"memory": "peak memory, MB", "off": "gradient off by (bound)", "ready": "made ready in, s"},
+}
+
+
 def part_steps(mine) -> str:
     """Plain and measured step by model, batch size, precision and way; each model and precision in its own process."""
     precisions = mine.precisions or (["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_has_bf16() else ["32-true"])
-    rows = []
+    cells = []
     for model in mine.models:
         for precision in precisions:
-            word = ["--cell", f"{model},{precision}", "--ways", ",".join(mine.ways), "--seconds", str(mine.seconds)]
             batches = mine.batches if ON_GPU or precision != "32-true" else [B for B in mine.batches if B in (16, 128)]
-            own = [sys.executable, __file__, *word, "--batches", ",".join(map(str, batches))]
+            own = [sys.executable, __file__, "--cell", f"{model},{precision}", "--seconds", str(mine.seconds)]
+            own += ["--ways", ",".join(mine.ways), "--batches", ",".join(map(str, batches))]
             done = subprocess.run(own, stdout=subprocess.PIPE, text=True)
-            rows += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+            cells += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
             if done.returncode:
-                rows.append([model, precision, "", "", f"ended with status {done.returncode}", "", "", "", ""])
-    head = ["model", "precision", "B", "way", "plain step, ms", "images/s", "of a matmul's rate", "measured / plain"]
-    return table([*head, "peak memory, MB" if ON_GPU else "gradient off by (bound)"], rows)
+                cells.append({"model": model, "precision": precision, "plain": f"ended with status {done.returncode}"})
+    used = [name for name in COLUMNS if any(name in c for c in cells)]
+    said = table([COLUMNS[name] for name in used], [[str(c.get(name, "")) for name in used] for c in cells])
+    fastest = {}
+    for c in cells:
+        if c["model"] == "resnet18-64" and "seconds" in c:
+            fastest[c["B"]] = min(fastest.get(c["B"], c["seconds"]), c["seconds"])
+    sizes = (16, 32, 64, 128, 256, 512)
+    if set(sizes) <= fastest.keys():  # 9 runs of 64 epochs at each size, every 50th step measured
+        hours = sum(9 * 64 * -(-40_000 // B) * fastest[B] for B in sizes) / 3600
+        said += (
+            "\n\nThe steps of the report's grid (figures 4-12: 54 runs of 64 epochs, ResNet-18 of width 64, every 50th "
+            f"step measured) would take {hours:.1f} hours, at each batch size the fastest way above, one run at a time."
+        )
+    return said
 
 
 def cell(mine) -> None:
@@ -170,30 +189,31 @@ def cell(mine) -> None:
     peak = matmul_rate(precision)
     for B in mine.batches:
         for way in mine.ways:
-            if not ON_GPU and ("graph" in WAYS[way] or way in ("graph", "both")):
+            if not ON_GPU and (way in ("graph", "both") or way == "compile" and B not in (16, 128, 256, 512)):
                 continue
-            if not ON_GPU and way == "compile" and (not model.startswith("resnet18") or B not in (16, 128, 512)):
-                continue  # compiling takes minutes there
+            if not ON_GPU and way == "compile" and (not model.startswith("resnet18") or precision == "32-true"):
+                continue  # compiling takes a minute there
             torch._dynamo.reset()
             words = [*model_options(model), "--bs", B, "--precision", precision, "--compile", "off", *WAYS[way]]
+            said, began = {"model": model, "precision": precision, "B": B, "way": way}, time.perf_counter()
             try:
                 job = make_job(*words)
             except (fast.Unfit, data.InputError) as e:
-                print(json.dumps([model, precision, str(B), way, str(e), "", "", "", ""]), flush=True)
+                print(json.dumps(said | {"plain": str(e)}), flush=True)
                 continue
+            if job.fast_error:
+                said["ready"] = f"{time.perf_counter() - began:.0f}"
+                said["off"] = "{error:.1e} ({bound:.1e})".format(**job.fast_error)
             flops = flops_of_image(job)
             plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds, least=3)
-            rate = B / statistics.median(plain)
-            memory = off = ""
+            rate, ratio = B / statistics.median(plain), ratios(measured, plain)
             if ON_GPU:
                 torch.cuda.reset_peak_memory_stats()
                 seconds(step_of(job))
-                memory = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
-            elif job.fast_error:
-                off = f"{job.fast_error['error']:.1e} ({job.fast_error['bound']:.1e})"
-            times = f"{spread(plain, 2, 1e3)}", f"{rate:.0f}", f"{flops * rate / peak:.0%}"
-            row = [model, precision, str(B), way, *times, spread(ratios(measured, plain)), memory or off]
-            print(json.dumps(row), flush=True)
+                said["memory"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
+            said |= {"plain": spread(plain, 2, 1e3), "rate": f"{rate:.0f}", "share": f"{flops * rate / peak:.0%}"}
+            said |= {"ratio": spread(ratio), "seconds": B / rate * (1 + (statistics.median(ratio) - 1) / 50)}
+            print(json.dumps(said), flush=True)
             del job
             gc.collect()
 
@@ -253,7 +273,7 @@ def part_families(mine) -> str:
     }
     rows = []
     for name, (act, counted) in families.items():
-        plain, family = in_turn([lambda: step(False, {}), act], mine.seconds)
+        plain, family = in_turn([lambda: step(False, {}), act], mine.seconds, 3 if name == "curvature" else 5)
         rows.append([name, spread(ratios(family, plain)), f"{counted:.2f}"])
         if name.startswith("measured"):
             rows[-1].append(f"{(statistics.median(ratios(family, plain)) - 1) / 50:.1%} of a run")
@@ -269,7 +289,7 @@ def part_data(mine) -> str:
     """The data path alone: gather, crop, flip, normalise; beside a `DataLoader` with torchvision's transforms."""
     rows, workers = [], min(hardware.cores(), 8)
     args = parsed("--synthetic-train", 20_000, "--synthetic-test", 10)
-    source = data.load(args)
+    source = sources.load(args)
     everything = torch.arange(len(source.x_train))
     for B in [B for B in mine.batches if B in (16, 128, 1024)]:
         job = make_job("--width", "16", "--bs", B, "--compile", "off")
@@ -280,17 +300,15 @@ def part_data(mine) -> str:
         batch, step = in_turn(acts, mine.seconds)
         epoch = statistics.median(in_turn([lambda: own.epoch(0, 1)], 1.0)[0]) / steps  # noqa: B023
         mean = [t + epoch for t in batch]
-        theirs = iter(loader(source, B, workers, ON_GPU))
-        take = max(3, min(30, 6000 // B))
-        for _ in range(min(2 * workers, take // 2)):
-            next(theirs).__class__  # what the workers had made ahead
-        began, images = time.perf_counter(), 0
-        for _ in range(take):
-            x, y = next(theirs)
+        theirs, images, began = loader(source, B, workers, ON_GPU), 0, 0.0
+        for number_of, (x, y) in enumerate(theirs):
             x, y = x.to(DEVICE), y.to(DEVICE)
             images += len(y)
+            if number_of == 2 * workers:  # the first ones were made ahead
+                hardware.synchronize(DEVICE)
+                began, images = time.perf_counter(), 0
+        hardware.synchronize(DEVICE)
         loaded = images / (time.perf_counter() - began)
-        del theirs
         share = spread(ratios(mean, step), 2, 100)
         speed = B / statistics.median(mean)
         rows.append(
@@ -316,7 +334,7 @@ def part_run(mine) -> str:
         steps, train_images = (150, 25_600) if narrow or ON_GPU else (30, 5_120)
         base = [*model_options(model), "--bs", "128", "--synthetic-train", str(train_images), "--synthetic-test", "100"]
         ours, theirs = [], []
-        for repeat in range(mine.repeats):
+        for _ in range(mine.repeats):
             with tempfile.TemporaryDirectory() as folder:
                 own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.01", "--max-steps", str(steps)]
                 ours.append(run_train([*base, *own, "--runs", folder, "--name", "r"], Path(folder) / "r"))

@@ -21,6 +21,14 @@ TINY = (
 ).split()  # 160 training examples, 5 steps an epoch
 
 
+def pytest_addoption(parser) -> None:
+    parser.addoption("--with", default="", help="options added to every tiny run: --with=--compile, --with=--graph")
+
+
+def pytest_configure(config) -> None:
+    TINY.extend(config.getoption("--with").split())
+
+
 @pytest.fixture(autouse=True)
 def same_threads():
     """A run sets the number of threads for its process; here the process goes on to the next test."""

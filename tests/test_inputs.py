@@ -11,6 +11,7 @@ import pytest
 
 import data
 import options
+import sources
 import train
 from conftest import ROOT, TINY
 
@@ -106,7 +107,7 @@ def test_as_a_process_too(tmp_path):
 # --------------------------------------------------------------------------------------------------------- data files
 
 
-@pytest.mark.parametrize(("dataset", "folder"), [("cifar10", data.CIFAR10_FOLDER), ("fmnist", data.FMNIST_FOLDER)])
+@pytest.mark.parametrize(("dataset", "folder"), [("cifar10", sources.CIFAR10_FOLDER), ("fmnist", sources.FMNIST_FOLDER)])
 def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
     def unplugged(*_, **__):
         raise URLError("Temporary failure in name resolution")
@@ -119,7 +120,7 @@ def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("dataset", "folder", "table"),
-    [("cifar10", data.CIFAR10_FOLDER, data.CIFAR10_MD5), ("fmnist", data.FMNIST_FOLDER, data.FMNIST_MD5)],
+    [("cifar10", sources.CIFAR10_FOLDER, sources.CIFAR10_MD5), ("fmnist", sources.FMNIST_FOLDER, sources.FMNIST_MD5)],
 )
 def test_a_missing_and_a_damaged_file_are_named(dataset, folder, table, capsys, tmp_path, real_data):
     place = tmp_path / "data" / folder

@@ -10,6 +10,7 @@ import torch
 import data
 import noise
 import noisefile
+import sources
 
 N, K = 20_000, 10
 FLIPS = torch.tensor([1, 2, 3, 3, 5, 4, 6, 8, 7, 0])  # chains, swaps and classes that stay
@@ -236,10 +237,10 @@ def test_the_maps_are_the_usual_ones():
         return {classes[k]: classes[j] for k, j in enumerate(flips.tolist()) if k != j}
 
     cifar = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    assert data.flip_map(cifar, data.CIFAR10_FLIPS).tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
-    assert named(cifar, data.flip_map(cifar, data.CIFAR10_FLIPS)) == data.CIFAR10_FLIPS
+    assert data.flip_map(cifar, sources.CIFAR10_FLIPS).tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
+    assert named(cifar, data.flip_map(cifar, sources.CIFAR10_FLIPS)) == sources.CIFAR10_FLIPS
     fashion = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-    assert data.flip_map(fashion, data.FMNIST_FLIPS).tolist() == [0, 1, 6, 4, 3, 5, 6, 5, 8, 7]
+    assert data.flip_map(fashion, sources.FMNIST_FLIPS).tolist() == [0, 1, 6, 4, 3, 5, 6, 5, 8, 7]
 
 
 def test_every_type_has_a_function_that_says_its_source():

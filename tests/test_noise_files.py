@@ -14,6 +14,7 @@ import data
 import noise
 import noisefile
 import options
+import sources
 import record
 from conftest import ROOT, TINY, same_weights, series
 from test_inputs import refuse
@@ -66,7 +67,7 @@ def test_human_labels_and_their_match(human, real_data):
     """The labels of CIFAR-10N stand at their own images, and `matched` has their matrix on the same split."""
     argv = ["--data-dir", str(real_data), "--noise-file", human, "--noise-labels", "worse_label"]
     args = options.parse([*argv, "--noise-type", "human"])
-    source, want = data.load(args), noisefile.read(human, "worse_label")
+    source, want = sources.load(args), noisefile.read(human, "worse_label")
     index = data.split(50_000, 0.2, 0)[0]
     labels, a, by_epoch = noise.relabel(args, source, index)
     assert torch.equal(labels, want.label[index]) and by_epoch is None
@@ -175,7 +176,7 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     said = []
     for name in ("T.npy", "T.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
-        said.append(noise.relabel(args, data.load(args), torch.arange(200))[1])
+        said.append(noise.relabel(args, sources.load(args), torch.arange(200))[1])
     assert said[0] == said[1] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
 
 
@@ -379,7 +380,7 @@ def test_a_matrix_that_is_no_table(capsys, tmp_path):
     ],
 )
 def test_bad_noise_files(change, says, capsys, tmp_path):
-    _, y = data.synthetic(200, 0, "train")
+    _, y = sources.synthetic(200, 0, "train")
     good = {"index": np.arange(200), "true": y.numpy(), "label": y.numpy()}
     change = {k: good[k][v] if isinstance(v, slice) else v for k, v in change.items()}
     np.savez(tmp_path / "n.npz", **{k: v for k, v in (good | change).items() if v is not None})
