@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 import findings
 import stats
-from results import Run, by, last
+from results import Run, by, last, together
 
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
 BATCH_ALPHA = 0.05
@@ -284,18 +284,21 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
         axis.set_title(name)
         for kind, tag in tags.items():
             points: dict[int, list[float]] = {}
-            for run in here:
-                if tag in run.series and len(run.series[tag][1]):
-                    points.setdefault(run.cell.B, []).append(float(run.series[tag][1].mean()))
+            for run in here:  # raw and null at the same steps: a cosine changes as the run goes on
+                mean = together(run, tag, tag if kind == "corrected" else tags["null"], lambda a, _: a)
+                if mean is not None:
+                    points.setdefault(run.cell.B, []).append(mean)
             if points:
                 color, marker, style = looks[kind]
                 over_seeds(axis, points, color, kind, marker, style)
-        batch_axis(axis, {r.cell.B for r in here})
+    for axis in axes[0]:  # they share it
+        batch_axis(axis, {r.cell.B for r in real + fakes})
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     foot(
         figure,
-        f"{len(real)} runs; bars: one standard deviation over seeds; noisy gradients pull elsewhere where raw lies below its null",
+        f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds; "
+        "noisy gradients pull elsewhere where raw lies below its null",
     )
     return figure
 
