@@ -21,6 +21,7 @@ COMPILE_FROM_IMAGES = 400_000  # of a whole run
 # A fast path's gradient may be this far from the eager one, as |difference| / |gradient|; in mixed precision, where the
 # eager one is itself rounded to a few bits, instead at most TIMES as far from the gradient in full precision as that is.
 BOUND, TIMES = {"64-true": 1e-9, "32-true": 1e-3}, 1.5
+SMALL_SCALE = 256.0
 GRAPH_WARMUP = 3  # steps before a capture, in which libraries choose and allocate what they need
 
 
@@ -71,6 +72,21 @@ def untouched(module: nn.Module):
             b.copy_(old)
 
 
+@contextmanager
+def small_scale(job):
+    """Under 16-mixed a loss scale at which nothing overflows; training may begin with steps that do, and skips them."""
+    if job.scaler is None:
+        yield
+        return
+    measure.loss_scale(job)  # makes the scale, if no step has been made yet
+    before = job.scaler.get_scale()
+    job.scaler.update(SMALL_SCALE)
+    try:
+        yield
+    finally:
+        job.scaler.update(before)
+
+
 class Graph:
     """The forward and backward of a full batch, captured once as a CUDA graph and replayed; the optimizer stays outside,
     for a captured learning rate would be frozen."""
@@ -119,7 +135,7 @@ def make_ready(job, gradient) -> None:
     batch = job.train.batch(job.train.epoch(args.seed, 0), 0, args.bs, job.fabric.global_rank, job.fabric.world_size)
     asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
     mixed = args.precision not in BOUND
-    with untouched(job.module):
+    with untouched(job.module), small_scale(job):
         measure.seed_dropout(job, 0)
         eager, _ = measure.whole_row(job, batch)
         if mixed:
