@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 22  # parameters taken to float64 at a time: bounds the Gram matrix's memory to V x 32 MiB
+# Parameters taken to float64 at a time: on a GPU few large pieces (V x 32 MiB), on a CPU pieces that stay in its cache.
+CHUNK, CPU_CHUNK = 1 << 22, 1 << 16
 
 
 def cotangent(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -34,11 +35,12 @@ def pull_back(logits: Tensor, parameters: list[Tensor], U: Tensor, free: bool = 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
     """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, CHUNK by CHUNK."""
+    chunk = CPU_CHUNK if rows[0][0].device.type == "cpu" else CHUNK
     G = rows[0][0].new_zeros(len(rows), len(rows), dtype=torch.float64)
     for same in zip(*rows, strict=True):  # one parameter's part of every row
         flat = [part.reshape(-1) for part in same]
-        for a in range(0, flat[0].numel(), CHUNK):
-            M = torch.stack([part[a : a + CHUNK] for part in flat]).double()  # (V, <= CHUNK)
+        for a in range(0, flat[0].numel(), chunk):
+            M = torch.stack([part[a : a + chunk] for part in flat]).double()  # (V, <= chunk)
             G += M @ M.T
     return G
 

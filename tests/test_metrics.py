@@ -155,6 +155,7 @@ def test_gram_is_the_same_however_it_is_cut(monkeypatch):
     flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
     torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
     monkeypatch.setattr(metrics, "CHUNK", 4)
+    monkeypatch.setattr(metrics, "CPU_CHUNK", 4)
     torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
 
 

@@ -323,6 +323,24 @@ def test_lines_are_means_and_bands_deviations_over_seeds(tmp_path):
     assert "3 runs, 3 seeds; 1 not finished" in figure._supxlabel.get_text()
 
 
+def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
+    """Full measurements are rarer than split ones, and a cosine changes as the run goes on: A/A runs must meet."""
+    raw = [(s, 0.9 - 0.08 * s) for s in range(10)]
+    null = [(s, v + 0.05) for s, v in raw if s < 4]
+    found = {"grad/cos_clean_noisy": raw, "null/cos_clean_noisy": null}
+    for B in (16, 64):
+        plant(tmp_path, f"--dataset synthetic --noise 0.5 --bs {B} --sched onecycle --epochs 4", found)
+    plant(tmp_path, "--dataset synthetic --bs 64 --sched onecycle --epochs 4", found, fake=0.5)
+    figure = figures.nulls("t", [results.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy")
+    assert len(figure.axes) == 2
+    for axis, sizes in zip(figure.axes, ([16, 64], [64]), strict=True):
+        drawn = {box.get_label(): box.lines[0].get_data() for box in axis.containers}
+        for name, want in (("raw", np.mean([v for s, v in raw if s < 4])), ("null", np.mean([v for _, v in null]))):
+            x, y = drawn[name]
+            assert list(x) == sizes and list(y) == pytest.approx([want] * len(sizes), abs=1e-6)
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == ["16", "64"]
+
+
 def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
     (run,) = results.load([str(tmp_path)])
