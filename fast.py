@@ -16,8 +16,8 @@ import measure
 from data import Batch, InputError
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
-COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 256, 32
-COMPILE_FROM_IMAGES = 400_000  # of a whole run
+COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16
+COMPILE_FROM_IMAGES = 500_000  # of a whole run
 # A fast path's gradient may be this far from the eager one, as |difference| / |gradient|; in mixed precision, where the
 # eager one is itself rounded to a few bits, instead at most TIMES as far from the gradient in full precision as that is.
 BOUND, TIMES = {"64-true": 1e-9, "32-true": 1e-3}, 1.5
@@ -148,7 +148,8 @@ def make_ready(job, gradient) -> None:
             (job.graph or gradient)(job, batch)
         except Exception as e:  # a compiler and its back ends raise all sorts
             why = (str(e).strip().splitlines() or [""])[0]
-            raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why}); with off it runs without") from e
+            job.optimizer.zero_grad(set_to_none=True)
+            raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why})") from e
         found = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
     error, bound = distance(found, exact if mixed else eager), BOUND.get(args.precision)
@@ -156,7 +157,7 @@ def make_ready(job, gradient) -> None:
         bound = TIMES * distance(eager, exact)
     job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
     if not error <= bound:
-        raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}; use off")
+        raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}")
 
 
 def distance(row: list[Tensor], other: list[Tensor]) -> float:

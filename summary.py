@@ -51,7 +51,7 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
         "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
     }
     if job.fast_error is not None:
-        content["fast_gradient"] = job.fast_error
+        content["fast_gradient"] = job.fast_error | {"used": not job.refused}
     if job.args.measure == "full":
         content["half_memorized_step"] = state["half_memorized_step"]
         content["not_resolved"] = state["not_resolved"]

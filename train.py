@@ -66,6 +66,8 @@ class Job:
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
+    auto: bool = False  # nobody asked for --compile on: a run goes on without it where it cannot be had
+    refused: bool = False  # and does
     state: dict = field(
         default_factory=lambda: {
             "step": 0,  # updates made
@@ -114,7 +116,7 @@ def prepare(
     )
     steps_per_epoch = math.ceil(len(train) / args.bs)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    dropout = models.has_dropout(module)
+    dropout, auto = models.has_dropout(module), args.compile == "auto"
     fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
     job = Job(
@@ -132,6 +134,7 @@ def prepare(
         dropout,
         torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
         scaler,
+        auto=auto,
     )
     if args.measure == "full":
         P, n_probe = sum(p.numel() for p in job.parameters), sum(map(len, measure.probe_indices(job)))
@@ -145,7 +148,8 @@ def prepare(
 
 def plain_gradient(job: Job, batch: Batch) -> Tensor:
     """Leave the batch's mean loss gradient in `.grad`; returns the logits (b, K), detached."""
-    if job.args.compile == "on" and batch.size != job.args.bs:  # a short batch would be compiled for its own shape
+    short = batch.size != job.args.bs  # it would be compiled for its own shape
+    if job.args.compile == "on" and (short or job.refused):
         row, logits = measure.whole_row(job, batch)
         leave(job, row)
         return logits
@@ -314,7 +318,13 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
     warmup = state["step"] + (WARMUP if job.total_steps - state["step"] > 2 * WARMUP else 0)
     bar = tqdm(total=job.total_steps, initial=state["step"], unit="step", disable=not record.active)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
-    fast.make_ready(job, plain_gradient)
+    try:
+        fast.make_ready(job, plain_gradient)
+    except fast.Unfit as e:
+        if not job.auto:
+            raise
+        record.say(f"warning: {e}; this run goes on without")
+        job.refused = True
     profile = fast.profiler(args.profile, record.folder, record.active, WARMUP)
     clock, images, plan = time.perf_counter(), 0, None
     with bar, profile as tracing:

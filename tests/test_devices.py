@@ -62,7 +62,20 @@ assert train.main({argv!r}) == 0
 
 def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
     """Compiled plain steps through DDP; the single example of the last batch takes the eager network on one rank."""
-    argv = [*GN, "--bs", "53", "--epochs", "13", "--max-steps", "50", "--compile", "--runs", str(tmp_path), "--name", "r"]
+    argv = [
+        *GN,
+        "--bs",
+        "53",
+        "--epochs",
+        "13",
+        "--max-steps",
+        "50",
+        "--compile",
+        "--runs",
+        str(tmp_path),
+        "--name",
+        "r",
+    ]
     assert zygote.run(code=COMPILED.format(argv=argv), ranks=2) == [0, 0], zygote.said()
     a, b = weights(alone["53"]), weights(tmp_path / "r")
     for name in a:

@@ -88,6 +88,31 @@ def test_a_fast_path_that_is_wrong_ends_the_run(go, uncompiled, monkeypatch, cap
         assert "--compile on: the gradient is off by" in capsys.readouterr().err
 
 
+def test_where_nobody_asked_the_run_goes_on_without(go, uncompiled, monkeypatch, capsys):
+    """A compiler that breaks: `--compile on` ends in one line, `auto` warns and trains as if there were none."""
+
+    class Broken(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            raise OSError("no space for kernels")
+
+    words = "--noise", "0.5", "--precision", "64-true"
+    eager = weights(go(*words, name="a"))
+    monkeypatch.setattr(fast, "compiled", Broken)
+    go(*words, "--compile", name="b", status=1)
+    wrong = "--compile on: failed here (OSError: no space for kernels)"
+    assert f"train.py: error: {wrong}" in capsys.readouterr().err
+    for name, value in (("COMPILE_FROM_BATCH", 1), ("COMPILE_FROM_IMAGES", 1)):
+        monkeypatch.setattr(fast, name, value)
+    c = weights(go(*words, name="c"))
+    assert f"warning: {wrong}; this run goes on without" in "".join(capsys.readouterr())
+    for name in eager:
+        torch.testing.assert_close(c[name], eager[name], rtol=1e-9, atol=1e-12)
+
+
 def test_a_short_last_batch_takes_the_eager_network(go, uncompiled):
     """160 examples in batches of 48: the last has 16. In float64 both ways give the same run."""
     words = "--noise", "0.5", "--bs", "48", "--precision", "64-true"
