@@ -6,7 +6,7 @@
 
 Every number comes from the code that training runs. Times are medians over blocks of steps after a warm-up, synchronised
 at both ends, with the spread from the first to the ninth decile; what is compared is timed in turn, and ratios are those
-of neighbours. A part that is run again replaces its own table for this hardware and leaves all others as they are.
+of neighbours. A part that is run again with the same options replaces its table for this hardware and leaves all others as they are.
 """
 
 import argparse
@@ -491,8 +491,9 @@ def main() -> None:
         text = PARTS[name](mine)
         took = f"{time.strftime('%Y-%m-%d')}, {time.perf_counter() - began:.0f} s"
         said = " ".join(PARTS[name].__doc__.split())
-        command = "python benchmarks/speed.py " + " ".join([name, *(w for w in sys.argv[1:] if w not in PARTS)])
-        keep(mine.out, name, place, f"## {name.capitalize()}: {said}\n\n{place} ({took}): `{command}`\n\n{text}")
+        what = " ".join([name, *(word for word in sys.argv[1:] if word not in PARTS)])
+        line = f"{place} ({took}): `python benchmarks/speed.py {what}`"
+        keep(mine.out, what, place, f"## {name.capitalize()}: {said}\n\n{line}\n\n{text}")
         print(f"\n{said}\n{place} ({took})\n\n{text}", flush=True)
 
 
