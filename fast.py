@@ -18,9 +18,10 @@ from data import Batch, InputError
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
 COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16
 COMPILE_FROM_IMAGES = 500_000  # of a whole run
-# A fast path's gradient may be this far from the eager one, as |difference| / |gradient|; in mixed precision, where the
-# eager one is itself rounded to a few bits, instead at most TIMES as far from the gradient in full precision as that is.
-BOUND, TIMES = {"64-true": 1e-9, "32-true": 1e-3}, 1.5
+# A fast path's gradient may be this far from the eager one, as |difference| / |gradient|: in float32 a unit whose sign
+# rounding turns changes it by 1e-3 to 1e-2 (one of N active units: 1 / sqrt N). In mixed precision, where the eager one is
+# itself far off, it may instead be TIMES as far from the gradient in full precision as that is.
+BOUND, TIMES = {"64-true": 1e-9, "32-true": 0.05}, 1.5
 SMALL_SCALE = 256.0
 GRAPH_WARMUP = 3  # steps before a capture, in which libraries choose and allocate what they need
 
