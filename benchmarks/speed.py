@@ -472,11 +472,11 @@ def keep(out: Path, part: str, place: str, text: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description="Measure how fast it is.", allow_abbrev=False)
     p.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)} (all)")
-    words = lambda text: text.split(",")  # noqa: E731
-    p.add_argument("--models", type=words, default=list(MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
+    listed = lambda text: text.split(",")  # noqa: E731
+    p.add_argument("--models", type=listed, default=list(MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
     p.add_argument("--batches", type=lambda text: [int(B) for B in text.split(",")], default=list(BATCHES))
-    p.add_argument("--ways", type=words, default=list(WAYS), help=f"of {', '.join(WAYS)}")
-    p.add_argument("--precisions", type=words)
+    p.add_argument("--ways", type=listed, default=list(WAYS), help=f"of {', '.join(WAYS)}")
+    p.add_argument("--precisions", type=listed)
     p.add_argument("--seconds", type=float, default=4.0, help="of timing for what is compared, at least")
     p.add_argument("--repeats", type=int, default=5, help="of whole commands")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
@@ -485,13 +485,15 @@ def main() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     if mine.cell:
         return cell(mine)
-    place = where()
+    place, words = where(), [word for word in sys.argv[1:] if word not in PARTS]
+    if "--out" in words:  # does not change what is measured
+        del words[words.index("--out") : words.index("--out") + 2]
     for name in mine.parts or PARTS:
         began = time.perf_counter()
         text = PARTS[name](mine)
         took = f"{time.strftime('%Y-%m-%d')}, {time.perf_counter() - began:.0f} s"
         said = " ".join(PARTS[name].__doc__.split())
-        what = " ".join([name, *(word for word in sys.argv[1:] if word not in PARTS)])
+        what = " ".join([name, *words])
         line = f"{place} ({took}): `python benchmarks/speed.py {what}`"
         keep(mine.out, what, place, f"## {name.capitalize()}: {said}\n\n{line}\n\n{text}")
         print(f"\n{said}\n{place} ({took})\n\n{text}", flush=True)

@@ -226,7 +226,7 @@ def test_the_benchmarks_run(tmp_path):
         own = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *words, "--out", str(out)]
         subprocess.run(own, check=True, capture_output=True)
     text = out.read_text()
-    assert text.count("<!-- measured: ") == text.count("<!-- logging: ") == 1
+    assert text.count("<!-- measured --models") == text.count("<!-- logging --models") == 1
     assert text.count("| resnet18-8 |") == 2
 
 

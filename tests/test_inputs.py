@@ -9,7 +9,6 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-import data
 import options
 import sources
 import train
