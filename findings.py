@@ -255,7 +255,7 @@ def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) 
 SERIES_OF = {  # which series a value comes from, for saying what is missing
     "cos_minus_null": "grad/cos_clean_noisy with null/cos_clean_noisy (--measure full)",
     "corrected_minus_1": "corrected/cos_clean_noisy (--measure full)",
-    "participation_minus_1": "isotropy/participation with isotropy/isotropic (--measure full)",
+    "participation_minus_1": "isotropy/participation with isotropy/isotropic after step 0 (--measure full)",
     "memorized": "probe/memorized",
     "val_acc": "val/acc",
 }

@@ -326,12 +326,13 @@ def last(run: Run, tag: str) -> float | None:
     return float(run.series[tag][1][-1]) if tag in run.series and len(run.series[tag][1]) else None
 
 
-def together(run: Run, a: str, b: str, how) -> float | None:
-    """Mean over the run of how(a, b) at the steps that both series have."""
+def together(run: Run, a: str, b: str, how, start: int = 0) -> float | None:
+    """Mean over the run of how(a, b) at the steps, from `start` on, that both series have."""
     if a not in run.series or b not in run.series:
         return None
     (sa, va), (sb, vb) = run.series[a], run.series[b]
-    _, ia, ib = np.intersect1d(sa, sb, return_indices=True)
+    steps, ia, ib = np.intersect1d(sa, sb, return_indices=True)
+    ia, ib = ia[steps >= start], ib[steps >= start]
     return float(np.mean(how(va[ia], vb[ib]))) if len(ia) else None
 
 
@@ -344,7 +345,10 @@ def values_of(run: Run) -> dict[str, float]:
         "memorized": last(run, "probe/memorized"),
         "cos_minus_null": together(run, "grad/cos_clean_noisy", "null/cos_clean_noisy", np.subtract),
         "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
-        "participation_minus_1": together(run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1),
+        # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
+        "participation_minus_1": together(
+            run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, start=1
+        ),
     }
     return {k: v for k, v in found.items() if v is not None}
 

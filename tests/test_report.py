@@ -341,6 +341,15 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
         assert [tick.get_text() for tick in axis.get_xticklabels()] == ["16", "64"]
 
 
+def test_isotropy_before_training_is_no_finding(tmp_path):
+    series = {"isotropy/participation": [(0, 10.0), (9, 12.0), (18, 13.5)], "isotropy/isotropic": [(0, 15.0), (9, 15.0)]}
+    run = results.read_folder(plant(tmp_path, "--dataset synthetic --noise 0.5", series))
+    assert results.values_of(run)["participation_minus_1"] == pytest.approx(12 / 15 - 1)
+    early = {tag: points[:1] for tag, points in series.items()}
+    run = results.read_folder(plant(tmp_path / "early", "--dataset synthetic --noise 0.5", early))
+    assert "participation_minus_1" not in results.values_of(run)
+
+
 def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
     (run,) = results.load([str(tmp_path)])
