@@ -22,7 +22,7 @@ COMPILE_FROM_IMAGES = 500_000  # of a whole run
 # rounding turns changes it by 1e-3 to 1e-2 (one of N active units: 1 / sqrt N). In mixed precision, where the eager one is
 # itself far off, it may instead be TIMES as far from the gradient in full precision as that is.
 BOUND, TIMES = {"64-true": 1e-9, "32-true": 0.05}, 1.5
-SMALL_SCALE = 256.0
+SMALL_SCALE = 256.0  # of the loss, at which the check's float16 gradients neither overflow nor vanish
 GRAPH_WARMUP = 3  # steps before a capture, in which libraries choose and allocate what they need
 
 
@@ -128,7 +128,7 @@ class Graph:
 def make_ready(job, gradient) -> None:
     """Compile and capture on a full batch, and compare the gradient with the eager one; changes nothing of the run.
 
-    `gradient` as for `Graph`. Raises `Unfit` if a path cannot be had or differs by more than `BOUNDS`.
+    `gradient` as for `Graph`. Raises `Unfit` if a path cannot be had or differs by more than `BOUND` and `TIMES` allow.
     """
     args = job.args
     if args.compile == args.graph == "off":

@@ -34,7 +34,7 @@ def pull_back(logits: Tensor, parameters: list[Tensor], U: Tensor, free: bool = 
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
-    """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, CHUNK by CHUNK."""
+    """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, piece by piece."""
     chunk = CPU_CHUNK if rows[0][0].device.type == "cpu" else CHUNK
     G = rows[0][0].new_zeros(len(rows), len(rows), dtype=torch.float64)
     for same in zip(*rows, strict=True):  # one parameter's part of every row

@@ -23,6 +23,7 @@ from torchvision import transforms  # noqa: E402
 import models  # noqa: E402
 import options  # noqa: E402
 import sources  # noqa: E402
+from data import InputError  # noqa: E402
 from hardware import peak_memory_mb, synchronize  # noqa: E402
 
 WARMUP = 10  # steps not timed
@@ -51,7 +52,7 @@ def loader(source, B: int, workers: int, pin: bool) -> DataLoader:
 
 def main() -> None:
     own = argparse.ArgumentParser(allow_abbrev=False)
-    own.add_argument("--steps", type=int, default=60)
+    own.add_argument("--steps", type=options.count, default=60)
     own.add_argument("--workers", type=int, default=2)
     own.add_argument("--autocast", action="store_true", help="bf16, to compare memory in the same precision")
     mine, rest = own.parse_known_args()
@@ -91,4 +92,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as e:
+        options.complain(e, "plain_loop.py")
+        sys.exit(2)

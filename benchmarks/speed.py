@@ -12,6 +12,7 @@ of neighbours. A part that is run again with the same options replaces its table
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import platform
@@ -473,8 +474,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Measure how fast it is.", allow_abbrev=False)
     p.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     listed = lambda text: text.split(",")  # noqa: E731
+    sizes = lambda text: [options.count(B) for B in text.split(",")]  # noqa: E731
     p.add_argument("--models", type=listed, default=list(MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
-    p.add_argument("--batches", type=lambda text: [int(B) for B in text.split(",")], default=list(BATCHES))
+    p.add_argument("--batches", type=sizes, default=list(BATCHES))
     p.add_argument("--ways", type=listed, default=list(WAYS), help=f"of {', '.join(WAYS)}")
     p.add_argument("--precisions", type=listed)
     p.add_argument("--seconds", type=float, default=4.0, help="of timing for what is compared, at least")
@@ -485,6 +487,10 @@ def main() -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     if mine.cell:
         return cell(mine)
+    if set(mine.ways) - WAYS.keys():
+        raise data.InputError(f"--ways {','.join(mine.ways)}: not among {', '.join(WAYS)}")
+    for model, precision in itertools.product(mine.models, mine.precisions or ["auto"]):
+        parsed(*model_options(model), "--precision", precision)  # raises for what train.py does not know
     place, words = where(), [word for word in sys.argv[1:] if word not in PARTS]
     if "--out" in words:  # does not change what is measured
         del words[words.index("--out") : words.index("--out") + 2]
@@ -500,4 +506,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except data.InputError as e:
+        options.complain(e, "speed.py")
+        sys.exit(2)
