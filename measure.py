@@ -68,6 +68,28 @@ def batchnorm_mode(module: nn.Module, mode: str):
         module.train()
 
 
+@contextmanager
+def cut(modules):
+    """Within the block, end the graph behind each of `modules` and begin another: (outputs, entries) of
+    `metrics.pull_backs`, but for the logits. What needs no gradient is not cut."""
+    outputs: list[Tensor] = []
+    entries: list[Tensor] = []
+
+    def begin(module, args, out: Tensor) -> Tensor:
+        if not out.requires_grad:
+            return out
+        outputs.append(out)
+        entries.append(out.detach().requires_grad_())
+        return entries[-1]
+
+    handles = [m.register_forward_hook(begin) for m in modules]
+    try:
+        yield outputs, entries
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Forward:
     """One forward of a batch, to be pulled back along any cotangent; of several parts, one forward of each.
 
@@ -76,28 +98,38 @@ class Forward:
 
     def __init__(self, job, batch: Batch, parts: list[Tensor] | None = None, exact: bool = False) -> None:
         self.job, self.unit = job, loss_scale(job) / batch.size
-        if exact:
-            self.pieces = [(None, job.module(batch.x))]
-        elif parts is None:
-            self.pieces = [(None, forward(job, batch.x))]
-        else:  # here the host waits for the device
+        # Of each part its examples and its logits, detached; and (outputs, entries) of `metrics.pull_backs`.
+        self.pieces, self.graphs = [], []
+        indices = [None]
+        if parts is not None:  # here the host waits for the device
             indices = [part.nonzero().squeeze(1) for part in parts]
-            self.pieces = [(index, forward(job, batch.x[index])) for index in indices]
+        for index in indices:
+            x = batch.x if index is None else batch.x[index]
+            with cut(getattr(job.module, "cuts", ())) as (outputs, entries):
+                logits = job.module(x) if exact else forward(job, x)
+            self.pieces.append((index, logits.detach()))
+            self.graphs.append(([*outputs, logits], entries))
+
+    def rows(self, labels: Tensor, weights: list[Tensor], free: bool = False) -> list[list[Tensor]]:
+        """For each w of `weights` (b,): (1/B) sum_i w_i dL_i/dtheta against `labels` (b,) over this process's examples,
+        times `loss_scale`. With `free` they are the last ones of this forward, and take less memory."""
+        found: list[list] = [[] for _ in weights]
+        for (index, logits), graph in zip(self.pieces, self.graphs, strict=True):
+            y, own = (labels, weights) if index is None else (labels[index], [w[index] for w in weights])
+            some = [i for i, w in enumerate(own) if index is None or bool(w.any())]
+            U = [metrics.cotangent(logits, y, own[i].to(logits.dtype) * self.unit) for i in some]
+            for i, row in zip(some, metrics.pull_backs(*graph, self.job.parameters, U, free), strict=True):
+                found[i].append(row)
+        return [metrics.add_rows(r) if r else [torch.zeros_like(p) for p in self.job.parameters] for r in found]
 
     def row(self, labels: Tensor, weights: Tensor, free: bool = False) -> list[Tensor]:
-        """(1/B) sum_i weights_i dL_i/dtheta against `labels` (b,) over this process's examples, times `loss_scale`."""
-        rows = []
-        for index, logits in self.pieces:
-            y, w = (labels, weights) if index is None else (labels[index], weights[index])
-            if index is None or bool(w.any()):
-                U = metrics.cotangent(logits, y, w.to(logits.dtype) * self.unit)
-                rows.append(metrics.pull_back(logits, self.job.parameters, U, free))
-        return metrics.add_rows(rows) if rows else [torch.zeros_like(p) for p in self.job.parameters]
+        """The row of one w (b,), as in `rows`."""
+        return self.rows(labels, [weights], free)[0]
 
     def direct(self, U: Tensor) -> list[Tensor]:
-        """The row of a cotangent U (b, K) given as it is (one forward only), times `loss_scale`."""
-        ((_, logits),) = self.pieces
-        return metrics.pull_back(logits, self.job.parameters, U.to(logits.dtype) * self.unit)
+        """The row of a cotangent U (b, K) given as it is (one forward only), times `loss_scale`; the last of it."""
+        ((_, logits),), (graph,) = self.pieces, self.graphs
+        return metrics.pull_backs(*graph, self.job.parameters, [U.to(logits.dtype) * self.unit], free=True)[0]
 
 
 def over_ranks(job, rows: list[list[Tensor]]) -> list[list[Tensor]]:
@@ -114,7 +146,7 @@ def whole_row(job, batch: Batch, exact: bool = False) -> tuple[list[Tensor], Ten
     `exact` in full precision whatever the run's."""
     ahead = Forward(job, batch, exact=exact)
     row = over_ranks(job, [ahead.row(batch.y, torch.ones_like(batch.noisy), free=True)])[0]
-    return row, ahead.pieces[0][1].detach()
+    return row, ahead.pieces[0][1]
 
 
 # --------------------------------------------------------------------------------------------------- the split, per step
@@ -132,7 +164,7 @@ def split_rows(job, batch: Batch, ahead: Forward, free: bool = True) -> list[lis
     All carry the `loss_scale`, without which float16 would lose them.
     """
     sets = [s for s, size in ((~batch.noisy, batch.size - batch.n_noisy), (batch.noisy, batch.n_noisy)) if size]
-    return over_ranks(job, [ahead.row(batch.y, s, free and s is sets[-1]) for s in sets])
+    return over_ranks(job, ahead.rows(batch.y, sets, free))
 
 
 def split_values(rows: list[list[Tensor]], own: list[Tensor] | None, batch: Batch, scale: Tensor | float) -> dict:

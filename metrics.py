@@ -24,13 +24,29 @@ def cotangent(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return U.mul_(weights[:, None])
 
 
-def pull_back(logits: Tensor, parameters: list[Tensor], U: Tensor, free: bool = False) -> list[Tensor]:
-    """The gradient U^T dz/dtheta for a cotangent U (B, K): one row, a list of tensors shaped as `parameters` (2F).
+def pull_backs(
+    outputs: list[Tensor], entries: list[Tensor], parameters: list[Tensor], cotangents: list[Tensor], free: bool = False
+) -> list[list[Tensor]]:
+    """The gradient U^T dz/dtheta for each cotangent U (B, K): rows, lists of tensors shaped as `parameters` (2F each).
 
-    With `free` the graph of `logits` goes with it. A parameter that the logits do not depend on gets zeros.
+    The forward may be cut into parts that follow each other: `outputs` are what each puts out, the logits z (B, K) last,
+    and `entries` what the second and later ones began with, leaves of the same values as the outputs before them.
+    With `free` the graphs go with it, those of a later part before an earlier one needs room for its own gradients, so
+    that memory peaks close to where one backward does; whole pull-backs in turn would hold all that the forward saved
+    until the last of them. The arithmetic is the same, to the bit. A parameter that z does not depend on gets zeros.
     """
-    options = {"retain_graph": not free, "allow_unused": True, "materialize_grads": True}
-    return list(torch.autograd.grad(logits, parameters, U, **options))
+    rows: list[list] = [[None] * len(parameters) for _ in cotangents]
+    above = list(cotangents)  # of each row, the gradient of what the part at hand puts out
+    for k in reversed(range(len(outputs))):
+        wanted = [*parameters, *entries[k - 1 : k]] if k else parameters
+        for r, row in enumerate(rows):
+            keep = not free or r < len(rows) - 1
+            found = torch.autograd.grad(outputs[k], wanted, above[r], retain_graph=keep, allow_unused=True)
+            above[r] = found[-1]
+            for i, part in enumerate(found[: len(parameters)]):
+                if part is not None:
+                    row[i] = part if row[i] is None else row[i] + part
+    return [[torch.zeros_like(p) if g is None else g for g, p in zip(row, parameters, strict=True)] for row in rows]
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:

@@ -48,6 +48,7 @@ class ResNet18(nn.Module):
         self.layer3 = self._stage(2 * width, 4 * width, 2, make)
         self.layer4 = self._stage(4 * width, 8 * width, 2, make)
         self.linear = nn.Linear(8 * width, K)
+        self.cuts = [self.layer1, self.layer2, self.layer3]
 
     @staticmethod
     def _stage(c_in: int, c_out: int, stride: int, make) -> nn.Sequential:
@@ -81,10 +82,13 @@ def vgg16(C: int, K: int, linear: bool = False) -> nn.Module:
         elif isinstance(m, nn.Linear):
             nn.init.normal_(m.weight, 0, 0.01)
             nn.init.zeros_(m.bias)
+    model.cuts = [m for m in features if isinstance(m, nn.MaxPool2d)]
     return model
 
 
-MODELS = {  # a new model is one entry: (C, K, width, norm) -> module
+# A new model is one entry: (C, K, width, norm) -> module. Its `cuts`, if it has any, are submodules through whose output
+# everything passes that later ones take from earlier ones: there a measured step cuts its graph, to free memory earlier.
+MODELS = {
     "resnet18": ResNet18,
     "vgg16": lambda C, K, width, norm: vgg16(C, K),
     "vgg16-linear": lambda C, K, width, norm: vgg16(C, K, linear=True),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 
 import pytest
 import torch
@@ -197,3 +198,57 @@ def test_dropout_mask_is_shared_by_both_rows_and_repeats():
         rows = measure.split_rows(job, batch, measure.Forward(job, batch))
         outs.append(torch.cat([t.flatten() for t in metrics.add_rows(rows)]))
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def pulled(model: str, precision: torch.dtype, cut: bool, watch=None) -> list[list[torch.Tensor]]:
+    """Rows of C and of N of a small batch, made whole or part by part."""
+    net = models.build(model, 1, 10, 8, "bn", 0)
+    g = torch.Generator().manual_seed(0)
+    x, y, noisy = torch.randn(4, 1, 32, 32, generator=g), torch.arange(4), torch.tensor([1.0, 0.0, 1.0, 0.0])
+    if watch:
+        net.cuts[0].register_forward_hook(lambda module, args, out: watch(out))
+    modules = net.cuts if cut else ()
+    with measure.cut(modules) as (outputs, entries), torch.autocast("cpu", precision, enabled=precision.itemsize < 4):
+        logits = net(x).float()
+    U = [metrics.cotangent(logits, y, w) for w in (1 - noisy, noisy)]
+    assert len(outputs) == len(entries) == len(modules) and len(net.cuts) >= 3
+    return metrics.pull_backs([*outputs, logits], entries, list(net.parameters()), U, free=True)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", ["resnet18", "vgg16-linear"])
+def test_rows_made_part_by_part_are_the_same_bits(model, precision):
+    """Cutting the graph changes nothing, so a model's cuts are where everything passes."""
+    whole, parts = (pulled(model, precision, cut) for cut in (False, True))
+    assert all(torch.equal(a, b) for r, s in zip(whole, parts, strict=True) for a, b in zip(r, s, strict=True))
+    assert all(float(part.norm()) > 0 for row in whole for part in row if part.dim() > 1)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "vgg16-linear"])
+def test_rows_made_part_by_part_free_what_is_behind_them(model):
+    """When the gradient reaches the earliest part of the network, what later parts saved must be gone."""
+    alive = {}
+    for cut in (False, True):
+        saved, alive[cut] = weakref.WeakSet(), []
+
+        class Saved:
+            def __init__(self, tensor, saved=saved):
+                self.tensor = tensor
+                saved.add(self)
+
+        def watch(h, saved=saved, seen=alive[cut]):
+            h.register_hook(lambda grad: seen.append(sum(s.tensor.numel() for s in saved)))
+
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.tensor):
+            pulled(model, torch.float32, cut, watch)
+    assert len(alive[True]) == len(alive[False]) == 2  # once for each row
+    assert max(alive[True]) < 0.8 * max(alive[False])
+
+
+def test_a_weight_used_on_both_sides_of_a_cut_gets_both_gradients():
+    w, unused = torch.tensor([1.5], requires_grad=True), torch.ones(2, requires_grad=True)
+    h = w * 2
+    entry = h.detach().requires_grad_()
+    z = (entry**2 * w)[None]
+    ((row, none),) = metrics.pull_backs([h, z], [entry], [w, unused], [torch.ones(1, 1)])
+    assert row == 3 * 4 * 1.5**2 and torch.equal(none, torch.zeros(2))  # d(4 w^3)/dw
