@@ -484,6 +484,7 @@ def schedule_full(
     evaluated. The probe comes first, after every epoch unless that took over 65 % of the budget; of what is left 60 %
     goes to measured steps, 15 % to isotropy, 25 % to curvature. Returns {family: spacing} in steps for "steps", in
     epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's cost.
+    Measurements are counted back from the end of the run (`due`): the one that fits is not of the untrained network.
     """
     epochs = total_steps / steps_per_epoch
     run = 3.0 * epochs * n_train + (math.ceil(epochs) + 1) * n_eval
@@ -492,8 +493,6 @@ def schedule_full(
 
     def place(family: str, money: float, slots: float, unit: int = 1) -> float:
         affordable = math.floor(money / costs[family]) if costs[family] else slots
-        if family == "probe" and affordable < slots:
-            affordable = max(0, affordable - 1)  # for the one at the end, wherever that falls
         every = unit * max(1, math.ceil(slots / unit / affordable)) if affordable else 0
         spacing[family] = every
         return math.ceil(slots / every) * costs[family] if every else 0.0
@@ -506,12 +505,22 @@ def schedule_full(
     return spacing | {"share": spent / run}
 
 
-def after_epoch(job, epoch: int, last: bool) -> dict:
-    """The epoch-wise families that are due when `epoch` epochs are done (0: before training, `last`: at the end)."""
-    values, plan = {}, job.state["plan"]
+def due(every: int | None, at: int, last: int) -> bool:
+    """Whether a measurement made every `every`-th time, the last time at `last`, is due `at` this one."""
+    return bool(every) and (last - at) % every == 0
+
+
+def controls_due(job, step: int) -> bool:
+    """Whether this measured step is to bring the controls of `--measure full`."""
+    every = job.args.measure_every
+    return due(job.state["plan"].get("steps"), step, (job.total_steps - 1) // every * every)
+
+
+def after_epoch(job, epoch: int) -> dict:
+    """The epoch-wise families that are due when `epoch` epochs are done (0: before training)."""
+    values, plan, last = {}, job.state["plan"], math.ceil(job.total_steps / job.steps_per_epoch)
     for family, act in (("probe", probe), ("isotropy", isotropy), ("curvature", curvature)):
-        every = plan.get(family)
-        if every and (epoch % every == 0 or (last and family == "probe")):
+        if due(plan.get(family), epoch, last):
             with timed(job, family):
                 values |= act(job)
     if values.get("probe/memorized", 0) >= 0.5 and job.state["half_memorized_step"] is None:

@@ -177,8 +177,7 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
     for group in job.optimizer.param_groups:
         group["lr"], group["momentum"] = lr, momentum
     split, full = measured and args.measure != "off", measured and args.measure == "full"
-    every = job.state["plan"].get("steps")
-    controls = full and every and step % every == 0
+    controls = full and measure.controls_due(job, step)
 
     def measure_with(ahead: measure.Forward, own: list[Tensor] | None = None) -> list[list[Tensor]]:
         rows = measure.split_rows(job, batch, ahead, free=not controls)
@@ -277,7 +276,7 @@ def validate(job: Job, record: Record) -> None:
     job.state["best_val_acc"] = max(acc, job.state["best_val_acc"])
     if job.args.measure == "full":
         epoch, rest = divmod(step, job.steps_per_epoch)
-        record.log(step, measure.after_epoch(job, epoch + bool(rest), last=step == job.total_steps))
+        record.log(step, measure.after_epoch(job, epoch + bool(rest)))
         record.flush()
 
 

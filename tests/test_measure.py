@@ -511,12 +511,23 @@ def test_the_counted_budget_holds():
             costs = measure.counted_costs(args, 11_173_962, 4000)
             counts = {"steps": math.ceil(args.epochs * spe / plan["steps"]) if plan["steps"] else 0}
             for family in ("probe", "isotropy", "curvature"):
-                counts[family] = math.ceil((args.epochs + 1) / plan[family]) if plan[family] else 0
+                counts[family] = sum(measure.due(plan[family], at, args.epochs) for at in range(args.epochs + 1))
             spent = sum(costs[family] * n for family, n in counts.items())
             assert spent <= budget * (3 * args.epochs * 40_000 + (args.epochs + 1) * 10_000)
     args = train.options.parse(["--measure", "full"])
     plan = measure.schedule_full(args, 11_173_962, 4000, 64 * 313, 313, 40_000, 10_000)
     assert plan["probe"] == 1 and 0 < plan["steps"] < 2000  # on the report's runs: after every epoch, and often enough
+
+
+def test_measurements_are_counted_back_from_the_end(go, monkeypatch):
+    """A budget for one measurement is not spent on the untrained network. Two epochs of five steps, measured every 2."""
+    plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0}
+    monkeypatch.setattr(measure, "schedule_full", lambda *sizes: plan)
+    found = series(go("--noise", "0.5", *FULL))
+    assert [step for step, _ in found["null/cos_clean_noisy"]] == [2, 8]
+    assert [step for step, _ in found["probe/memorized"]] == [0, 10]
+    assert [step for step, _ in found["isotropy/participation"]] == [10]
+    assert "curvature/trace" not in found
 
 
 def test_accumulators_survive_a_kill(zygote, tmp_path):
