@@ -4,6 +4,7 @@ that they change no result, and a profile that shows where the time goes.
 Measured steps and a short last batch take the eager network, so nothing is compiled or captured for them.
 """
 
+import gc
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 import measure
 from data import Batch, InputError
+from hardware import forget_peak
+from measure import untouched
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
 COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16
@@ -51,8 +54,8 @@ def choose(args, on_gpu: bool, world_size: int, dropout: bool, images: int) -> N
     if args.graph == "auto":
         args.graph = "off"
     elif args.graph == "on":
-        if not on_gpu or world_size > 1:
-            raise InputError("--graph on: needs one CUDA GPU and one process")
+        if not on_gpu or world_size > 1 or args.strategy == "ddp":
+            raise InputError("--graph on: needs one CUDA GPU and one process, without ddp")
         if dropout:
             raise InputError(f"--graph on: not for {args.model}, whose dropout draws anew in every step")
 
@@ -60,17 +63,6 @@ def choose(args, on_gpu: bool, world_size: int, dropout: bool, images: int) -> N
 def compiled(module: nn.Module) -> nn.Module:
     """`module`, to be compiled at its first call, for the one shape that full batches have. Before `fabric.setup`."""
     return torch.compile(module, dynamic=False, options={"fallback_random": True})  # dropout draws as in eager mode
-
-
-@contextmanager
-def untouched(module: nn.Module):
-    """Give running statistics back the values they had, in place: a graph knows them by their address."""
-    before = [b.clone() for b in module.buffers()]
-    try:
-        yield
-    finally:
-        for b, old in zip(module.buffers(), before, strict=True):
-            b.copy_(old)
 
 
 @contextmanager
@@ -99,9 +91,10 @@ class Graph:
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast made outside the graph must not be used inside
         side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        gc.collect()  # a backward graph of another stream that is still alive would spoil the capture
         try:
             with untouched(job.module):
+                side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(GRAPH_WARMUP):
                         gradient(job, still)
@@ -150,14 +143,19 @@ def make_ready(job, gradient) -> None:
         except Exception as e:  # a compiler and its back ends raise all sorts
             why = (str(e).strip().splitlines() or [""])[0]
             job.optimizer.zero_grad(set_to_none=True)
+            job.graph = None
             raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why})") from e
         found = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
     error, bound = distance(found, exact if mixed else eager), BOUND.get(args.precision)
     if mixed:
         bound = TIMES * distance(eager, exact)
+        del exact
+    del found, eager
+    forget_peak(job.fabric.device)  # the check's passes are not the run's
     job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
     if not error <= bound:
+        job.graph = None
         raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}")
 
 
@@ -167,7 +165,7 @@ def distance(row: list[Tensor], other: list[Tensor]) -> float:
     return float(apart / size) if apart > 0 else 0.0
 
 
-def profiler(steps: int | None, folder: Path, active: bool, after: int):
+def profiler(steps: int | None, folder: Path, active: bool, after: int, on_gpu: bool):
     """A context whose `step()` is to be called after each step; of the `steps` steps that follow the first `after` ones
     a trace is written to `folder`/profile, for TensorBoard's profile plugin or ui.perfetto.dev, and a table as text."""
     if not steps or not active:
@@ -176,7 +174,7 @@ def profiler(steps: int | None, folder: Path, active: bool, after: int):
 
     def write(profile) -> None:
         torch.profiler.tensorboard_trace_handler(str(target), use_gzip=True)(profile)
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
         (target / "table.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=40))
 
     when = torch.profiler.schedule(wait=max(0, after - 1), warmup=1, active=steps, repeat=1)

@@ -77,7 +77,7 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     resolve(args)
     for name in options.FABRIC:
         os.environ.pop(f"LT_{name.upper()}", None)
-    # Float32 means float32, and the same command the same bits, on GPUs too.
+    # On GPUs too float32 means float32, and the same command the same bits as far as their other kernels go.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     kind = "cpu" if args.accelerator == "cpu" else "cuda"
@@ -89,6 +89,10 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     unsynced = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     )  # renamed in torch 2.15
+    # Fabric builds DDP in a stream of its own, of which torch then warns on every process.
+    warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
+    if warn_of_streams:
+        warn_of_streams(False)
     strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}) if args.strategy == "ddp" else "auto"
     try:
         place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}
@@ -137,10 +141,17 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: by torch on the GPU, or by this process."""
+def forget_peak(device: torch.device) -> None:
+    """On a GPU: give back what is cached, and count `peak_memory_mb` from now."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: by torch on the GPU (its cache and captured graphs with it), or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**20
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

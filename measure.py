@@ -53,18 +53,39 @@ def seed_dropout(job, step: int) -> None:
         torch.manual_seed(data.stream_seed(job.args.seed, f"dropout{job.fabric.global_rank}", step))
 
 
+def synchronised(module: nn.Module) -> list[nn.SyncBatchNorm]:
+    """Its BatchNorms that take their statistics over all processes."""
+    return [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
+
+
 @contextmanager
-def batchnorm_mode(module: nn.Module, mode: str):
-    """For a measurement's forward: `eval` mode, or training mode with running statistics left as they are."""
-    tracking = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
-    module.train(mode != "eval")
-    for m in tracking if mode != "eval" else ():
-        m.track_running_stats = False
+def untouched(module: nn.Module):
+    """Give running statistics back the values they had, in place: a captured graph knows them by their address."""
+    before = [b.clone() for b in module.buffers()]
     try:
         yield
     finally:
-        for m in tracking:
-            m.track_running_stats = True
+        for b, old in zip(module.buffers(), before, strict=True):
+            b.copy_(old)
+
+
+@contextmanager
+def batchnorm_mode(module: nn.Module, mode: str, alike: bool = False):
+    """For a measurement's forward: `eval` mode, or training mode with running statistics left as they are.
+
+    `alike`: all processes forward the same examples, so BatchNorm has nothing to synchronise; where it did, a second
+    derivative could not be had. Gradients are to be taken within the context.
+    """
+    alone = synchronised(module) if alike else []
+    module.train(mode != "eval")
+    for m in alone:
+        m.__class__ = nn.BatchNorm2d
+    try:
+        with untouched(module):
+            yield
+    finally:
+        for m in alone:
+            m.__class__ = nn.SyncBatchNorm
         module.train()
 
 
@@ -116,7 +137,10 @@ class Forward:
         found: list[list] = [[] for _ in weights]
         for (index, logits), graph in zip(self.pieces, self.graphs, strict=True):
             y, own = (labels, weights) if index is None else (labels[index], [w[index] for w in weights])
-            some = [i for i, w in enumerate(own) if index is None or bool(w.any())]
+            some = range(len(own))
+            if index is not None:  # alike on all processes, whose SyncBatchNorm meets in every pull-back
+                used = sum_over_ranks(self.job.fabric, torch.stack([w.any() for w in own]).float()).tolist()
+                some = [i for i in some if used[i]]
             U = [metrics.cotangent(logits, y, own[i].to(logits.dtype) * self.unit) for i in some]
             for i, row in zip(some, metrics.pull_backs(*graph, self.job.parameters, U, free), strict=True):
                 found[i].append(row)
@@ -386,7 +410,7 @@ def isotropy(job) -> dict:
     size, rows, K = min(ISOTROPY_EXAMPLES, len(noisy) // m), [], len(job.transition)
     mixed = noisy[torch.randperm(len(noisy), generator=data.generator(job.args.noise_seed, "isotropy"))]
     dropout = [d for d in job.module.modules() if isinstance(d, nn.Dropout)]
-    with batchnorm_mode(job.module, job.args.measure_bn):
+    with batchnorm_mode(job.module, job.args.measure_bn, alike=True):
         for d in dropout:
             d.eval()
         for part in mixed[: m * size].view(m, size):
@@ -421,7 +445,10 @@ def curvature(job) -> dict:
         v = torch.randn(sum(sizes), generator=g, dtype=torch.float32).to(job.fabric.device, torch.get_default_dtype())
         return v.sign() if sign else v
 
-    with batchnorm_mode(job.module, job.args.measure_bn), torch.autocast(job.fabric.device.type, enabled=False):
+    with (
+        batchnorm_mode(job.module, job.args.measure_bn, alike=True),
+        torch.autocast(job.fabric.device.type, enabled=False),
+    ):
         for d in dropout:
             d.eval()
         logits = job.module(job.train.images.plain(index))

@@ -8,10 +8,12 @@ C and N the clean and the noisy examples, f = |C| / B.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Parameters taken to float64 at a time: on a GPU few large pieces (V x 32 MiB), on a CPU pieces that stay in its cache.
 CHUNK, CPU_CHUNK = 1 << 22, 1 << 16
+SLICE = 1 << 12  # of a large piece, by which a GPU shares it out among its processors
 
 
 def cotangent(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -51,14 +53,22 @@ def pull_backs(
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
     """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, piece by piece."""
-    chunk = CPU_CHUNK if rows[0][0].device.type == "cpu" else CHUNK
+    on_cpu = rows[0][0].device.type == "cpu"
+    chunk = CPU_CHUNK if on_cpu else CHUNK
     G = rows[0][0].new_zeros(len(rows), len(rows), dtype=torch.float64)
     for same in zip(*rows, strict=True):  # one parameter's part of every row
         flat = [part.reshape(-1) for part in same]
         for a in range(0, flat[0].numel(), chunk):
             M = torch.stack([part[a : a + chunk] for part in flat]).double()  # (V, <= chunk)
-            G += M @ M.T
+            G += M @ M.T if on_cpu else sliced_products(M)
     return G
+
+
+def sliced_products(M: Tensor) -> Tensor:
+    """M M^T (V, V) of a few long rows M (V, L) as one small product for each SLICE, added up; one product of all would keep
+    a single processor of a GPU busy along the whole length."""
+    parts = F.pad(M, (0, -M.shape[1] % SLICE)).view(len(M), -1, SLICE).transpose(0, 1)
+    return torch.bmm(parts, parts.mT).sum(0)
 
 
 def add_rows(rows: list[list[Tensor]]) -> list[Tensor]:
@@ -80,10 +90,9 @@ def set_means(G: Tensor, f: float) -> Tensor:
     `G` is that of ((1/B) sum over C, (1/B) sum over N), (2, 2), and then g is their sum (measurements.md, section 1:
     g = f g_C + (1 - f) g_N); or it is (3, 3) with another g as the third row, taken as it is.
     """
-    A = torch.tensor([[1 / f, 0, 0], [0, 1 / (1 - f), 0], [0, 0, 1]], dtype=G.dtype, device=G.device)
-    if len(G) == 2:
-        A = A[:, :2].clone()
-        A[2] = 1
+    A = G.new_zeros(3, len(G))  # filled where it lies: a copy from the host would wait for a GPU
+    A[0, 0], A[1, 1] = 1 / f, 1 / (1 - f)
+    A[2, 2 if len(G) == 3 else slice(2)] = 1
     return A @ G @ A.T
 
 

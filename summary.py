@@ -85,7 +85,10 @@ def announce(job, record: Record, label_noise: str) -> None:
                     ("curvature", "epochs"),
                 )
             ]
-            print(f"full measurements, back from the end: {', '.join(said)}; {plan['share']:.1%} of the run, counted", flush=True)
+            print(
+                f"full measurements, back from the end: {', '.join(said)}; {plan['share']:.1%} of the run, counted",
+                flush=True,
+            )
 
 
 def print_table(ledger: dict, summary: dict, folder: Path) -> None:

@@ -12,12 +12,10 @@ import math
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,13 +23,13 @@ import data
 import fast
 import measure
 import metrics
-import models
 import noise
 import noisefile
 import options
 import sources
-from data import Batch, Images, InputError, TrainSet
+from data import Batch, Images, InputError
 from hardware import Signals, average_buffers, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from job import Job, checkpoint, prepare, restore
 from measure import EVAL_BATCH, forward
 from record import NotFinite, Record, load_state, read_json
 from schedules import schedule
@@ -41,106 +39,6 @@ WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
 POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
 STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
-
-
-# ------------------------------------------------------------------------------------------------------------- job
-
-
-@dataclass
-class Job:
-    """Everything a step needs; the counters in `state` and the weights are all that training changes."""
-
-    args: object
-    fabric: Fabric
-    module: nn.Module  # the bare network: measurements and evaluation
-    model: nn.Module  # Fabric's wrapper (precision, DDP): plain steps
-    optimizer: torch.optim.Optimizer
-    train: TrainSet
-    val: tuple[Images, Tensor]
-    test: tuple[Images, Tensor]
-    sched_steps: int
-    steps_per_epoch: int
-    total_steps: int
-    dropout: bool
-    transition: Tensor  # (K, K) float64 on the CPU: counts of (true, given) label in the training split
-    scaler: torch.amp.GradScaler | None = None  # of 16-mixed
-    graph: fast.Graph | None = None  # --graph: the captured step
-    fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
-    auto: bool = False  # nobody asked for --compile on: a run goes on without it where it cannot be had
-    refused: bool = False  # and does
-    state: dict = field(
-        default_factory=lambda: {
-            "step": 0,  # updates made
-            "best_val_acc": 0.0,
-            "seconds": 0.0,  # of earlier segments
-            "steps_seconds": 0.0,  # training steps alone, after warm-up
-            "steps_images": 0,  # in that time
-            "plan": {},  # of --measure full: how far apart its families stand, and the counted share of the run
-            "window": [],  # the last full measurements' moments
-            "not_resolved": 0,  # corrected estimates that were left out
-            "half_memorized_step": None,  # updates made when first half of the noisy probe examples were fitted
-            "measure_seconds": {},  # that each family of --measure full took
-        }
-    )
-
-    def __post_init__(self) -> None:
-        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
-
-
-def prepare(
-    args,
-    source: data.Source,
-    indices: tuple[Tensor, Tensor],
-    labels: Tensor,
-    fabric: Fabric,
-    scaler=None,
-    by_epoch=None,
-) -> Job:
-    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `noise.relabel`."""
-    index, held = indices
-    device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
-    stats = source.mean, source.std
-    true = source.y_train[index]
-    mask = None
-    if args.fake_mask is not None:
-        mask = noise.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
-    train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
-    val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
-    test = Images(source.x_test, *stats, device), source.y_test.to(device)
-    module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
-    module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
-    if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    optimizer = torch.optim.SGD(
-        module.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True
-    )
-    steps_per_epoch = math.ceil(len(train) / args.bs)
-    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    dropout, auto = models.has_dropout(module), args.compile == "auto"
-    fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
-    model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
-    job = Job(
-        args,
-        fabric,
-        module,
-        model,
-        optimizer,
-        train,
-        val,
-        test,
-        options.sched_steps(args, steps_per_epoch),
-        steps_per_epoch,
-        total_steps,
-        dropout,
-        torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
-        scaler,
-        auto=auto,
-    )
-    if args.measure == "full":
-        P, n_probe = sum(p.numel() for p in job.parameters), sum(map(len, measure.probe_indices(job)))
-        sizes = job.total_steps, steps_per_epoch, len(train), len(held)
-        job.state["plan"] = measure.schedule_full(args, P, n_probe, *sizes)
-    return job
 
 
 # ------------------------------------------------------------------------------------------------------------ step
@@ -237,37 +135,6 @@ def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------------- run
 
 
-def finite_weights(module: nn.Module) -> bool:
-    """Whether all parameters and buffers are finite; the host waits for the device."""
-    floats = [t.detach() for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    return bool(torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all())
-
-
-def checkpoint(job: Job, record: Record, name: str = "last.ckpt") -> None:
-    """Everything a run consists of, as plain values and tensors; a last.ckpt is written only if all is finite."""
-    average_buffers(job.fabric, job.module)
-    if name == "last.ckpt":
-        record.flush()
-        if not finite_weights(job.module):
-            raise NotFinite(f"the weights are not finite after step {job.state['step'] - 1}")
-    state = {"model": job.module.state_dict(), "optimizer": job.optimizer.state_dict(), "config": record.config}
-    if job.scaler:
-        state["scaler"] = job.scaler.state_dict()
-    now = {"seconds": job.state["seconds"] + time.perf_counter() - record.began}
-    record.checkpoint(state | job.state | now, name)
-    record.saved = time.monotonic()
-
-
-def restore(job: Job, record: Record, state: dict) -> None:
-    """Go on from a checkpoint's content."""
-    job.module.load_state_dict(state["model"])
-    job.optimizer.load_state_dict(state["optimizer"])
-    if job.scaler:
-        job.scaler.load_state_dict(state["scaler"])
-    job.state.update({key: state[key] for key in job.state})
-    record.restore(state)
-
-
 def validate(job: Job, record: Record) -> None:
     """`val/*` at x = updates made, the best accuracy so far, and what else stands after an epoch."""
     step, (loss, acc) = job.state["step"], evaluate(job, *job.val)
@@ -324,7 +191,7 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
             raise
         record.say(f"warning: {e}; this run goes on without")
         job.refused = True
-    profile = fast.profiler(args.profile, record.folder, record.active, WARMUP)
+    profile = fast.profiler(args.profile, record.folder, record.active, WARMUP, device.type == "cuda")
     clock, images, plan = time.perf_counter(), 0, None
     with bar, profile as tracing:
         if state["step"] == 0:

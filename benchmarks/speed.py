@@ -1,12 +1,14 @@
 """How fast it is, side by side in one run: writes a table for each part to benchmarks/RESULTS.md, with the hardware.
 
-    python benchmarks/speed.py                       # all parts (on two CPU cores about half an hour; one GPU, minutes)
+    python benchmarks/speed.py                       # all parts (on two CPU cores about half an hour)
     python benchmarks/speed.py run measured data     # some of them
-    python benchmarks/speed.py steps --models resnet18-16,resnet18-64 --batches 128,512 --ways eager,compile
+    python benchmarks/speed.py steps --models resnet18-64 --ways eager,graph                       # quick on a GPU
+    python benchmarks/speed.py steps --models resnet18-64 --ways compile,both --precisions bf16-mixed  # half a minute a cell
 
 Every number comes from the code that training runs. Times are medians over blocks of steps after a warm-up, synchronised
 at both ends, with the spread from the first to the ninth decile; what is compared is timed in turn, and ratios are those
 of neighbours. A part that is run again with the same options replaces its table for this hardware and leaves all others as they are.
+The table of steps grows on disk with every cell, so that a call that is cut short keeps what it measured.
 """
 
 import argparse
@@ -151,7 +153,7 @@ def flops_of_image(job: train.Job) -> float:
 COLUMNS = {  # of the table of steps: what `cell` prints
     **{"model": "model", "precision": "precision", "B": "B", "way": "way", "plain": "plain step, ms"},
     **{"rate": "images/s", "share": "of a matmul's rate", "ratio": "measured / plain"},
-    **{"memory": "peak memory, MB", "off": "gradient off by (bound)", "ready": "made ready in, s"},
+    **{"memory": "plain step's peak memory, MB", "off": "gradient off by (bound)", "ready": "made ready in, s"},
 }
 
 
@@ -164,10 +166,19 @@ def part_steps(mine) -> str:
             batches = mine.batches if ON_GPU or precision != "32-true" else [B for B in mine.batches if B in (16, 128)]
             own = [sys.executable, __file__, "--cell", f"{model},{precision}", "--seconds", str(mine.seconds)]
             own += ["--ways", ",".join(mine.ways), "--batches", ",".join(map(str, batches))]
-            done = subprocess.run(own, stdout=subprocess.PIPE, text=True)
-            cells += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-            if done.returncode:
-                cells.append({"model": model, "precision": precision, "plain": f"ended with status {done.returncode}"})
+            with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as process:
+                for line in process.stdout:
+                    if line.startswith("{"):
+                        cells.append(json.loads(line))
+                        mine.keep("steps", steps_table(cells))
+            if process.returncode:
+                status = f"ended with status {process.returncode}"
+                cells.append({"model": model, "precision": precision, "plain": status})
+    return steps_table(cells)
+
+
+def steps_table(cells: list[dict]) -> str:
+    """The table of steps, and from it the time for the report's grid once all of its batch sizes are there."""
     used = [name for name in COLUMNS if any(name in c for c in cells)]
     said = table([COLUMNS[name] for name in used], [[str(c.get(name, "")) for name in used] for c in cells])
     fastest = {}
@@ -206,12 +217,12 @@ def cell(mine) -> None:
                 said["ready"] = f"{time.perf_counter() - began:.0f}"
                 said["off"] = "{error:.1e} ({bound:.1e})".format(**job.fast_error)
             flops = flops_of_image(job)
+            if ON_GPU:
+                hardware.forget_peak(DEVICE)
+                seconds(step_of(job), 3)
+                said["memory"] = f"{hardware.peak_memory_mb(DEVICE):.0f}"
             plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds, least=3)
             rate, ratio = B / statistics.median(plain), ratios(measured, plain)
-            if ON_GPU:
-                torch.cuda.reset_peak_memory_stats()
-                seconds(step_of(job))
-                said["memory"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f}"
             said |= {"plain": spread(plain, 2, 1e3), "rate": f"{rate:.0f}", "share": f"{flops * rate / peak:.0%}"}
             said |= {"ratio": spread(ratio), "seconds": B / rate * (1 + (statistics.median(ratio) - 1) / 50)}
             print(json.dumps(said), flush=True)
@@ -289,10 +300,12 @@ def part_families(mine) -> str:
 def part_data(mine) -> str:
     """The data path alone: gather, crop, flip, normalise; beside a `DataLoader` with torchvision's transforms."""
     rows, workers = [], min(hardware.cores(), 8)
-    args = parsed("--synthetic-train", 20_000, "--synthetic-test", 10)
+    batches = [B for B in mine.batches if B in (16, 128, 1024)]
+    # As many as the largest batch needs for three times what all workers have ahead.
+    args = parsed("--synthetic-train", max(20_000, 9 * workers * max(batches, default=0)), "--synthetic-test", 10)
     source = sources.load(args)
     everything = torch.arange(len(source.x_train))
-    for B in [B for B in mine.batches if B in (16, 128, 1024)]:
+    for B in batches:
         job = make_job("--width", "16", "--bs", B, "--compile", "off")
         own = data.TrainSet(source.x_train, source.y_train, source.y_train, source.mean, source.std, DEVICE, True)
         plan, steps = own.epoch(0, 0), len(everything) // B
@@ -305,7 +318,7 @@ def part_data(mine) -> str:
         for number_of, (x, y) in enumerate(theirs):
             x, y = x.to(DEVICE), y.to(DEVICE)
             images += len(y)
-            if number_of == 2 * workers:  # the first ones were made ahead
+            if number_of == 3 * workers:  # the first ones were made ahead, as up to 2 a worker are at any time
                 hardware.synchronize(DEVICE)
                 began, images = time.perf_counter(), 0
         hardware.synchronize(DEVICE)
@@ -332,7 +345,7 @@ def part_run(mine) -> str:
     rows = []
     for model in [m for m in mine.models if m.startswith("resnet18")]:
         narrow = model == "resnet18-16"
-        steps, train_images = (150, 25_600) if narrow or ON_GPU else (30, 5_120)
+        steps, train_images = (1500 if ON_GPU else 150, 25_600) if narrow or ON_GPU else (30, 5_120)
         base = [*model_options(model), "--bs", "128", "--synthetic-train", str(train_images), "--synthetic-test", "100"]
         ours, theirs = [], []
         for _ in range(mine.repeats):
@@ -382,7 +395,7 @@ def part_memory(mine) -> str:
                 "peak_memory_mb"
             ]
             rows.append([precision, measuring, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"])
-    kind = "allocated on the GPU" if ON_GPU else "of the process, without the plain loop's workers"
+    kind = "held on the GPU" if ON_GPU else "of the process, without the plain loop's workers"
     return table(["precision", "--measure", f"train.py, MB {kind}", "plain loop, MB", "times"], rows)
 
 
@@ -457,6 +470,11 @@ def where() -> str:
     return f"{name}; torch {torch.__version__}"
 
 
+def about(part: str) -> str:
+    """What a part measures, in one line."""
+    return " ".join(PARTS[part].__doc__.split())
+
+
 def keep(out: Path, part: str, place: str, text: str) -> None:
     """Write a part's text into `out`, in the place of the same part on the same hardware if it is there."""
     block = f"<!-- {part}: {place} -->\n{text}\n<!-- end -->"
@@ -479,7 +497,9 @@ def main() -> None:
     p.add_argument("--batches", type=sizes, default=list(BATCHES))
     p.add_argument("--ways", type=listed, default=list(WAYS), help=f"of {', '.join(WAYS)}")
     p.add_argument("--precisions", type=listed)
-    p.add_argument("--seconds", type=float, default=4.0, help="of timing for what is compared, at least")
+    p.add_argument(
+        "--seconds", type=float, default=1.0 if ON_GPU else 4.0, help="of timing for what is compared, at least"
+    )
     p.add_argument("--repeats", type=int, default=5, help="of whole commands")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
     p.add_argument("--cell", help=argparse.SUPPRESS)
@@ -494,15 +514,20 @@ def main() -> None:
     place, words = where(), [word for word in sys.argv[1:] if word not in PARTS]
     if "--out" in words:  # does not change what is measured
         del words[words.index("--out") : words.index("--out") + 2]
+
+    def save(name: str, text: str) -> str:
+        """Into the file, with its heading; returns the line that says where and when."""
+        took = f"{time.strftime('%Y-%m-%d')}, {time.perf_counter() - began:.0f} s"
+        what = " ".join([name, *words])
+        line = f"{place} ({took}): `python benchmarks/speed.py {what}`"
+        keep(mine.out, what, place, f"## {name.capitalize()}: {about(name)}\n\n{line}\n\n{text}")
+        return f"{place} ({took})"
+
+    mine.keep = save
     for name in mine.parts or PARTS:
         began = time.perf_counter()
         text = PARTS[name](mine)
-        took = f"{time.strftime('%Y-%m-%d')}, {time.perf_counter() - began:.0f} s"
-        said = " ".join(PARTS[name].__doc__.split())
-        what = " ".join([name, *words])
-        line = f"{place} ({took}): `python benchmarks/speed.py {what}`"
-        keep(mine.out, what, place, f"## {name.capitalize()}: {said}\n\n{line}\n\n{text}")
-        print(f"\n{said}\n{place} ({took})\n\n{text}", flush=True)
+        print(f"\n{about(name)}\n{save(name, text)}\n\n{text}", flush=True)
 
 
 if __name__ == "__main__":

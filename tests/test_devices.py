@@ -86,7 +86,7 @@ def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
 
 ONE_WEIGHT = """
 from types import SimpleNamespace
-import torch, train, hardware, measure
+import torch, train, hardware, measure, metrics
 from data import Batch, shard
 args = train.options.parse(["--dataset", "synthetic", "--precision", "64-true", "--accelerator", "cpu", "--threads", "1"])
 torch.set_default_dtype(torch.float64)
@@ -113,6 +113,14 @@ rows = measure.split_rows(job, batch, measure.Forward(job, batch))
 clean, noisy = (row[0].item() for row in rows)
 assert clean == (-1 / 2 - 4 / 2 + 8 / 2) / 4, clean
 assert noisy == (2 / 2) / 4, noisy
+calls, pull_backs = [], metrics.pull_backs
+def counted(*args):
+    calls.append(len(args[3]))
+    return pull_backs(*args)
+metrics.pull_backs = counted
+apart = measure.split_rows(job, batch, measure.Forward(job, batch, [~batch.noisy, batch.noisy]))
+assert [row[0].item() for row in apart] == [clean, noisy]
+assert calls == [1, 1], calls  # on rank 1 as well, which has nothing noisy: SyncBatchNorm would wait for it
 train.plain_gradient(job, batch)
 assert module.w.grad.item() == clean + noisy, module.w.grad  # DDP's mean over ranks is made the global mean
 got = measure.split_values(rows, None, batch, 1.0)

@@ -58,7 +58,7 @@ def test_what_cannot_be_had_is_named(monkeypatch, go, capsys):
     with pytest.raises(InputError, match="--graph on: .*dropout"):
         chosen(monkeypatch, "--graph", on_gpu=True, dropout=True)
     go("--graph", status=2)
-    assert capsys.readouterr().err.strip() == "train.py: error: --graph on: needs one CUDA GPU and one process"
+    assert capsys.readouterr().err.strip() == "train.py: error: --graph on: needs one CUDA GPU and one process, without ddp"
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
@@ -86,6 +86,26 @@ def test_a_fast_path_that_is_wrong_ends_the_run(go, uncompiled, monkeypatch, cap
         folder = go("--compile", "--precision", precision, name=precision, status=1)
         assert summary(folder)["status"] == "failed" and summary(folder)["steps"] == 0
         assert "--compile on: the gradient is off by" in capsys.readouterr().err
+
+
+def test_a_graph_that_is_wrong_is_not_replayed(monkeypatch):
+    """And who asked for it gets no run without it, though `--compile` was left at auto."""
+
+    class Wrong:
+        def __init__(self, job, batch, gradient) -> None:
+            self.gradient = gradient
+
+        def __call__(self, job, batch):
+            logits = self.gradient(job, batch)
+            job.parameters[-2].grad.mul_(3)
+            return logits
+
+    monkeypatch.setattr(fast, "choose", lambda *_: None)
+    monkeypatch.setattr(fast, "Graph", Wrong)
+    job = job_for("--graph", "--bs", "48")
+    with pytest.raises(fast.Unfit, match="--graph on: the gradient is off"):
+        fast.make_ready(job, train.plain_gradient)
+    assert job.graph is None and not job.auto and job_for().auto
 
 
 def test_where_nobody_asked_the_run_goes_on_without(go, uncompiled, monkeypatch, capsys):

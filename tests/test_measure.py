@@ -519,6 +519,22 @@ def test_the_counted_budget_holds():
     assert plan["probe"] == 1 and 0 < plan["steps"] < 2000  # on the report's runs: after every epoch, and often enough
 
 
+def test_what_is_alike_everywhere_is_not_synchronised():
+    """SyncBatchNorm has no second derivative; isotropy and curvature take the same examples on all processes."""
+    job = full_job()
+    module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
+    before = [b.clone() for b in module.buffers()]
+    assert len(measure.synchronised(module)) == 20
+    with measure.batchnorm_mode(module, "train"):
+        assert len(measure.synchronised(module)) == 20
+    with measure.batchnorm_mode(module, "train", alike=True):
+        assert measure.synchronised(module) == []
+        module(torch.randn(4, 3, 32, 32))
+        assert not torch.equal(before[0], next(module.buffers()))
+    assert len(measure.synchronised(module)) == 20
+    assert all(torch.equal(b, old) for b, old in zip(module.buffers(), before, strict=True))
+
+
 def test_measurements_are_counted_back_from_the_end(go, monkeypatch):
     """A budget for one measurement is not spent on the untrained network. Two epochs of five steps, measured every 2."""
     plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0}

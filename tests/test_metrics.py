@@ -125,6 +125,24 @@ def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
     assert torch.equal(*ends)
 
 
+def test_an_overflow_in_the_first_step_leaves_no_trace():
+    """Under 16-mixed fused SGD makes its momentum in a step that it then leaves out."""
+    job = job_for("--precision", "16-mixed")
+    measure.loss_scale(job)
+    before = [p.detach().clone() for p in job.parameters]
+    plan = job.train.epoch(0, 0)
+    torch.use_deterministic_algorithms(True)  # what is not initialised is NaN
+    try:
+        for step, scale in enumerate((1e30, 64.0)):
+            job.scaler.update(scale)
+            train.train_step(job, job.train.batch(plan, step, 32), step, measured=False)
+            if step == 0:
+                assert all(torch.equal(p, b) for p, b in zip(job.parameters, before, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(p.isfinite().all() and not torch.equal(p, b) for p, b in zip(job.parameters, before, strict=True))
+
+
 @pytest.mark.parametrize("noisy", [0, 32])
 @pytest.mark.parametrize("mode", ["train", "eval", "separate"])
 def test_a_batch_all_clean_or_all_noisy_has_norms_but_no_cosine(noisy, mode):
@@ -158,6 +176,13 @@ def test_gram_is_the_same_however_it_is_cut(monkeypatch):
     monkeypatch.setattr(metrics, "CHUNK", 4)
     monkeypatch.setattr(metrics, "CPU_CHUNK", 4)
     torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
+
+
+@pytest.mark.parametrize("length", [5, metrics.SLICE, 3 * metrics.SLICE + 7])
+def test_products_by_slices(length):
+    """As on a GPU."""
+    M = torch.randn(3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(metrics.sliced_products(M), M @ M.T, rtol=1e-12, atol=1e-12 * length)
 
 
 def test_gram_sums_in_float64():

@@ -21,6 +21,7 @@ from test_metrics import default_dtype  # noqa: F401
 
 GPU = torch.device("cuda", 0)
 READS = {"item", "__float__", "__bool__", "__int__", "__index__", "equal", "cpu", "nonzero"}
+MAKES = {"tensor", "as_tensor", "new_tensor"}
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -49,8 +50,8 @@ class PretendedGPU(TorchFunctionMode):
             if name == "_fused_sgd_":  # has no shape function
                 assert len(fakes) == len(tensors)
                 return None
-            if any(t.dim() for t in tensors if not isinstance(t, FakeTensor)):
-                self.waits.append(f"{name} of a tensor on the CPU")
+            if name in MAKES or any(t.dim() for t in tensors if not isinstance(t, FakeTensor)):
+                self.waits.append(f"{name} of values on the CPU")
             with self.fakes:
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
