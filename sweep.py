@@ -30,7 +30,7 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
     if args.grid is not None:
         if args.part or args.with_1024:
             raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
-        return expand([args.grid], extra, "--grid", seeds)
+        return expand(args.grid, extra, "--grid", seeds)
     parts = PRESETS[args.preset]
     for part in args.part:
         if part not in parts:
@@ -73,7 +73,9 @@ def parser() -> options.Parser:
     what.add_argument(
         "--preset", choices=list(PRESETS), help="; ".join(f"{k}: parts {', '.join(v)}" for k, v in PRESETS.items())
     )
-    what.add_argument("--grid", metavar="AXES", help='for instance "noise=0,0.5 bs=32,128 seed+noise-seed=0,1"')
+    what.add_argument(
+        "--grid", action="append", metavar="AXES", help='may be repeated: "noise=0,0.5 bs=32,128 seed+noise-seed=0,1"'
+    )
     g.add_argument(
         "--part", action="append", default=[], metavar="PART", help="only this part of the preset (may be repeated)"
     )

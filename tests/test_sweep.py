@@ -50,6 +50,17 @@ def test_a_grid_is_every_combination_once():
     assert jobs[0].name == "bs16_sched-onecycle" and jobs[0].argv == "--noise 0 --bs 16 --sched onecycle".split()
 
 
+def test_a_sweep_of_several_grids():
+    words = "--grid", "bs=16 sched-steps=80", "--grid", "bs=16,64 sched-epochs=20", "--seeds", "0,1"
+    args, extra = sweep.parser().parse_known_args(words)
+    found = [(j.args.bs, j.args.sched_steps, j.args.sched_epochs, j.args.seed) for j in sweep.jobs_of(args, extra)]
+    assert sorted(map(str, found)) == sorted(
+        str((b, steps, epochs, s))
+        for b, steps, epochs in ((16, 80, None), (16, None, 20), (64, None, 20))
+        for s in (0, 1)
+    )
+
+
 def test_axes_that_move_together_switches_and_defaults():
     jobs = grids.expand(
         ["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid"
