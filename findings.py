@@ -11,7 +11,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
@@ -34,16 +34,17 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One finished run: its cell, its seed, the budget its schedule is matched in (`any` without a schedule), and
-    what the findings need of it (`values`, without those that it lacks). `fake` marks an A/A run."""
+    """One run: its cell, its seed, the budget its schedule is matched in (`any` without a schedule), and what the findings
+    need of it (`values`, without those that it lacks; none of one that did not finish). `fake`: an A/A run's share."""
 
     cell: Cell
     seed: str
     budget: str
     values: dict[str, float]
     name: str = ""
-    fake: bool = False
+    fake: float = 0.0
     wd: float = 5e-4
+    finished: bool = True
 
 
 # --------------------------------------------------------------------------------------------------------- verdicts
@@ -119,17 +120,32 @@ def lost_slope(values: Values) -> float:
     return slope_on_log2(lost_to_noise(values))
 
 
-def best_shift(values: Values) -> float:
-    """Best log2 B without noise minus best log2 B at the highest noise level, averaged over schedules."""
-    shifts = []
+def best_sizes(values: Values) -> list[tuple[float, float]]:
+    """The best log2 B without noise and at the highest noise level, for each schedule. Raises `Incomplete`."""
+    found = []
     for by_sched in groups(values, lambda c: (c.sched,)).values():
         levels = groups(by_sched, lambda c: (c.noise,))
         if (0.0,) not in levels or len(levels) < 2:
             raise Incomplete("noise 0 and a higher level")
         ends = (levels[(0.0,)], levels[max(levels)])
-        clean, noisy = (best_log2([c.B for c in end], list(end.values())) for end in ends)
-        shifts.append(clean - noisy)
-    return statistics.fmean(shifts)
+        found.append(tuple(best_log2([c.B for c in end], list(end.values())) for end in ends))
+    return found
+
+
+def best_shift(values: Values) -> float:
+    """Best log2 B without noise minus best log2 B at the highest noise level, averaged over schedules."""
+    return statistics.fmean(clean - noisy for clean, noisy in best_sizes(values))
+
+
+def best_at_an_end(values: Values) -> str | None:
+    """Which tested batch size is the best only because none beyond it was tested: a shift is a bound then, no estimate."""
+    sizes = {math.log2(c.B): c.B for c in values}
+    ends = {min(sizes): "below", max(sizes): "above"}
+    try:
+        pinned = sorted({best for pair in best_sizes(values) for best in pair if best in ends})
+    except Incomplete:
+        return None
+    return "the best batch size may lie " + " or ".join(f"{ends[b]} {sizes[b]}" for b in pinned) if pinned else None
 
 
 def ratio(cell: Cell, with_momentum: bool) -> float:
@@ -160,7 +176,8 @@ def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:
 @dataclass(frozen=True)
 class Finding:
     """A claim and how it is tested. `needs`: the value of a run; `speaks_of`: which cells; `direction` of the claim;
-    `margin`: a key of `MARGINS`; `null`: what an A/A run must give, if the claim needs A/A runs."""
+    `margin`: a key of `MARGINS`; `null`: whether the claim needs A/A runs, which must give 0; `limit`: what one seed's
+    cells leave open, in words, if they do."""
 
     id: str
     title: str
@@ -172,6 +189,7 @@ class Finding:
     margin: str
     speaks_of: Callable[[Cell], bool]
     null: bool = False
+    limit: Callable[[Values], str | None] | None = None
 
 
 def scheduled_noisy(cell: Cell) -> bool:
@@ -180,7 +198,7 @@ def scheduled_noisy(cell: Cell) -> bool:
 
 FINDINGS = (
     Finding("1a raw", "Noisy gradients drift", "label noise makes gradients drift away from the noise-free direction (section 1)",
-            "cos(g_C, g_N) minus its null, mean over the run", "cos_minus_null", mean_value, -1, "cos", scheduled_noisy, True),
+            "cos(g_C, g_N) minus that of random masks of the same size, mean over the run", "cos_minus_null", mean_value, -1, "cos", scheduled_noisy, True),
     Finding("1a corrected", "Noisy gradients drift, noise-corrected", "the same",
             "corrected cos(g_C, g_N) minus 1, mean over the run", "corrected_minus_1", mean_value, -1, "cos", scheduled_noisy, True),
     Finding("1b", "The noise is not isotropic", "label noise induces non-isotropic noise in gradients (section 1)",
@@ -189,7 +207,7 @@ FINDINGS = (
             "slope of probe/memorized at the end on log2 B", "memorized", slope_on_log2, +1, "acc", scheduled_noisy),
     Finding("3", "The best batch size shrinks with noise", "the optimal batch size can reduce with more label noise (section 1)",
             "best log2 B without noise minus best log2 B at the highest noise", "val_acc", best_shift, +1, "log2b",
-            lambda c: c.sched in SCHEDULED),
+            lambda c: c.sched in SCHEDULED, limit=best_at_an_end),
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
             "accuracy of the smaller minus the larger batch at equal lr/B, one-cycle with noise minus constant without",
             "val_acc", ratio_gap(False), +1, "acc",
@@ -231,7 +249,7 @@ def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) 
             table[row.seed]  # the seed is expected to be complete, even if this run lacks the value
             if finding.needs in row.values:
                 table[row.seed][row.cell] = row.values[finding.needs]
-            else:
+            elif row.finished:
                 lacking.add((row.seed, row.cell))
     complete = []
     for seed, values in sorted(table.items()):
@@ -245,6 +263,9 @@ def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) 
             missing.append(f"{BUDGETS[budget]}: {describe(cell)}, seed {seed}: {why}")
         if not absent:
             complete.append(values)
+            limit = finding.limit(values) if finding.limit else None
+            if limit:
+                missing.append(f"{BUDGETS[budget]}, seed {seed}: {limit}")
     try:
         found = [finding.contrast(values) for values in complete]
     except Incomplete as e:
@@ -253,7 +274,7 @@ def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) 
 
 
 SERIES_OF = {  # which series a value comes from, for saying what is missing
-    "cos_minus_null": "grad/cos_clean_noisy with null/cos_clean_noisy (--measure full)",
+    "cos_minus_null": "grad/cos_clean_noisy with its null (--measure full)",
     "corrected_minus_1": "corrected/cos_clean_noisy (--measure full)",
     "participation_minus_1": "isotropy/participation with isotropy/isotropic after step 0 (--measure full)",
     "memorized": "probe/memorized",
@@ -305,13 +326,13 @@ def evaluate(finding: Finding, rows: list[Row], margins: dict[str, float] = MARG
     steps, epochs = result.intervals["steps"], result.intervals["epochs"]
     if not result.missing:
         result.verdict = verdict(steps, epochs, finding.direction, margin)
-    if result.verdict == "not resolved":
+    if result.verdict == "not resolved" and not result.missing and steps and epochs:  # nothing but seeds is lacking
+        needed = []
         for budget in ("steps", "epochs"):
-            if result.intervals[budget]:
-                i = result.intervals[budget]
-                sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, tables[budget])
-                needed = seeds_needed(i.mean, sd, margin)
-                result.needed = max(result.needed or 0, needed) if needed else result.needed
+            i = result.intervals[budget]
+            sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, tables[budget])
+            needed.append(seeds_needed(i.mean, sd, margin))
+        result.needed = max(needed) if all(needed) else None
     return result
 
 
@@ -319,7 +340,7 @@ def tuned(rows: list[Row]) -> list[Row]:
     """One row for each cell, budget and seed: the learning rate and weight decay that did best on the *other* seeds.
 
     Best by mean validation accuracy. The cell keeps no trace of what was chosen, so that cells can be compared; seeds
-    without any other seed to choose on are left out.
+    without any other seed to choose on are left out. Where no run of a cell finished, one that did not stands for it.
     """
     found: dict[tuple, dict[tuple, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -327,6 +348,10 @@ def tuned(rows: list[Row]) -> list[Row]:
             where = (row.cell._replace(lr=0.0), row.budget, row.fake)
             found[where][(row.cell.lr, row.wd)][row.seed] = row
     chosen = []
+    for row in rows:
+        cell = row.cell._replace(lr=0.0)
+        if not row.finished and (cell, row.budget, row.fake) not in found:
+            chosen.append(replace(row, cell=cell))
     for (cell, _, _), choices in found.items():
         for seed in sorted({s for by_seed in choices.values() for s in by_seed}):
             scores = {}

@@ -56,7 +56,7 @@ def judge(settings: list[Setting], margins: dict[str, float], tuned: bool) -> li
         found = []
         for s in settings:
             runs = s.all_runs if tuned else s.ratio_runs if by_ratio else s.runs
-            rows = [results.row_of(r) for r in runs if r.finished]
+            rows = [results.row_of(r) for r in runs]
             result = findings.evaluate(finding, findings.tuned(rows) if tuned else rows, margins)
             found.append((s.label, result))
         said = [pair for pair in found if any(pair[1].intervals.values())]
@@ -159,8 +159,8 @@ def write_cells(page: Page, setting: Setting) -> None:
                 sched,
                 f"{cell.noise:g}" + (f" (A/A {fake:g})" if fake else ""),
                 str(cell.B),
-                f"{cell.lr:g}",
-                str(len(same)),
+                f"{cell.lr:g}, {cell.momentum:g}",
+                str(len({r.seed for r in same})),
                 *columns,
             ]
         )
@@ -169,7 +169,7 @@ def write_cells(page: Page, setting: Setting) -> None:
             "schedule",
             "noise",
             "B",
-            "lr",
+            "lr, momentum",
             "seeds",
             "val/acc",
             "test/acc",
@@ -184,28 +184,42 @@ def write_cells(page: Page, setting: Setting) -> None:
 
 
 def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
-    """Ours, the report's, the difference, in units of our spread over seeds."""
+    """Ours, the report's, the difference, in units of our spread over seeds; each setting of ours for itself."""
     rows = []
     for theirs in sorted(reference, key=lambda r: (r.options["epochs"], r.cell)):
-        ours = [r for r in runs if r.finished and figures.comparable(r, theirs) and not r.fake]
-        for tag, label, *_ in KINDS:
-            a, b = [v for v in (tail(r, tag) for r in ours) if v is not None], tail(theirs, tag)
-            if a and b is not None:
-                mean, sd = statistics.fmean(a), statistics.stdev(a) if len(a) > 1 else math.nan
-                units = f"{(mean - b) / sd:+.1f}" if sd > 0 else "one seed"
+        fit = [r for r in runs if r.finished and figures.comparable(r, theirs)]
+        for setting, ours in results.by(fit, lambda r: r.setting).items():
+            how = ", ".join(
+                f"{k.replace('_', '-')} {v}"
+                for k, v in setting
+                if k in figures.TOLERATED and (k == "measure_bn" or (k, v) not in theirs.setting)
+            )
+            for tag, label, *_ in KINDS:
+                seeds: dict[str, list[float]] = {}
+                for r in ours:
+                    if (value := tail(r, tag)) is not None:
+                        seeds.setdefault(r.seed, []).append(value)
+                a, b = [statistics.fmean(v) for v in seeds.values()], tail(theirs, tag)
+                if not a or b is None:
+                    continue
+                mean, sd = statistics.fmean(a), statistics.stdev(a) if len(a) > 1 else 0
+                units = f"{(mean - b) / sd:+.1f}" if sd > 0 else "one seed" if len(a) == 1 else "no spread"
                 c = theirs.cell
-                where = [c.sched, str(theirs.options["epochs"]), f"{c.noise:g}", str(c.B), f"{c.lr:g}"]
+                if figures.other_modes(ours, tag):
+                    label += f" (the report's: {figures.REPORT_BN})"
+                where = [how, c.sched, str(theirs.options["epochs"]), f"{c.noise:g}", str(c.B), f"{c.lr:g}"]
                 rows.append([label, *where, f"{mean:.4f} (n = {len(a)})", f"{b:.4f}", f"{mean - b:+.4f}", units])
     if rows:
         page.table(
             [
                 "value",
+                "measured with",
                 "schedule",
                 "epochs",
                 "noise",
                 "B",
                 "lr",
-                "ours",
+                "ours (n seeds)",
                 "the report's",
                 "difference",
                 "in our sd over seeds",
@@ -214,11 +228,15 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
         )
         page.text(
             "Last validation accuracy; mean of the last tenth of the points of the others, without the report's cosines of exactly 1 "
-            "(it logged that where a batch held no noisy example). The report's values are one run each; its figure 4 at batch 128 "
-            "without noise is the run of figure 13 (80 epochs, about 25,000 schedule steps) and not comparable with its neighbours."
+            "(it logged that where a batch held no noisy example). The report's cosines are measured with BatchNorm in eval mode: "
+            "those of a run without --measure-bn eval are of another mode, and a difference may come from that. The report's values are "
+            "one run each; its figure 4 at batch 128 without noise is the run of figure 13 (80 epochs, about 25,000 schedule steps) "
+            "and not comparable with its neighbours. Only runs whose setting and weight decay are the report's are compared."
         )
     else:
-        page.text("None of these runs is of a cell, schedule length and number of epochs that the reference has.")
+        page.text(
+            "None of these runs is of a setting, cell, schedule length and number of epochs that the reference has."
+        )
 
 
 def draw(page: Page, settings: list[Setting], look: Look, suffix: str = "") -> None:
@@ -244,31 +262,20 @@ def draw(page: Page, settings: list[Setting], look: Look, suffix: str = "") -> N
                     if not runs:
                         continue
                     number = first_fmnist if fmnist and i == 0 else first + i if not fmnist else None
+                    pairs = figures.ratio_pairs(runs)  # figures 13 and 14; any other grid of rates has no number
+                    wanted = [(None if pairs else number, tag.replace("/", "-"), one_rate, False)]
                     if s.ratio and tag == "val/acc":
-                        number = (13, None, 14)[i]
-                    stem = (
-                        f"figure-{number:02d}"
-                        if number and not (s.ratio and tag != "val/acc")
-                        else f"{tag.replace('/', '-')}-{sched}"
-                    )
-                    stem += f"-{budget}" if budget in ("epochs", "examples") else ""
-                    used[stem] = used.get(stem, 0) + 1
-                    title = f"Figure {number}: " if stem.startswith("figure") else ""
-                    title += f"{label}, {figures.SCHED_NAMES[sched]}{words} ({s.label})"
-                    stem += f"-{used[stem]}" if used[stem] > 1 else ""
-                    chosen = runs if s.ratio and tag == "val/acc" else one_rate
-                    if not add(
-                        stem,
-                        title,
-                        figures.curves,
-                        label,
-                        chosen,
-                        tag,
-                        look,
-                        with_clean,
-                        by_lr=s.ratio and tag == "val/acc",
-                    ):
-                        absent.append(f"{title}: no run has {tag}")
+                        by_rate = ((13, None, 14)[i] if pairs else None, "val-acc-by-rate", runs, True)
+                        wanted = [by_rate] if pairs else [*wanted, by_rate]
+                    for number, stem, chosen, by_lr in wanted:
+                        stem = f"figure-{number:02d}" if number else f"{stem}-{sched}"
+                        stem += f"-{budget}" if budget in ("epochs", "examples") else ""
+                        used[stem] = used.get(stem, 0) + 1
+                        title = f"Figure {number}: " if number else ""
+                        title += f"{label}, {figures.SCHED_NAMES[sched]}{words}{', by rate' * by_lr} ({s.label})"
+                        stem += f"-{used[stem]}" if used[stem] > 1 else ""
+                        if not add(stem, title, figures.curves, label, chosen, tag, look, with_clean, by_lr=by_lr):
+                            absent.append(f"{title}: no run has {tag}")
         number = f"-{settings.index(s) + 1}" if settings.index(s) else ""
         for sched in {r.cell.sched for r in s.runs}:
             for budget, words in BUDGET_WORDS.items():

@@ -175,7 +175,7 @@ def is_run(folder: Path) -> bool:
 def load(paths: list[str], progress: bool = True) -> list[Run]:
     """Every run found in `paths`: folders of runs, single runs' folders, exported files (.npz), report curves (.csv).
 
-    Of two runs with the same name the one further on counts, a folder before a file. Raises `InputError` for a path
+    Of two runs with the same name and options the one further on counts, a folder before a file. Raises `InputError` for a path
     that is none of these.
     """
     runs: list[Run] = []
@@ -194,14 +194,15 @@ def load(paths: list[str], progress: bool = True) -> list[Run]:
             raise InputError(f"{path}: neither a folder of runs nor an exported .npz nor a .csv of curves")
     for folder in tqdm(folders, unit="run", desc="reading", disable=not progress or len(folders) < 4):
         runs.append(read_folder(folder))
-    best: dict[str, Run] = {}
+    best: dict[tuple, Run] = {}
     for run in runs:
-        have = best.get(run.name)
+        what = (run.name, run.setting, run.cell, run.seed, run.budget, run.length, run.fake)
+        have = best.get(what)
         if have is None or (run.finished, run.summary.get("steps") or 0) >= (
             have.finished,
             have.summary.get("steps") or 0,
         ):
-            best[run.name] = run
+            best[what] = run
     return list(best.values())
 
 
@@ -261,7 +262,8 @@ def read_export(path: Path) -> list[Run]:
             grids = {k: np.cumsum(z[k].astype(np.int64)) for k in z.files if k.startswith("steps_")}
         return [
             Run(
-                **{k: about[k] for k in ("name", "options", "resolved", "summary", "versions")},
+                **{k: about[k] for k in ("name", "resolved", "summary", "versions")},
+                options=vars(options.parser().parse_args([])) | about["options"],  # also those that are newer than it
                 series={tag: (grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]},
                 source=str(path),
             )
@@ -280,7 +282,8 @@ RATIO_EPOCHS, RATIO_STEPS = 80, 25_000  # figures 13 and 14
 
 
 def read_curves(path: Path) -> list[Run]:
-    """The report's curves as runs: one for each (figure 13 or not, scheduler, noise, batch size, lr).
+    """The report's curves as runs: one for each (figure 13 or not, scheduler, noise, batch size, lr), without figure 4's
+    batch 128 at no noise, which is figure 13's run of 80 epochs.
 
     Steps and values are kept as they stand in the file (validation accuracy one step earlier than ours); an empty
     value is a batch without a noisy example. Raises `InputError` where the file is something else.
@@ -303,18 +306,22 @@ def read_curves(path: Path) -> list[Run]:
     runs = []
     for key, series in points.items():
         ratio, sched, noise, B, lr = key
+        spe = math.ceil(40_000 / int(B))
+        if not ratio and max(s for s, _ in series.get("val/acc", [(0, 0.0)])) > 64 * spe:
+            continue  # figure 4's batch 128 without noise is a run of figure 13, and stands there
         name = f"report{'-ratio' if ratio else ''}_sched-{sched}_noise{noise}_bs{B}_lr{lr}"
         opts = vars(options.parser().parse_args([])) | {
             **{k: about[key][k] for k in ("dataset", "model")},
             **{"noise": float(noise), "bs": int(B), "lr": float(lr), "sched": sched},
             **{"epochs": RATIO_EPOCHS if ratio else 64, "sched_steps": RATIO_STEPS if ratio else 5000},
+            "measure_bn": "eval",
         }
         found = {}
         for tag, pairs in series.items():
             steps, values = zip(*pairs, strict=True)
             found[tag] = (np.array(steps, np.int64), np.array(values))
         summary = {"status": "finished", "steps": max(int(s[-1]) for s, _ in found.values())}
-        resolved = {"steps_per_epoch": math.ceil(40_000 / int(B)), "train_examples": 40_000}
+        resolved = {"steps_per_epoch": spe, "train_examples": 40_000}
         runs.append(Run(name, opts, resolved, summary, found, str(path)))
     return runs
 
@@ -336,6 +343,13 @@ def together(run: Run, a: str, b: str, how, start: int = 0) -> float | None:
     return float(np.mean(how(va[ia], vb[ib]))) if len(ia) else None
 
 
+def null_of(run: Run, pair: str) -> str:
+    """The series that a raw cosine, `cos_clean_noisy` or `cos_clean_all`, is to be set beside: that of random masks, which
+    are exchangeable with the real one where there is no effect; without it the closed form, a ratio of means."""
+    masks = f"null/permuted_{pair}"
+    return masks if masks in run.series else f"null/{pair}"
+
+
 def values_of(run: Run) -> dict[str, float]:
     """What the findings need of a run, without what it lacks."""
     corrected = run.series.get("corrected/cos_clean_noisy")
@@ -343,7 +357,7 @@ def values_of(run: Run) -> dict[str, float]:
         "val_acc": last(run, "val/acc"),
         "test_acc": last(run, "test/acc"),
         "memorized": last(run, "probe/memorized"),
-        "cos_minus_null": together(run, "grad/cos_clean_noisy", "null/cos_clean_noisy", np.subtract),
+        "cos_minus_null": together(run, "grad/cos_clean_noisy", null_of(run, "cos_clean_noisy"), np.subtract),
         "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
         # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
         "participation_minus_1": together(
@@ -354,15 +368,16 @@ def values_of(run: Run) -> dict[str, float]:
 
 
 def row_of(run: Run) -> Row:
-    """The row of a finished run for findings.py."""
-    return Row(run.cell, run.seed, run.budget, values_of(run), run.name, bool(run.fake), float(run.options["wd"]))
+    """The row of a run for findings.py."""
+    values = values_of(run) if run.finished else {}
+    return Row(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)
 
 
 @dataclass
 class Setting:
     """Runs that may be compared with one another. `runs`: at one learning rate, weight decay and schedule length for
-    each budget; `ratio_runs`: at every learning rate, for findings about lr/B; `all_runs`: with every rate, decay and
-    length; `notes` say what `runs` leave out. `ratio`: whether cells of equal lr/B are there (figures 13 and 14)."""
+    each budget; `ratio_runs`: at every learning rate, for findings about lr/B; `all_runs`: with every rate and decay;
+    `notes` say what `runs` leave out. `ratio`: whether cells of equal lr/B are there (figures 13 and 14)."""
 
     label: str
     runs: list[Run]
@@ -377,7 +392,7 @@ def settings(runs: list[Run]) -> list[Setting]:
     plain = vars(options.parser().parse_args([]))
     made = []
     for key, members in sorted(by(runs, lambda r: r.setting).items(), key=lambda item: -len(item[1])):
-        named, notes, kept = dict(key), [], members
+        named, notes, every = dict(key), [], []
         parts = [named.get("dataset", "?"), named.get("model", "?"), f"{named.get('epochs', '?')} epochs"]
         rest = [
             (k.replace("_", "-"), v)
@@ -385,12 +400,14 @@ def settings(runs: list[Run]) -> list[Setting]:
             if k not in ("dataset", "model", "epochs") and v != str(plain.get(k))
         ]
         parts += [k if v == "True" else f"{k} {v}" for k, v in rest]
-        for what, of in (("schedule length", lambda r: r.length), ("weight decay", lambda r: r.options["wd"])):
-            kept = [r for group in by(kept, lambda r: r.budget).values() for r in most_common(group, of, what, notes)]
+        for group in by(members, lambda r: r.budget).values():  # a length is in its budget's own unit
+            every += most_common(group, lambda r: r.length, "schedule length", notes)
+        every = once_each(every, notes)
+        kept = most_common(every, lambda r: r.options["wd"], "weight decay", notes)
         pairs = by(kept, lambda r: (r.cell.sched, r.cell.noise, f"{r.cell.lr / r.cell.B:.6g}"))
         ratio = any(len({r.cell.B for r in group}) > 1 for group in pairs.values())
         one_rate = most_common(kept, lambda r: r.cell.lr, "learning rate", notes)
-        made.append(Setting(", ".join(parts), one_rate, kept, members, notes, ratio))
+        made.append(Setting(", ".join(parts), one_rate, kept, every, notes, ratio))
     return made
 
 
@@ -410,3 +427,17 @@ def most_common(runs: list[Run], of, what: str, notes: list[str]) -> list[Run]:
     rest = ", ".join(f"{v:g} ({n} runs)" for v, n in sorted(counts.items()) if v != chosen)
     notes.append(f"compared at {what} {chosen:g}; apart from that there are {rest}")
     return [r for r in runs if of(r) == chosen]
+
+
+def once_each(runs: list[Run], notes: list[str]) -> list[Run]:
+    """One run for each cell, seed, budget, weight decay and share of a fake mask; of several, which differ in precision or
+    in what they measured, the finished one with most series. A note says how many were left out."""
+    same = by(runs, lambda r: (r.cell, r.seed, r.budget, r.options["wd"], r.fake))
+    chosen = [max(group, key=lambda r: (r.finished, len(r.series))) for group in same.values()]
+    if len(chosen) < len(runs):
+        kinds = sorted({str(r.options.get("precision")) for group in same.values() if len(group) > 1 for r in group})
+        notes.append(
+            f"{len(runs) - len(chosen)} runs repeat the cell and seed of another ({', '.join(kinds)}); of each the one that "
+            "measured most counts"
+        )
+    return chosen

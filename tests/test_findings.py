@@ -148,6 +148,26 @@ def test_missing_runs_are_named_and_nothing_is_resolved():
     assert result.intervals["steps"].n == 3
 
 
+def test_a_batch_size_that_failed_everywhere_is_missed():
+    """The runs that diverge at every seed are no reason to judge without their cells."""
+    rows = planted.plant(two(), {"steps": 0.03, "epochs": 0.03}, 3, random.Random(0))
+    failed = [r if r.cell.B < 512 else Row(r.cell, r.seed, r.budget, {}, finished=False) for r in rows]
+    result = evaluate(two(), failed)
+    assert result.verdict == "not resolved" and result.needed is None
+    assert "matched epochs: cosine, noise 0.5, B 512, lr 0.1, seed 1: no finished run" in result.missing
+    scored = [Row(r.cell, r.seed, r.budget, {**r.values, "val_acc": 0.5}) if r.finished else r for r in failed]
+    assert evaluate(two(), findings.tuned(scored)).missing
+
+
+def test_a_best_batch_size_at_an_end_of_the_tested_ones_is_no_estimate():
+    three = next(f for f in findings.FINDINGS if f.id == "3")
+    rows = planted.plant(three, {"steps": 1.5, "epochs": 1.5}, 3, random.Random(0))  # tops at 7 and 5.5
+    assert evaluate(three, rows).verdict == "supported"
+    result = evaluate(three, [r for r in rows if r.cell.B >= 64])
+    assert result.verdict == "not resolved" and result.intervals["steps"] is not None
+    assert "matched epochs, seed 2: the best batch size may lie below 64" in result.missing
+
+
 def test_a_missing_series_is_named():
     rows = [Row(r.cell, r.seed, r.budget, {}) for r in planted.plant(two(), {"steps": 0.03}, 3, random.Random(0))]
     result = evaluate(two(), rows)
@@ -159,6 +179,16 @@ def test_two_seeds_resolve_nothing_and_say_how_many_would():
     result = evaluate(two(), rows)
     assert result.verdict == "not resolved" and result.needed >= 3
     assert evaluate(two(), [r for r in rows if r.seed == "0"]).needed is None  # one seed has no spread
+
+
+def test_seeds_are_not_promised_where_one_budget_would_need_too_many():
+    rows = planted.plant(two(), {"steps": 0.03, "epochs": 0.0}, 2, random.Random(0))
+    loud = [
+        Row(r.cell, r.seed, r.budget, {"memorized": r.values["memorized"] + (2 * int(r.seed) - 1) * r.cell.B / 100})
+        if r.budget == "epochs" else r
+        for r in rows
+    ]  # fmt: skip
+    assert evaluate(two(), rows).needed is not None and evaluate(two(), loud).needed is None
 
 
 def test_seeds_needed_hold_true():

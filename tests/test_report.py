@@ -191,7 +191,7 @@ def curves() -> Path:
 def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path):
     """Every drawn line is the exponential average of the file's values at the file's steps."""
     runs = results.load([str(curves)])
-    assert len(runs) == 18 + 12
+    assert len(runs) == 17 + 12  # one of figure 4's is a run of figure 13
     with open(curves, newline="") as f:
         table = list(csv.DictReader(f))
     where = {
@@ -210,8 +210,10 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
         for row in table:
             if row["figure"] == number and row["value"]:
                 key = (float(row["noise"]), int(row["batch_size"]), float(row["lr"]))
+                if number == "4" and key == (0, 128, 0.1):
+                    continue
                 lines.setdefault(key, []).append((int(row["step"]), float(row["value"])))
-        assert len(drawn) == len(lines) == {"4": 18, "7": 12, "10": 12, "13": 12}[number]
+        assert len(drawn) == len(lines) == {"4": 17, "7": 12, "10": 12, "13": 12}[number]
         for line, (_, points) in zip(drawn, sorted(lines.items()), strict=True):
             x, y = zip(*points, strict=True)
             want, total = [], 0.0
@@ -222,13 +224,55 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
             assert line.get_ydata() == pytest.approx(want)
 
 
+def finished(name: str = "", series: dict | None = None, status: str = "finished", **options_) -> results.Run:
+    """A run of the drawn set under `options_`, with one final accuracy."""
+    opts = vars(options.parser().parse_args([])) | {"dataset": "synthetic", "model": "resnet18", "noise": 0.0}
+    opts |= {"sched": "onecycle", "sched_steps": 100} | options_
+    points = {"val/acc": 0.5} | (series or {})
+    found = {tag: (np.array([1]), np.array([value])) for tag, value in points.items()}
+    return results.Run(name or str(sorted(options_.items())), opts, {}, {"status": status}, found, "")
+
+
+def test_one_weight_decay_is_chosen_for_all_budgets():
+    runs = [finished(wd=5e-4, bs=B) for B in (16, 64)]
+    runs += [finished(wd=5e-3, bs=B, sched_steps=None, sched_epochs=3) for B in (16, 64, 256)]
+    (setting,) = results.settings(runs)
+    assert {r.options["wd"] for r in setting.runs} == {5e-3} and len(setting.all_runs) == 5
+    assert setting.notes == ["compared at weight decay 0.005; apart from that there are 0.0005 (2 runs)"]
+
+
+def test_no_seed_counts_twice_and_tuning_keeps_to_one_length():
+    runs = [finished(bs=16, precision=p, seed=0) for p in ("32-true", "bf16-mixed")]
+    runs += [finished(bs=16, seed=1), finished(bs=64, seed=0, lr=0.2, sched_steps=200)]
+    runs.append(finished("full", {"probe/memorized": 0.1}, bs=16, precision="32-true", seed=1))
+    (setting,) = results.settings(runs)
+    assert sorted(r.seed for r in setting.runs) == ["0/0/0", "1/0/0"] and "full" in {r.name for r in setting.runs}
+    assert {r.length for r in setting.all_runs} == {100}
+    assert any("2 runs repeat the cell and seed of another" in note for note in setting.notes)
+
+
+def test_the_drift_is_taken_from_random_masks():
+    raw, closed, masks = "grad/cos_clean_noisy", "null/cos_clean_noisy", "null/permuted_cos_clean_noisy"
+    assert results.values_of(finished("a", {raw: 0.5, closed: 0.4}))["cos_minus_null"] == pytest.approx(0.1)
+    both = finished("b", {raw: 0.5, closed: 0.4, masks: 0.45})
+    assert results.values_of(both)["cos_minus_null"] == pytest.approx(0.05)
+
+
+def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
+    a, b = finished("x", bs=16), finished("x", bs=64)
+    for path, run in ((tmp_path / "a.npz", a), (tmp_path / "b.npz", b)):
+        results.export([run], path)
+    paths = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
+    assert sorted(r.cell.B for r in results.load([*paths, paths[0]])) == [16, 64]
+
+
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"
     assert report.main([str(curves), "--out", str(out), "--reference", str(curves)]) == 0
     said = (out / "report.md").read_text()
     rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
-    assert len(rows) == 18 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
+    assert len(rows) == 17 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
     assert {"figure-04.png", "figure-07.svg", "figure-10.png", "figure-13.svg"} <= {p.name for p in out.iterdir()}
     verdicts = capsys.readouterr().out
     assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")

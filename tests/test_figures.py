@@ -1,0 +1,221 @@
+"""What figures put into one line, one bar, one colour and one caption, and which runs they lay beside the report's."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+import figures
+import options
+import report
+from figures import Look
+from page import Page
+from results import Run, settings
+
+PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0, "precision": "bf16-mixed"}
+
+
+def made(name: str, series: dict[str, dict[int, float]], **opts) -> Run:
+    """A finished run with the given options and series {tag: {step: value}}."""
+    arrays = {tag: (np.array(list(s)), np.array(list(s.values()), float)) for tag, s in series.items()}
+    resolved = {"steps_per_epoch": 100, "train_examples": 1600}
+    return Run(name, PLAIN | opts, resolved, {"status": "finished"}, arrays, "here")
+
+
+def accuracy(*values: float) -> dict:
+    return {"val/acc": {100 * i: v for i, v in enumerate(values)}}
+
+
+def lines(axis) -> list[tuple[list, list]]:
+    """(x, y) of every strong line; those of legends hold no points."""
+    strong = [line for line in axis.get_lines() if line.get_linewidth() > 1.5 and len(line.get_xdata())]
+    return [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in strong]
+
+
+def caption(figure) -> str:
+    return " ".join(figure._supxlabel.get_text().split())
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+# -------------------------------------------------------------------------------------------- beside the report's own
+
+CELL = {"sched": "onecycle", "bs": 16, "noise": 0.5}
+REPORT = made("report", accuracy(0.1, 0.4) | {"grad/cos_clean_all": {0: 0.8, 50: 0.6}}, **CELL)
+OTHER = {
+    **{"width": 16, "noise_type": "symmetric", "no_augment": True, "subset": 500, "max_steps": 100, "wd": 1e-2},
+    **{"val_frac": 0.1, "norm": "gn", "epochs": 80, "sched_steps": 2500, "momentum": 0.5, "fake_mask": 0.2},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_run_of_another_setting_is_not_the_reports(name):
+    assert figures.comparable(made("same", {}, **CELL), REPORT)
+    assert not figures.comparable(made("other", {}, **CELL | {name: OTHER[name]}), REPORT)
+
+
+def test_hardware_and_measurement_do_not_make_another_run():
+    opts = {"precision": "32-true", "devices": 4, "compile": "on", "threads": 2, "sync_bn": "off"}
+    opts |= {"measure_bn": "eval", "measure": "full", "chunks": 2, "seed": 3, "runs": "elsewhere"}
+    assert figures.comparable(made("same", {}, **CELL | opts), REPORT)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_cosines_of_another_batchnorm_mode_are_labelled(mode):
+    cosines = {"grad/cos_clean_all": {0: 0.7, 50: 0.5}}
+    run = made("a", accuracy(0.1, 0.4) | cosines, **CELL, measure_bn=mode)
+    look = Look(reference=[REPORT])
+    figure = figures.curves("t", "y", [run], "grad/cos_clean_all", look, False)
+    assert ("ours in train mode" in caption(figure)) == (mode == "train")
+    assert legend(figure)[-1] == ("the report\n(eval mode)" if mode == "train" else "the report")
+    figure = figures.curves("t", "y", [run], "val/acc", look, True)
+    assert "dashed: the report's own curve" in caption(figure) and "mode" not in caption(figure)
+    assert "dashed" not in caption(figures.curves("t", "y", [run], "val/acc", Look(), True))
+
+
+def table(tmp_path, runs: list[Run]) -> list[list[str]]:
+    """The rows of the table beside the report, without header."""
+    page = Page(tmp_path)
+    report.write_comparison(page, runs, [REPORT])
+    rows = [line.strip("| ").split(" | ") for line in "\n".join(page.markdown).splitlines() if line.startswith("|")]
+    return rows[2:]
+
+
+def test_the_table_is_by_setting_and_counts_seeds(tmp_path):
+    other = made("other", accuracy(0.1, 0.9), **CELL, width=16)
+    runs = [made(f"{s}{p}", accuracy(0.1, v), **CELL, seed=s, precision=p, measure_every=e) for s, p, e, v in (
+        (0, "32-true", 50, 0.3), (0, "bf16-mixed", 10, 0.4), (1, "bf16-mixed", 50, 0.45))]  # fmt: skip
+    full = made("chunks", accuracy(0.1, 0.5) | {"grad/cos_clean_all": {0: 0.5}}, **CELL, chunks=2, measure_bn="eval")
+    train = made("train", {"grad/cos_clean_all": {0: 0.9}}, **CELL)
+    rows = table(tmp_path, [other, *runs, full, train])
+    assert [(r[0], r[1], r[7], r[9], r[10]) for r in rows] == [
+        # seed 0's two runs are one value, 0.35; 0.35 and 0.45: mean 0.4, the report's own
+        ("validation accuracy", "measure-bn train", "0.4000 (n = 2)", "+0.0000", "+0.0"),
+        ("cosine of clean and all (the report's: eval)", "measure-bn train", "0.9000 (n = 1)", "+0.3000", "one seed"),
+        ("validation accuracy", "chunks 2, measure-bn eval", "0.5000 (n = 1)", "+0.1000", "one seed"),
+        ("cosine of clean and all", "chunks 2, measure-bn eval", "0.5000 (n = 1)", "-0.1000", "one seed"),
+    ]
+    assert table(tmp_path, [other]) == []
+
+
+# -------------------------------------------------------------------------------------------------- lines over time
+
+
+def test_a_line_begins_where_every_seed_has_a_value():
+    tag = "corrected/cos_clean_noisy"
+    late = made("late", {tag: {1000: 0.9, 2000: 0.9}}, noise=0.5)
+    early = made("early", {tag: {0: -0.3, 1000: -0.3, 2000: -0.3}}, noise=0.5, seed=1)
+    figure = figures.curves("t", "y", [late, early], tag, Look(), False)
+    assert lines(figure.axes[0]) == [([1000, 2000], pytest.approx([0.3, 0.3]))]
+    never = made("never", {tag: {0: 0.1, 500: 0.1}}, noise=0.5, seed=2)  # has ended before the other begins
+    figure = figures.curves("t", "y", [late, never], tag, Look(), False)
+    assert lines(figure.axes[0]) == [([1000, 2000], [0.9, 0.9]), ([0, 500], [0.1, 0.1])]
+    assert not figure.axes[0].collections and "bands" not in caption(figure)
+
+
+@pytest.mark.parametrize("look", [Look(), Look(bands="window")])
+def test_bands_and_what_the_caption_says_of_them(look):
+    probe = lambda s: {f"probe/{k}": {0: 0.1, 100: 0.2 + 0.1 * s} for k in ("memorized", "recovered", "other")}  # noqa: E731
+    runs = [made(f"{s}", probe(s) | accuracy(0.1 + s, 0.5 + s), noise=0.2, seed=s) for s in range(3)]
+    figure = figures.probes("t", runs, look)  # not smoothed: there is no window
+    band = figure.axes[0].collections[0].get_paths()[0].vertices
+    assert sorted(set(band[band[:, 0] == 100][:, 1])) == pytest.approx([0.2, 0.4])
+    assert "bands: one standard deviation over seeds" in caption(figure)
+    figure = figures.curves("t", "y", runs, "val/acc", look, True)
+    half = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    if look.bands == "window":
+        assert "bands: standard deviation within" in caption(figure) and half.max() < 2
+    else:
+        assert "bands: one standard deviation over seeds" in caption(figure) and half.max() > 2
+    lone = [r for r in runs if r.seed == "0/0/0"]
+    assert "bands" not in caption(figures.probes("t", lone, look))
+
+
+def test_an_a_a_run_meets_its_null_on_its_own_page():
+    """Raw cosines are logged far more often than nulls, and both fall as the run goes on."""
+    cosine = lambda s: 0.2 + 0.6 * np.exp(-s / 4000)  # noqa: E731
+    often, rarely = ({s: cosine(s) for s in range(0, 20000, every)} for every in (50, 1000))
+    run = made("aa", {"grad/cos_clean_noisy": often, "null/cos_clean_noisy": rarely})
+    raw, null = lines(figures.single(run, Look()).axes[2])
+    assert raw == null and null[0] == list(rarely) and null[1] == list(rarely.values())
+    alone = made("split", {"grad/cos_clean_noisy": often})  # no null to meet: smoothed as before
+    ((x, y),) = lines(figures.single(alone, Look()).axes[2])
+    assert len(x) == 400 and y[200] > cosine(x[200]) + 0.005
+
+
+# ------------------------------------------------------------------------------------------------ what is told apart
+
+
+def test_two_momenta_are_two_lines():
+    runs = [made(f"{m}", accuracy(0.1, v), bs=64, noise=0.2, momentum=m) for m, v in ((0.5, 0.3), (0.9, 0.7))]
+    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    assert [y[0] for _, y in lines(figure.axes[0])] == [0.1, 0.1] and not figure.axes[0].collections
+    assert legend(figure) == ["64, m 0.5", "64, m 0.9"]
+    assert len({to_hex(handle.get_color()) for handle in figure.legends[0].legend_handles}) == 2
+    (line,) = figures.curves("t", "y", runs[1:], "val/acc", Look(), True).legends[0].get_texts()
+    assert line.get_text() == "64"
+
+
+def test_two_momenta_are_two_curves_of_best_sizes():
+    tops = {0.5: 5, 0.9: 8}
+    runs = [
+        made(f"{m}-{B}-{noise}", accuracy(0.1, 0.8 - 0.01 * (x - tops[m]) ** 2), bs=B, noise=noise, momentum=m)
+        for m in tops
+        for B, x in ((16, 4), (64, 6), (256, 8))
+        for noise in (0.0, 0.5)
+    ]
+    drawn = {b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_sizes("t", runs).axes[0].containers}
+    assert {label.split(", ")[-1]: y for label, y in drawn.items()} == {
+        "m 0.5": pytest.approx([5, 5]),
+        "m 0.9": pytest.approx([8, 8]),
+    }
+
+
+def test_every_share_of_a_fake_mask_has_its_own_column():
+    same = lambda v: {"grad/cos_clean_noisy": {0: v}, "null/cos_clean_noisy": {0: v}}  # noqa: E731
+    runs = [made(f"n{B}", same(0.1), sched="onecycle", noise=0.5, bs=B) for B in (16, 64)]
+    runs += [made(f"aa{f}", same(v), sched="onecycle", fake_mask=f, bs=64) for f, v in ((0.2, 0.1), (0.5, 0.5))]
+    runs += [made("ep", same(0.7), sched="onecycle", fake_mask=0.5, bs=64, sched_epochs=9)]
+    figure = figures.nulls("t", runs, "cos_clean_noisy")
+    drawn = {axis.get_title(): axis.containers[0].lines[0].get_ydata().tolist() for axis in figure.axes}
+    assert drawn == {
+        "50% label noise": [0.1, 0.1],
+        "A/A: clean labels, fake mask 20%\nschedule in steps": [0.1],
+        "A/A: clean labels, fake mask 50%\nschedule in epochs": [0.7],
+        "A/A: clean labels, fake mask 50%\nschedule in steps": [0.5],
+    }
+    (titles,) = [[a.get_title() for a in figures.nulls("t", runs[:3], "cos_clean_noisy").axes]]
+    assert titles == ["50% label noise", "A/A: clean labels, fake mask 20%"]
+
+
+def test_budgets_look_different_against_the_ratio():
+    lengths = {"steps": {}, "epochs": {"sched_epochs": 64}, "examples": {"sched_examples": 640000}}
+    runs = [made(b, accuracy(0.1, 0.5), sched="onecycle", bs=64, noise=0.2, **o) for b, o in lengths.items()]
+    figure = figures.by_ratio("t", runs)
+    assert len({line.get_fillstyle() for line in figure.axes[0].get_lines()}) == 3
+    assert legend(figure)[-3:] == [f"schedule in {b}" for b in lengths]
+    assert not any("schedule in" in text for text in legend(figures.by_ratio("t", runs[:1])))
+
+
+def test_no_two_batch_sizes_and_rates_share_a_colour():
+    sizes, rates = (16, 32, 64, 128, 256, 512, 1024), (0.05, 0.1, 0.2)
+    runs = [made(f"{B}-{lr}", accuracy(0.1, 0.5), bs=B, lr=lr) for B in sizes for lr in rates]
+    figure = figures.curves("t", "y", runs, "val/acc", Look(), True, by_lr=True)
+    found = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
+    assert len(found) == len({to_hex(c) for c in found.values()}) == len(sizes) * len(rates)
+    brightness = [sum(found[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
+    assert brightness == sorted(brightness, reverse=True)  # dark for the larger rate, as the report has it
+    assert found["B/lr = 640\n(B 64, lr 0.1)"] == pytest.approx(figures.colour(64))
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1  # the legend fits
+
+
+def test_which_grids_are_the_reports_ratio_pairs():
+    grid = lambda sizes, rates: [made(f"{B}-{lr}", {}, bs=B, lr=lr) for B in sizes for lr in rates]  # noqa: E731
+    assert figures.ratio_pairs(grid((64, 128), (0.05, 0.1)))
+    assert not figures.ratio_pairs(grid((64, 256), (0.05, 0.1)))
+    assert not figures.ratio_pairs(grid((16, 64, 128), (0.05, 0.1)))
+    assert not figures.ratio_pairs(grid((64, 128), (0.1,)))
+    assert settings(grid((16, 64, 128), (0.05, 0.1)))[0].ratio  # equal lr/B somewhere is not enough for figure 13
