@@ -134,7 +134,8 @@ def finite_weights(module: nn.Module) -> bool:
 
 
 def checkpoint(job: Job, record: Record, name: str = "last.ckpt") -> None:
-    """Everything a run consists of, as plain values and tensors; a last.ckpt is written only if all is finite."""
+    """Everything a run consists of, as plain values and tensors; a last.ckpt is written only if all is finite and the
+    file system has refused nothing."""
     average_buffers(job.fabric, job.module)
     if name == "last.ckpt":
         record.flush()
@@ -154,5 +155,5 @@ def restore(job: Job, record: Record, state: dict) -> None:
     job.optimizer.load_state_dict(state["optimizer"])
     if job.scaler:
         job.scaler.load_state_dict(state["scaler"])
-    job.state.update({key: state[key] for key in job.state})
+    job.state.update({key: state[key] for key in job.state if key != "plan"})  # it is that of the run's new length
     record.restore(state)

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +52,8 @@ LAYOUT = {  # TensorBoard's custom scalars: the report's figures
         "sharpness and 2/lr": ["Multiline", ["curvature/top$", "curvature/two_over_lr"]],
     },
 }
+EVENTS = "events.out.tfevents.*"
+CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
 
 
@@ -60,9 +63,22 @@ class NotFinite(RuntimeError):
 
 def write_json(path: Path, content: dict) -> None:
     """Replace `path` in one move, so that no reader sees half a file."""
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    os.replace(written(path, lambda f: f.write(text.encode())), path)
+
+
+def written(path: Path, write) -> Path:
+    """What `write(file)` writes, whole and on the disk, beside `path` and ready to take its place."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def versions() -> dict:
@@ -98,7 +114,10 @@ def picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...
         axis.imshow(images[i].squeeze(-1).numpy(), cmap="gray" if images.shape[-1] == 1 else None)
         t, y = int(true[i]), int(given[i])
         axis.set_title(
-            classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}", fontsize=8, color="k" if t == y else "r"
+            encodable(classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}"),
+            fontsize=8,
+            color="k" if t == y else "r",
+            parse_math=False,  # a class may be called $5_$
         )
     return figure
 
@@ -118,16 +137,40 @@ def matrix_picture(matrix: list[list[float]]) -> Tensor:
 
 
 def read_json(path: Path) -> dict | None:
-    """The content of a JSON file, or None if there is none that can be read."""
+    """The object in a JSON file, or None if there is none that can be read."""
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
+
+
+def read_config(folder: Path) -> dict | None:
+    """The content of a run's config.json, or None if it is missing or holds no options."""
+    config = read_json(folder / "config.json")
+    return config if config and isinstance(config.get("options"), dict) else None
+
+
+def first_config(folder: Path) -> dict | None:
+    """What a run was started with: its config.json or, where that was lost, what its checkpoint holds of it."""
+    config = read_config(folder)
+    for name in CHECKPOINTS if config is None else ():
+        try:
+            return load_state(folder / name)["config"]
+        except Exception:  # `claim` will say what is wrong with it
+            continue
+    return config
 
 
 def load_state(path: Path) -> dict:
-    """A checkpoint, on the CPU, as plain data only. Raises whatever a damaged file makes torch raise."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    """A checkpoint, on the CPU, as plain data only. Raises `OSError` or `MemoryError` where the file cannot be read now,
+    and whatever a damaged file makes torch raise."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except RuntimeError as e:
+        if "DefaultCPUAllocator" in str(e):  # so torch says it
+            raise MemoryError("not enough memory") from e
+        raise
     if not isinstance(state, dict) or "step" not in state:
         raise ValueError("not a checkpoint of this tool")
     return state
@@ -150,13 +193,14 @@ class Record:
         self.recent_noisy: list[float] = []  # last ten train/acc_noisy
         self.config: dict = {}
         self.fault: str | None = None
-        self.writer = self.lock_file = None
+        self.last_is_good = True  # last.ckpt, if there is one, is worth keeping as previous.ckpt
+        self.writer = self.lock_file = self.thread_hook = None
 
     def claim(self, resume: bool) -> str | None:
         """Create the folder, or with `resume` take the one that is there, and lock it. On rank 0 alone.
 
         Returns the name of the checkpoint to go on from, None for a start at step 0. Raises `InputError` if the folder
-        is there without `resume`, is in use by another process, or cannot be created.
+        is there without `resume`, is in use by another process, or cannot be created, and as `choose` does.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=resume)
@@ -167,16 +211,36 @@ class Record:
             ) from None
         except OSError as e:
             raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be written ({e.strerror})") from e
-        for name in ("last.ckpt", "previous.ckpt") if resume else ():
-            if (self.folder / name).exists():
-                try:
-                    load_state(self.folder / name)
+        return self.choose() if resume else None
+
+    def choose(self) -> str | None:
+        """The checkpoint to go on from: the newest that is whole and whose events are all there. None if there is none.
+
+        Raises `InputError` where one cannot be read just now, or where events are lost that no checkpoint can do
+        without: starting anew would delete what is there.
+        """
+        wrong, lost = None, None
+        for name in CHECKPOINTS:
+            path = self.folder / name
+            try:
+                here, wanted = self.event_sizes(), load_state(path)["events"]
+            except FileNotFoundError:
+                continue
+            except (OSError, MemoryError) as e:
+                raise InputError(f"--resume: {path} cannot be read ({why(e)}); nothing was changed") from e
+            except Exception as e:  # a damaged file can make torch raise nearly anything
+                wrong = f"{path} is damaged ({why(e)})"
+            else:
+                short = [file for file, size in wanted.items() if here.get(file, 0) < size]
+                if not short:
+                    self.last_is_good = name == "last.ckpt"
                     return name
-                except Exception as e:  # a damaged file can make torch raise nearly anything
-                    first = (str(e) or type(e).__name__).splitlines()[0]
-                    self.say(f"{self.folder / name} is damaged ({first}); trying the one before")
-        if resume:
-            self.say(f"no checkpoint in {self.folder}: starting at step 0")
+                wrong = lost = f"{self.folder / short[0]} has lost events that {name} goes on from"
+            if name == "last.ckpt":
+                self.say(f"{wrong}; trying the one before")
+        if lost:
+            raise InputError(f"--resume: {lost}, and no older checkpoint can go on; nothing was changed")
+        self.say(f"no {'readable ' if wrong else ''}checkpoint in {self.folder}: starting at step 0")
         return None
 
     def say(self, text: str) -> None:
@@ -203,18 +267,36 @@ class Record:
         """
         if not self.active:
             return
-        for path in self.folder.glob("events.out.tfevents.*"):
-            if path.name in sizes:
-                os.truncate(path, min(sizes[path.name], path.stat().st_size))
-            else:
-                path.unlink()
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
+        def open_them() -> None:
+            for path in self.folder.glob(EVENTS):
+                if path.name in sizes:
+                    os.truncate(path, sizes[path.name])
+                else:
+                    path.unlink()
+            self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
+
+        self.thread_hook, threading.excepthook = threading.excepthook, self.thread_ended
+        self.guard("the event file", open_them)
+
+    def thread_ended(self, args) -> None:
+        """TensorBoard's writing thread hands on what ended it at the next call: no traceback of its own."""
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            self.thread_hook(args)
 
     def event_sizes(self) -> dict[str, int]:
-        """Bytes of every event file, all that was logged being flushed."""
-        return {path.name: path.stat().st_size for path in self.folder.glob("events.out.tfevents.*")}
+        """Bytes of every event file."""
+        return {path.name: path.stat().st_size for path in self.folder.glob(EVENTS)}
+
+    def sync_events(self) -> dict[str, int]:
+        """Bytes of every event file once all that was logged is on the disk."""
+        for path in self.folder.glob(EVENTS):
+            with open(path, "r+b") as f:
+                os.fsync(f.fileno())
+        if self.writer:
+            self.writer.flush()  # again: the thread that writes may tell of a refusal only after a flush has returned
+        return self.event_sizes()
 
     def configure(self, config: dict) -> None:
         """Write config.json; checkpoints hold the same."""
@@ -230,13 +312,15 @@ class Record:
         if not self.active:
             return
         self.guard("noise.npz", noisefile.save, self.folder / "noise.npz", index, true, label, ledger["dynamic"])
-        self.writer.add_custom_scalars(LAYOUT)
-        self.writer.add_text("config", as_table(self.config["options"] | self.config["resolved"]))
+        self.write("add_custom_scalars", LAYOUT)
+        self.write("add_text", "config", encodable(as_table(self.config["options"] | self.config["resolved"])))
         table = as_table({k: v for k, v in ledger.items() if k != "matrix"})
-        self.writer.add_text("noise", f"{table}\n\n```\n{noisefile.describe(ledger, source.classes)}\n```")
+        matrix = noisefile.describe(ledger, source.classes)
+        self.write("add_text", "noise", encodable(f"{table}\n\n```\n{matrix}\n```"))
         if ledger["matrix"]:
-            self.writer.add_image("noise/matrix", matrix_picture(ledger["matrix"]))
-        self.writer.add_figure("data/labels", picture(source.x_train[index[:32]], true, label, source.classes))
+            self.write("add_image", "noise/matrix", matrix_picture(ledger["matrix"]))
+        self.write("add_figure", "data/labels", picture(source.x_train[index[:32]], true, label, source.classes))
+        self.write("flush")
 
     def log(self, step: int, values: dict) -> None:
         """Keep 0-d tensors or floats for `step`; nothing waits for the device."""
@@ -275,16 +359,15 @@ class Record:
 
     def write(self, method: str, *arguments) -> None:
         """Call a method of the event file's writer on rank 0; a refusal of the file system is noted."""
-        if self.active:
+        if self.writer:
             self.guard("the event file", getattr(self.writer, method), *arguments)
 
     def guard(self, what: str, act, *arguments) -> None:
         """Call `act`; where the file system refuses, note the fault instead of leaving the other ranks behind."""
         try:
-            act(*arguments)
+            return act(*arguments)
         except (OSError, RuntimeError) as e:  # torch.save wraps a full disk in a RuntimeError
-            reason = getattr(e, "strerror", None) or str(e).splitlines()[0]
-            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({reason})"
+            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({why(e)})"
 
     def summary(self, **content) -> None:
         """Write summary.json."""
@@ -293,23 +376,25 @@ class Record:
 
     def checkpoint(self, state: dict, name: str = "last.ckpt") -> None:
         """Save `state`, whole or not at all, and with it where the event files end; the last.ckpt before it is kept
-        as previous.ckpt. A refusal of the file system is noted in `fault` and leaves both as they were."""
-        if self.active:
-            own = {"latest": self.latest, "recent_noisy": self.recent_noisy, "events": self.event_sizes()}
-            self.guard(name, self.save, state | own, name)
+        as previous.ckpt. A refusal of the file system is noted in `fault` and leaves both as they were.
+
+        After a fault there is no new last.ckpt: what it would go on from lacks what was refused.
+        """
+        if not self.active:
+            return
+        sizes = self.guard("the event file", self.sync_events)
+        if self.fault and name == "last.ckpt":
+            return
+        own = {"latest": self.latest, "recent_noisy": self.recent_noisy, "events": sizes}
+        self.guard(name, self.save, state | own, name)
 
     def save(self, state: dict, name: str) -> None:
-        path, temporary = self.folder / name, self.folder / (name + ".tmp")
-        try:
-            with open(temporary, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if name == "last.ckpt" and path.exists():
-            os.replace(path, self.folder / "previous.ckpt")
+        path = self.folder / name
+        temporary = written(path, lambda f: torch.save(state, f))
+        if name == "last.ckpt":
+            if self.last_is_good and path.exists():
+                os.replace(path, self.folder / "previous.ckpt")
+            self.last_is_good = True
         os.replace(temporary, path)
 
     def restore(self, state: dict) -> None:
@@ -322,17 +407,35 @@ class Record:
             return
         from torch.utils.tensorboard.summary import hparams
 
-        plain = {k: v if isinstance(v, (bool, int, float)) else str(v) for k, v in self.config["options"].items()}
+        given = self.config["options"].items()
+        plain = {k: v if isinstance(v, (bool, int, float)) else encodable(str(v)) for k, v in given}
         plain["noise"] = self.config["noise"]["nominal"]
-        for proto in hparams(plain, metrics):
-            self.writer.file_writer.add_summary(proto)
+        for proto in hparams(plain, metrics) if self.writer else ():
+            self.guard("the event file", self.writer.file_writer.add_summary, proto)
+        self.write("flush")
+
+    def close_events(self) -> None:
+        """Close the event file: nothing is logged any more."""
+        self.write("close")
+        self.writer = None
+        if self.thread_hook:
+            threading.excepthook, self.thread_hook = self.thread_hook, None
 
     def close(self) -> None:
-        """Close the event file and let go of the lock."""
-        if self.writer:
-            self.guard("the event file", self.writer.close)
+        """Close what is open and let go of the lock."""
+        self.close_events()
         if self.lock_file:
             self.lock_file.close()
+
+
+def why(e: BaseException) -> str:
+    """What an exception says, in one line."""
+    return getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
+
+
+def encodable(text: str) -> str:
+    """`text` with what UTF-8 cannot say, odd bytes of a path, spelled out: event files and pictures take no others."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_table(rows: dict) -> str:

@@ -31,7 +31,7 @@ from data import Batch, Images, InputError
 from hardware import Signals, average_buffers, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from job import Job, checkpoint, prepare, restore
 from measure import EVAL_BATCH, forward
-from record import NotFinite, Record, load_state, read_json
+from record import NotFinite, Record, first_config, load_state, read_config, read_json, why
 from schedules import schedule
 from summary import announce, describe, print_table, summarize
 
@@ -155,26 +155,41 @@ class Fault(RuntimeError):
     """The run's folder cannot be written any more."""
 
 
-def agree(job: Job, record: Record, signals: Signals, always: bool = False) -> bool:
+def anywhere(job: Job, *wants: bool) -> list[bool]:
+    """Which of `wants` hold on any process; all of them must call it, and it makes their hosts wait for the device."""
+    if job.fabric.world_size == 1:
+        return list(wants)
+    flags = torch.tensor(wants, dtype=torch.float32, device=job.fabric.device)
+    return [n > 0 for n in sum_over_ranks(job.fabric, flags).tolist()]
+
+
+def fault_anywhere(job: Job, record: Record) -> str | None:
+    """What the file system has refused, the same answer on all processes; all of them must call it."""
+    return (record.fault or "rank 0 cannot write the run's folder") if anywhere(job, bool(record.fault))[0] else None
+
+
+def agree(job: Job, record: Record, signals: Signals) -> bool:
     """Whether a checkpoint is due within the epoch; raises `Stopped` or `Fault`, on all processes at the same step.
 
-    One process decides for itself after every step. Several ask each other, which makes the host wait for the device,
-    every `POLL_EVERY` steps and after each epoch (`always`: now).
+    One process decides for itself after every step. Several ask each other, every `POLL_EVERY` steps and after each epoch.
     """
+    if job.fabric.world_size > 1 and job.state["step"] % POLL_EVERY and job.state["step"] % job.steps_per_epoch:
+        return False
     due = record.active and time.monotonic() - record.saved >= 60 * job.args.checkpoint_minutes
-    wants = [bool(signals.received), bool(record.fault), due]
-    if job.fabric.world_size > 1:
-        if not always and job.state["step"] % POLL_EVERY and job.state["step"] % job.steps_per_epoch:
-            return False
-        flags = torch.tensor(wants, dtype=torch.float32, device=job.fabric.device)
-        wants = [n > 0 for n in sum_over_ranks(job.fabric, flags).tolist()]
-    stop, fault, due = wants
-    if fault:
-        raise Fault(record.fault or "rank 0 cannot write the run's folder")
-    if stop:
+    stop, fault, due = anywhere(job, bool(signals.received), bool(record.fault), due)
+    if stop and not fault:
         checkpoint(job, record)
+    if stop or fault:
+        stand(job, record)
         raise Stopped(signals.received or "a signal to another process")
     return due
+
+
+def stand(job: Job, record: Record) -> None:
+    """Raise `Fault` on all processes if the file system has refused anything."""
+    fault = fault_anywhere(job, record)
+    if fault:
+        raise Fault(fault)
 
 
 def fit(job: Job, record: Record, signals: Signals) -> None:
@@ -195,7 +210,8 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
     clock, images, plan = time.perf_counter(), 0, None
     with bar, profile as tracing:
         if state["step"] == 0:
-            validate(job, record)
+            if "val/acc" not in record.latest:  # else a signal stopped the run here
+                validate(job, record)
             agree(job, record, signals)
         while state["step"] < job.total_steps:
             step, epoch, number = state["step"], *divmod(state["step"], job.steps_per_epoch)
@@ -232,7 +248,10 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 show(bar, record)
                 checkpoint(job, record)
             if agree(job, record, signals) and not epoch_ended:
+                synchronize(device)
+                paused = time.perf_counter()
                 checkpoint(job, record)
+                clock += time.perf_counter() - paused
         if state["step"] % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
             validate(job, record)
@@ -244,11 +263,29 @@ def show(bar: tqdm, record: Record) -> None:
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
 
 
+def check_labels(config: dict, ledger: dict, folder: Path) -> None:
+    """Raise `InputError` if the run in `folder` was started with other labels."""
+    if config["noise"]["labels_sha256"] != ledger["labels_sha256"]:
+        raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
+
+
+def load_everywhere(fabric, path: Path) -> dict:
+    """A checkpoint on every process; where one of them cannot read it, all raise `InputError`."""
+    state, reason = None, "by another process"
+    try:
+        state = load_state(path)
+    except Exception as e:  # rank 0 has read it once: now it cannot be read here
+        reason = f"({why(e)})"
+    if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
+        raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
+    return state
+
+
 def run(args, signals: Signals) -> int:
     """One run from checked options to its finished folder; returns the exit status. Raises `InputError`."""
     began = time.perf_counter()
     folder = Path(args.runs, args.name)
-    earlier = read_json(folder / "config.json") if args.resume else None
+    earlier = first_config(folder) if args.resume else None
     if earlier:
         options.continue_from(args, earlier)
     if args.precision == "64-true":
@@ -264,22 +301,32 @@ def run(args, signals: Signals) -> int:
         raise InputError(
             f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
         )
-    if earlier and earlier["noise"]["labels_sha256"] != ledger["labels_sha256"]:
-        raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
+    if earlier:
+        check_labels(earlier, ledger, folder)
 
     fabric, scaler = make_fabric(args)
     job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
-    saved = on_rank_zero(fabric, lambda: record.claim(args.resume))
+
+    def claim() -> tuple[str | None, dict | None, str | None]:
+        """The checkpoint, the config.json and the status of the run, all read under its lock."""
+        saved = record.claim(args.resume)
+        return saved, read_config(folder), (read_json(folder / "summary.json") or {}).get("status")
+
+    saved, now, ended = on_rank_zero(fabric, claim)
+    state = load_everywhere(fabric, folder / saved) if saved else {}
+    for config in filter(None, (now, state.get("config"))):  # config.json may be lost, or have changed since
+        options.continue_from(args, config)
+        check_labels(config, ledger, folder)
+    earlier = now or state.get("config") or {}
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
         record.say(
             "warning: torch has no SyncBatchNorm on CPUs, so each process normalises by its own part of the batch and the "
             "run depends on the number of processes; --norm gn does not (--sync-bn off silences this)"
         )
     if saved:
-        restore(job, record, state := load_state(folder / saved))
-        finished = (read_json(folder / "summary.json") or {}).get("status") == "finished"
-        if finished and job.state["step"] >= job.total_steps:
+        restore(job, record, state)
+        if ended == "finished" and job.state["step"] >= job.total_steps:
             record.say(f"{folder} has finished already: {job.state['step']} steps")
             record.close()
             return 0
@@ -292,24 +339,26 @@ def run(args, signals: Signals) -> int:
             **{k: config["options"][k] for k in options.HARDWARE},
             **config["versions"],
         }
-        config["segments"] = [*(earlier or {}).get("segments", []), {**segment, "device": config["resolved"]["device"]}]
+        config["segments"] = [*earlier.get("segments", []), {**segment, "device": config["resolved"]["device"]}]
         record.configure(config)
         record.open_events(state["events"] if saved else {})
         if not saved:
             record.start(ledger, index, source.y_train[index], labels, source)
             record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         summarize(job, record, "running")
+        stand(job, record)
         announce(job, record, noisefile.describe(ledger, source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
         record.log(job.state["step"], {"test/acc": acc})
         record.flush()
         record.hyperparameters({tag: record.latest[tag] for tag in ("val/acc", "test/acc")})
-        agree(job, record, Signals(), always=True)  # a signal comes too late now, a full disk does not
+        stand(job, record)  # a signal comes too late now, a full disk does not
         status = "finished"
     except Stopped as e:
         status, reason = "stopped", str(e)
-        record.say(f"stopped by {e} after step {job.state['step'] - 1}; --resume goes on from there")
+        where = f"after step {job.state['step'] - 1}" if job.state["step"] else "before the first step"
+        record.say(f"stopped by {e} {where}; --resume goes on from there")
     except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
         checkpoint(job, record, "failed.ckpt")
@@ -320,7 +369,13 @@ def run(args, signals: Signals) -> int:
             raise
         print(f"train.py: rank {fabric.global_rank}: {''.join(traceback.format_exception_only(e))}", file=sys.stderr)
     finally:
+        record.close_events()
         summary = summarize(job, record, status, reason)
+        late = fault_anywhere(job, record) if status != "failed" else None  # in the last that was written
+        if late:
+            status = "failed"
+            options.complain(late)
+            summarize(job, record, status, late)
         record.close()
     if record.active and status == "finished":
         print_table(ledger, summary, folder)
@@ -332,6 +387,7 @@ def run(args, signals: Signals) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn bad input into one line and status 2."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    options.show_anything()
     before, signals = torch.get_default_dtype(), Signals()
     try:
         with signals.caught():

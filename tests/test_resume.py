@@ -146,7 +146,7 @@ def test_damaged_checkpoint(zygote, whole, tmp_path, how):
     assert zygote.run([*argv, "--name", "cut", "--resume"]) == [0]
     said = zygote.said()
     assert ("last.ckpt is damaged" in said) == (how != "missing")
-    assert ("starting at step 0" in said) == (how == "both")
+    assert ("no readable checkpoint" in said and "starting at step 0" in said) == (how == "both")
     assert_same_run(whole, tmp_path / "cut")
 
 
@@ -239,7 +239,251 @@ def test_a_read_only_file_system(go, monkeypatch, capsys, tmp_path):
     folder = go("--noise", "0.5", status=1)
     err = capsys.readouterr().err
     assert "Read-only file system" in err and "Traceback" not in err
-    assert summary(folder)["reason"].startswith("last.ckpt")
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.ckpt"))
+
+
+GN = ("--noise", "0.5", "--norm", "gn")
+REFUSING = """
+import os, signal, sys
+import record, train
+from tensorboard.compat.tensorflow_stub.io import gfile
+full = []  # there is no room for files with one of these in their name
+
+def refusing(write, at):
+    def act(*args):
+        if any(name in os.fsdecode(args[at]) for name in full):
+            raise OSError(28, os.strerror(28))
+        return write(*args)
+    return act
+
+def before(owner, name, act):
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **named: (act(*args), original(*args, **named))[1])
+
+record.written = refusing(record.written, 0)
+gfile.LocalFileSystem._write = refusing(gfile.LocalFileSystem._write, 1)
+{code}
+status = train.main({argv!r})
+sys.stdout.flush()
+os._exit(status)
+"""
+STOP = """
+def stop(job, batch, step, **_):
+    if step == 2:
+        full.append("last.ckpt")
+        os.kill(os.getpid(), signal.SIGTERM)
+before(train, "train_step", stop)
+"""
+REFUSED = {  # when: (what is refused then, what the line names, the last checkpoint's step)
+    "at the start": ("full.append('events')", "the event file", None),
+    "with the first values": (
+        "before(record.Record, 'start', lambda *_: full.append('events'))",
+        "the event file",
+        None,
+    ),
+    "at an epoch's end": (
+        "before(train, 'validate', lambda job, _: full.extend(['events'] * (job.state['step'] == 10)))",
+        "the event file",
+        5,
+    ),
+    "after a signal": (STOP, "last.ckpt", None),
+    "with the hyperparameters": (
+        "before(record.Record, 'hyperparameters', lambda *_: full.append('events'))",
+        "the event file",
+        10,
+    ),
+    "in the last summary": (
+        "before(record.Record, 'hyperparameters', lambda *_: full.append('summary.json'))",
+        "summary.json",
+        10,
+    ),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("when", REFUSED)
+def test_whatever_is_refused_ends_the_run_with_one_line(zygote, plain, tmp_path, when, ranks):
+    """Status 1 on all processes, and no checkpoint that lacks what was refused: once there is room nothing is missing."""
+    code, name, step = REFUSED[when]
+    argv = [*TINY, *GN, "--runs", str(tmp_path), "--name", "r"]
+    assert zygote.run(code=REFUSING.format(code=code, argv=argv), ranks=ranks) == [1] * ranks, zygote.said()
+    said = zygote.said()
+    assert said.count("train.py: error: ") == 1 and f"{name} in {tmp_path}" in said and "No space left" in said
+    assert "Traceback" not in "".join(map(zygote.said, range(ranks))) and "stopped by" not in said
+    assert "test accuracy" not in said
+    assert summary(tmp_path / "r")["status"] == ("running" if name == "summary.json" else "failed")
+    last = tmp_path / "r" / "last.ckpt"
+    assert (record.load_state(last)["step"] if last.exists() else None) == step
+    assert train.main([*argv, "--resume"]) == 0
+    assert steps(tmp_path / "r") == steps(plain)
+
+
+@pytest.fixture(scope="module")
+def plain(zygote, tmp_path_factory) -> Path:
+    """An uninterrupted run of two epochs."""
+    runs = tmp_path_factory.mktemp("plain")
+    assert zygote.run([*TINY, *GN, "--runs", str(runs), "--name", "plain"]) == [0]
+    return runs / "plain"
+
+
+@pytest.fixture
+def copied(plain, tmp_path) -> Path:
+    """A copy of it where `go` resumes it."""
+    return Path(shutil.copytree(plain, tmp_path / "runs" / "r"))
+
+
+def steps(folder: Path) -> dict[str, list[int]]:
+    """Where the points of each series stand."""
+    return {tag: [step for step, _ in points] for tag, points in series(folder).items()}
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def refused(go, capsys, folder: Path, *options: str) -> str:
+    """The one line with which a resume is refused; nothing in the folder has changed."""
+    before = content(folder)
+    capsys.readouterr()
+    go(*GN, *options, "--resume", name=folder.name, status=2)
+    err = capsys.readouterr().err.splitlines()
+    assert content(folder) == before
+    assert sum("error: " in line for line in err) == 1 and not any("Traceback" in line for line in err)
+    return err[-1]
+
+
+@pytest.mark.parametrize("config", ["", "{}", "[1]", None])
+def test_without_config_json_the_checkpoint_knows_the_options(go, capsys, copied, config):
+    folder = copied
+    if config is None:
+        (folder / "config.json").unlink()
+    else:
+        (folder / "config.json").write_text(config)
+    line = refused(go, capsys, folder, "--lr", "0.3", "--bs", "16")
+    assert "--lr was 0.1 and is 0.3" in line and "--bs was 32" in line
+    if config is None:
+        go(*GN, "--epochs", "3", "--resume")
+        assert [s["step"] for s in json.loads((folder / "config.json").read_text())["segments"]] == [0, 10]
+
+
+def test_what_the_checkpoint_says_counts(go, capsys, copied):
+    """config.json is another run's, or was so before the folder was locked."""
+    folder = copied
+    config = json.loads((folder / "config.json").read_text())
+    config["options"]["lr"] = 0.3
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "--lr was 0.1 and is 0.3" in refused(go, capsys, folder, "--lr", "0.3")
+    config["options"]["lr"], config["noise"]["labels_sha256"] = 0.1, "another"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "labels are not those" in refused(go, capsys, folder)
+
+
+TOO_BIG = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), MemoryError(), TOO_BIG], ids=["EIO", "ME", "torch"]
+)
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(go, monkeypatch, capsys, copied, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(record.torch, "load", fail)
+    assert f"{copied / 'last.ckpt'} cannot be read" in refused(go, capsys, copied)
+
+
+def test_a_checkpoint_that_one_process_cannot_read(zygote, plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "r")
+    before = content(tmp_path / "r")
+    argv = [*TINY, *GN, "--epochs", "3", "--runs", str(tmp_path), "--name", "r", "--resume"]
+    code = "import os, train\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: train.load_state = fail\n"
+    assert zygote.run(code=f"{code}os._exit(train.main({argv!r}))", ranks=2) == [2, 2]
+    assert "last.ckpt cannot be read by another process" in zygote.said() and "Traceback" not in zygote.said(1)
+    assert content(tmp_path / "r") == before
+
+
+@pytest.mark.parametrize("left", ["the older checkpoint's", "too little", "nothing"])
+def test_lost_events(go, capsys, plain, copied, left):
+    """A machine that went down may lose what was not yet on its disk."""
+    folder = copied
+    (events,) = folder.glob("events*")
+    sizes = [record.load_state(folder / f"{name}.ckpt")["events"][events.name] for name in ("previous", "last")]
+    os.truncate(events, {"the older checkpoint's": sizes[1] - 1, "too little": sizes[0] - 1, "nothing": 0}[left])
+    if left == "nothing":
+        events.unlink()
+    if left != "the older checkpoint's":
+        assert f"{events} has lost events" in refused(go, capsys, folder)
+        (folder / "previous.ckpt").write_bytes(b"")
+        assert f"{events} has lost events" in refused(go, capsys, folder)
+        return
+    capsys.readouterr()
+    go(*GN, "--resume")
+    assert "has lost events that last.ckpt goes on from; trying the one before" in capsys.readouterr().err
+    assert_same_run(plain, folder)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """A SIGTERM during that step."""
+    original = train.train_step
+
+    def act(job, batch, number, measured):
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(job, batch, number, measured)
+
+    monkeypatch.setattr(train, "train_step", act)
+
+
+def test_a_damaged_checkpoint_does_not_replace_a_good_one(go, monkeypatch, copied):
+    folder = copied
+    (folder / "last.ckpt").write_bytes(b"no checkpoint")
+    stop_at(monkeypatch, 7)
+    go(*GN, "--resume", status=3)
+    assert [record.load_state(folder / f"{name}.ckpt")["step"] for name in ("last", "previous")] == [8, 5]
+    stop_at(monkeypatch, 8)
+    go(*GN, "--resume", status=3)
+    assert [record.load_state(folder / f"{name}.ckpt")["step"] for name in ("last", "previous")] == [9, 8]
+
+
+def test_events_are_on_the_disk_before_their_checkpoint(go, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(record.os, "fsync", lambda f: (synced.append(os.fstat(f).st_ino), fsync(f)))
+    folder = go("--noise", "0.5", "--epochs", "1")
+    (events,) = folder.glob("events*")
+    order = [path.stat().st_ino for path in (folder / "config.json", events, folder / "last.ckpt")]
+    assert [inode for inode in synced if inode in order] == order
+    assert (folder / "summary.json").stat().st_ino in synced
+
+
+@pytest.mark.parametrize("measure", ["split", "full"])
+def test_a_signal_while_the_run_starts(go, monkeypatch, capsys, measure):
+    options = ("--noise", "0.5", "--measure", measure, "--measure-budget", "5", "--epochs", "1")
+    whole = go(*options, name="whole")
+    load = train.sources.load
+    with monkeypatch.context() as m:
+        m.setattr(train.sources, "load", lambda args: (os.kill(os.getpid(), signal.SIGTERM), load(args))[1])
+        folder = go(*options, name="cut", status=3)
+    assert "stopped by SIGTERM before the first step;" in capsys.readouterr().err
+    assert (summary(folder)["status"], summary(folder)["steps"]) == ("stopped", 0)
+    go(*options, "--resume", name="cut")
+    assert_same_run(whole, folder)
+
+
+def test_a_grown_run_is_measured_as_a_long_one(go):
+    """Five steps afford full measurements six steps apart, fifteen four: they stand at 14, 10 and 6."""
+    options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "5")
+    folder = go(*options, "--epochs", "1")
+    assert record.load_state(folder / "last.ckpt")["plan"]["steps"] == 6
+    go(*options, "--epochs", "3", "--resume")
+    assert record.load_state(folder / "last.ckpt")["plan"]["steps"] == 4
+    assert [step for step in steps(folder)["null/cos_clean_all"] if step >= 5] == [6, 10, 14]
+
+
+def test_checkpoints_do_not_count_as_training(go, monkeypatch):
+    original = train.checkpoint
+    monkeypatch.setattr(train, "checkpoint", lambda *args: (time.sleep(0.8), original(*args)))
+    folder = go("--noise", "0.5", "--checkpoint-minutes", "0", "--epochs", "1")
+    assert 0 < record.load_state(folder / "last.ckpt")["steps_seconds"] < 4 * 0.8  # there are four within the epoch
 
 
 def test_changed_data_is_noticed(go, monkeypatch, capsys):
