@@ -1,33 +1,113 @@
 """Runs as tasks of a Ray cluster. Ray is optional: requirements-ray.txt."""
 
+import os
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import InputError
 from grids import Job
-from processes import LOGS, POLL, Progress, Stop, command, note_failure, state, why
+from processes import LOGS, POLL, Progress, Stop, command, make_folder, note_failure, over, state, why
+
+
+@dataclass
+class Request:
+    """What a sweep asks of a cluster."""
+
+    address: str
+    share: float  # GPUs of a run, where the cluster has any
+    size: int  # processes of a run
+    threads: int | None  # CPU threads of each, None for what fits
+    jobs: int | None  # runs at a time, None for as many as fit
+    retries: int
+
+
+def fit(where: Request, nodes: list[tuple[float, float]]) -> tuple[int, float]:
+    """(CPU threads of a process, GPUs of a run) that some node of (CPUs, GPUs) has. Raises `InputError` if none has.
+
+    Threads that are not given are the same for all runs, for their bits depend on them: so many that every node that is
+    of use takes runs, and on a node with GPUs one for every share of them.
+    """
+    share = where.share if any(gpus for _, gpus in nodes) else 0
+    usable = [(int(cpus), gpus) for cpus, gpus in nodes if gpus >= share]
+    if not usable:
+        raise InputError(f"--devices {where.size}: no node of the cluster has so many GPUs")
+    most = max(cpus for cpus, _ in usable)
+    needed = where.size * (where.threads or 1)
+    if most < needed:
+        said = f"{where.size} processes of {where.threads or 1} threads"
+        raise InputError(f"--ray {where.address}: a run needs {needed} CPUs ({said}), the largest node has {most}")
+    if where.threads:
+        return where.threads, share
+    usable = [(cpus, gpus) for cpus, gpus in usable if cpus >= where.size]
+    if share:
+        return min(max(cpus // (int(gpus / share) * where.size), 1) for cpus, gpus in usable), share
+    threads = min(cpus for cpus, _ in usable) // where.size
+    while threads > 1 and sum(cpus // (threads * where.size) for cpus, _ in usable) < (where.jobs or 1):
+        threads -= 1
+    return threads, share
+
+
+def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple[int, int, str]:
+    """On the worker; uses the standard library alone, since only the function travels.
+
+    Returns the run's exit status, the byte of the log at which its words begin, and why it was not started if it was not.
+    """
+    import ctypes
+    import json
+    import os
+    import signal
+    import socket
+    import subprocess
+    import sys
+    import time
+
+    def die_with_parent():  # a lost worker's run saves and lets go of its lock (PR_SET_PDEATHSIG)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+    if not os.path.isdir(cwd):
+        return 2, 0, f"{socket.gethostname()} has no folder {cwd}, where the sweep was started"
+    try:
+        with open(os.path.join(folder, "summary.json")) as f:
+            failed = json.load(f)["status"] == "failed"
+    except (OSError, ValueError, KeyError, TypeError):
+        failed = False
+    if failed and not again:  # since the task was given to the cluster
+        return 1, 0, ""
+    argv = argv + (["--resume"] if os.path.isdir(folder) and "--resume" not in argv else [])
+    with open(log, "ab") as out:
+        begin = out.tell()
+        child = subprocess.Popen(
+            argv,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            cwd=cwd,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        try:
+            while child.poll() is None:
+                time.sleep(0.2)  # not wait(), out of which Ray's interrupt of a task does not come
+        except KeyboardInterrupt:  # ray.cancel
+            child.terminate()
+        return child.wait(), begin, ""
 
 
 def run_on_ray(
-    queue: list[Job],
-    runs: Path,
-    address: str,
-    gpu_share: float,
-    threads: int,
-    retries: int,
-    done: set[str],
-    skipped: int,
+    queue: list[Job], runs: Path, where: Request, done: dict[str, list[dict]], skipped: int, again: set[str]
 ) -> Counter:
-    """Run jobs as tasks of a Ray cluster, whose machines see this code and RUNS under the same paths.
+    """Run jobs as tasks of a Ray cluster, whose machines see this code, this folder and RUNS under the same paths.
 
-    Where the cluster has GPUs each run asks for `gpu_share` of one, and Ray shows it that one alone.
-
-    A task whose machine is lost is given to another one, where the run goes on from its last checkpoint. Raises
-    `InputError` without Ray, or where no cluster answers at `address` ("local" starts one here).
+    Ray shows a run the GPUs that it has asked for, alone. A task whose machine is lost is given to another one, where
+    the run goes on from its last checkpoint. The first signal lets the runs save, the second kills them. Raises
+    `InputError` without Ray, where no cluster answers at the address ("local" starts one here), or where no node is
+    large enough.
     """
     try:
         import ray
@@ -35,80 +115,81 @@ def run_on_ray(
         raise InputError("--ray: Ray is not installed; pip install -r requirements-ray.txt") from None
     try:
         if not ray.is_initialized():
-            ray.init(address=None if address == "local" else address, log_to_driver=False, logging_level="ERROR")
+            local = where.address == "local"
+            ray.init(address=None if local else where.address, log_to_driver=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as e:
-        raise InputError(f"--ray {address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
-    (runs / LOGS).mkdir(parents=True, exist_ok=True)
+        raise InputError(f"--ray {where.address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    threads, share = fit(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
+    runs = runs.resolve()  # a worker starts elsewhere
+    make_folder(runs)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
+    task = ray.remote(work).options(num_cpus=threads * where.size, num_gpus=share, max_retries=where.retries)
+    queue, elsewhere, pending, ended, again = list(queue), [], {}, Counter(), set(again)
+    progress, cancelled = Progress(queue, skipped), 0
 
-    def work(argv: list[str], folder: str, log: str) -> int:
-        """On the worker; uses the standard library alone, since only the function travels."""
-        import ctypes
-        import os
-        import signal
-        import subprocess
-        import sys
-        import time
-
-        def die_with_parent():  # a lost worker's run saves and lets go of its lock (PR_SET_PDEATHSIG)
-            if sys.platform == "linux":
-                ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-        argv = argv + (["--resume"] if os.path.isdir(folder) else [])
-        with open(log, "ab") as out:
-            child = subprocess.Popen(
-                argv,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=die_with_parent,
-            )
-            try:
-                while child.poll() is None:
-                    time.sleep(0.2)  # not wait(), out of which Ray's interrupt of a task does not come
-            except KeyboardInterrupt:  # ray.cancel
-                child.terminate()
-            return child.wait()
-
-    gpus = gpu_share if ray.cluster_resources().get("GPU") else 0
-    task = ray.remote(work).options(num_cpus=threads, num_gpus=gpus, max_retries=retries)
-    progress, ended, pending = Progress(queue, skipped), Counter(), {}
+    def finish(job: Job, status: str, said: str) -> None:
+        ended[status] += 1
+        progress.end(job, ended, len(pending))
+        if status != "finished":
+            tqdm.write(f"{job.name}: {status}: {said}", file=sys.stderr)
 
     def submit(job: Job) -> None:
-        log = runs / LOGS / f"{job.name}.log"
-        (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
-        pending[task.remote(command(job, runs, False, threads), str(runs / job.name), str(log))] = (job, log)
+        status, said = state(runs, job, done)
+        if over(status, job, again):
+            finish(job, status, said)
+        elif status == "running":
+            again.discard(job.name)  # somebody else repeats it
+            elsewhere.append(job)
+        else:
+            log, folder = runs / LOGS / f"{job.name}.log", runs / job.name
+            (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
+            argv = command(job, runs, folder.is_dir(), threads)
+            ref = task.remote(argv, str(folder), str(log), os.getcwd(), job.name in again)
+            again.discard(job.name)
+            pending[ref] = (job, log)
 
-    for job in queue:
-        submit(job)
-    progress.show(ended, len(pending))
+    def ended_task(ref) -> None:
+        job, log = pending.pop(ref)
+        try:
+            code, begin, lost = ray.get(ref)
+        except Exception as e:  # the machine is lost once too often, or the task cancelled before it began
+            code, begin, lost = 1, 0, type(e).__name__
+        status, said = state(runs, job, done)
+        if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
+            elsewhere.append(job)
+            return
+        if not cancelled and (status in ("waiting", "failed") or (status == "stopped" and code not in (0, 3))):
+            said = said if status == "failed" else lost or why(log, code, begin)
+            status = "failed"
+            note_failure(runs, job.name, said)
+        finish(job, status, said)
+
     with Stop() as stop:
-        cancelled = False
-        while pending:
-            if stop.asked and not cancelled:
-                cancelled = True
-                for ref in pending:
-                    ray.cancel(ref)  # an interrupt in the task, which passes it on; tasks that wait never start
-            ready, _ = ray.wait(list(pending), timeout=0.5)
-            for ref in ready:
-                job, log = pending.pop(ref)
-                try:
-                    code, lost = ray.get(ref), ""
-                except Exception as e:  # the machine is lost once too often, or the task cancelled before it began
-                    code, lost = -1, f"{type(e).__name__}"
-                status, said = state(runs, job.name, done)
-                if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
+        try:
+            while pending or ((queue or elsewhere) and not stop.asked):
+                if stop.asked > cancelled:
+                    for ref in pending:
+                        # an interrupt in the task, which passes it on, and then the end of it and of the run; tasks
+                        # that wait never start
+                        ray.cancel(ref, force=cancelled > 0)
+                    cancelled = stop.asked
+                while queue and not stop.asked and len(pending) < (where.jobs or len(pending) + 1):
+                    submit(queue.pop(0))
+                progress.show(ended, len(pending))
+                if pending:
+                    for ref in ray.wait(list(pending), timeout=0.5)[0]:
+                        ended_task(ref)
+                else:
                     time.sleep(5 * POLL)
-                    submit(job)
-                    continue
-                if status != "finished" and not cancelled and (status in ("waiting", "failed") or code not in (0, 3)):
-                    said = said if status == "failed" else lost or why(log, code)
-                    status = "failed"
-                    note_failure(runs, job.name, said)
-                ended[status] += 1
-                progress.end(job, ended, len(pending))
-                if status != "finished":
-                    tqdm.write(f"{job.name}: {status}: {said}", file=sys.stderr)
-        ended["interrupted"] = cancelled
+                if elsewhere and not queue:
+                    queue, elsewhere[:] = list(elsewhere), []
+        except BaseException:  # a full disk, say: no run goes on unseen
+            for ref in pending:
+                ray.cancel(ref)
+            if pending:
+                ray.wait(list(pending), num_returns=len(pending), timeout=60)
+            raise
+        ended["interrupted"] = bool(stop.asked)
     progress.bar.close()
     return ended

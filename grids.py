@@ -41,6 +41,9 @@ PRESETS = {
     },
 }
 
+SCHED_LENGTHS = ("--sched-steps", "--sched-epochs", "--sched-examples")
+PLACES = set(options.PLACE) - {"runs", "name", "resume"}  # not in a run's name: two such runs would be one
+
 
 @dataclass
 class Job:
@@ -78,6 +81,8 @@ def axes(grid: str, said: str) -> list[list[list[str]]]:
         if not equals or not values:
             raise InputError(f"{said}: '{word}' is not NAME=VALUE,VALUE,...")
         for key in keys:
+            if key.replace("-", "_") in PLACES:
+                raise InputError(f"{said}: '{key}' changes where a run happens, not the run; give --{key} for all runs")
             if key not in known or key in ("runs", "name", "resume", "help"):
                 raise InputError(f"{said}: '{key}' is not an option of train.py that a sweep can vary")
         alternatives = []
@@ -100,6 +105,22 @@ def axes(grid: str, said: str) -> list[list[list[str]]]:
     return found
 
 
+def of_seeds(axis: list[list[str]], said: str) -> bool:
+    """Whether an axis sets seed or noise seed, and so gives way to --seeds. Raises `InputError` if it sets more."""
+    names = {word for alternative in axis for word in alternative if word.startswith("--")}
+    more = names - {"--seed", "--noise-seed"}
+    if names == more:
+        return False
+    if more:
+        raise InputError(f"--seeds: {said} varies {', '.join(sorted(more))} together with the seed; leave one out")
+    return True
+
+
+def without(names: tuple[str, ...], argv: list[str]) -> list[str]:
+    """`argv` without these options and the value after each."""
+    return [w for before, w in zip(["", *argv], argv, strict=False) if w not in names and before not in names]
+
+
 def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ()) -> list[Job]:
     """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
 
@@ -107,16 +128,23 @@ def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ())
     any is started; raises `InputError`.
     """
     jobs: dict[str, Job] = {}
+    length_given = any(word.split("=")[0] in SCHED_LENGTHS for word in extra)
     for grid in grids:
         alternatives = axes(grid, said)
         if seeds:
-            alternatives = [a for a in alternatives if not any("--seed" in options_ for options_ in a)]
+            alternatives = [a for a in alternatives if not of_seeds(a, said)]
             alternatives.append([["--seed", s, "--noise-seed", s] for s in seeds])
         for chosen in itertools.product(*alternatives):
-            argv = [word for alternative in chosen for word in alternative] + extra
+            argv = [word for alternative in chosen for word in alternative]
+            if length_given:  # in whatever unit: the two would be refused together
+                argv = without(SCHED_LENGTHS, argv)
+            argv += extra
             try:
                 args = options.parse(argv)
             except InputError as e:
                 raise InputError(f"{said}: {e}") from e
-            jobs.setdefault(args.name, Job(argv, args))
+            job = jobs.setdefault(args.name, Job(argv, args))
+            other = options.differences(vars(job.args), vars(args))
+            if other:
+                raise InputError(f"{said}: two runs would be called {args.name}: {'; '.join(other.values())}")
     return list(jobs.values())

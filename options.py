@@ -57,11 +57,14 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 
 
 share = number(0, 1, "a number from 0 to 1")
-count = number(1, 2**31, "a whole number from 1", int)
+count = number(1, 2**31, "a whole number from 1 to 2^31", int)
+few = number(1, 1024, "a whole number from 1 to 1024", int)  # more would end in an allocator's or OpenMP's error
 image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
-seed = number(0, 2**63 - 1, "a whole number from 0", int)
+seed = number(0, 2**63 - 1, "a whole number from 0, below 2^63", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
+below_one = number(0, math.nextafter(1, 0), "a number from 0 to below 1")
+path = os.path.expanduser  # the shell leaves the ~ of --data-dir=~/data alone
 
 
 def devices(text: str):
@@ -72,9 +75,13 @@ def data_options(p: Parser):
     """Add the options that choose a data set; returns their group."""
     g = p.add_argument_group("data")
     g.add_argument(
-        "--dataset", default="cifar10", metavar="SET", help=f"{', '.join(DATASETS)}, a path to an .npz or a folder"
+        "--dataset",
+        type=path,
+        default="cifar10",
+        metavar="SET",
+        help=f"{', '.join(DATASETS)}, a path to an .npz or a folder",
     )
-    g.add_argument("--data-dir", default="data", metavar="DIR", help="where torchvision's folders lie or go")
+    g.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where torchvision's folders lie or go")
     g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (32)")
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
@@ -88,8 +95,10 @@ def noise_options(p: Parser) -> None:
     g = p.add_argument_group("noise")
     g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (0)")
     g.add_argument("--noise-type", choices=TYPES, default="uniform", help="law of a selected example's label")
-    g.add_argument("--noise-matrix", metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
-    g.add_argument("--noise-file", metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt")
+    g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
+    g.add_argument(
+        "--noise-file", type=path, metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt"
+    )
     g.add_argument("--noise-labels", metavar="NAME", help="which labels of a .pt: worse_label, aggre_label, ...")
 
 
@@ -100,12 +109,12 @@ def parser() -> Parser:
     noise_options(p)
     g = p.add_argument_group("model")
     g.add_argument("--model", choices=list(MODELS), help="default: vgg16 for fmnist, else resnet18")
-    g.add_argument("--width", type=count, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
+    g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
-    g.add_argument("--momentum", type=number(0, 0.9999, "a number from 0 to below 1"), default=0.9)
+    g.add_argument("--momentum", type=below_one, default=0.9)
     g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
     g.add_argument("--epochs", type=count, default=64)
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
@@ -122,7 +131,7 @@ def parser() -> Parser:
     )
     g.add_argument(
         "--permutations",
-        type=number(0, 1000, "a whole number from 0", int),
+        type=number(0, 1000, "a whole number from 0 to 1000", int),
         default=4,
         metavar="R",
         help="random masks",
@@ -152,14 +161,14 @@ def parser() -> Parser:
     g.add_argument("--strategy", help="auto or ddp (auto)")
     g.add_argument("--num-nodes", type=count, metavar="N", help="machines (1)")
     g.add_argument("--sync-bn", choices=["on", "off"], default="on", help="one BatchNorm over all GPUs")
-    g.add_argument("--threads", type=count, metavar="N", help="CPU threads a process (cores / processes here)")
+    g.add_argument("--threads", type=few, metavar="N", help="CPU threads a process (cores / processes here)")
     g = p.add_argument_group("speed")
     choice = {"choices": ["auto", "on", "off"], "default": "auto"}
     g.add_argument("--compile", nargs="?", const="on", **choice, help="torch.compile for plain steps")
     g.add_argument("--graph", nargs="?", const="on", **choice, help="replay plain steps as a CUDA graph (one GPU)")
     g.add_argument("--profile", type=count, metavar="STEPS", help="write a trace of so many steps")
     g = p.add_argument_group("run folder")
-    g.add_argument("--runs", default="runs", metavar="DIR")
+    g.add_argument("--runs", type=path, default="runs", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     g.add_argument(
         "--checkpoint-minutes",
@@ -206,24 +215,29 @@ def check(args: argparse.Namespace) -> None:
     if len(lengths) > 1:
         wrong.append(f"{' and '.join(lengths)}: give the schedule's length once")
     for name in ("runs", "data_dir"):
-        if Path(getattr(args, name)).is_file():
+        if os.path.isfile(getattr(args, name)):
             wrong.append(f"--{name.replace('_', '-')} {getattr(args, name)}: is a file, not a folder")
     if args.name is None:
         args.name = run_name(args)
     elif not re.fullmatch(r"[^/\\\0]+", args.name) or args.name in (".", ".."):
         wrong.append(f"--name '{args.name}': not the name of a folder")
+    folder = os.path.join(args.runs, args.name)
+    if os.path.isfile(folder):
+        wrong.append(f"--name {args.name}: {folder} is a file, not a run's folder")
+    if folder != folder.encode("utf-8", "ignore").decode():
+        wrong.append(f"--runs, --name: TensorBoard cannot write to {folder!a}, whose name is not UTF-8")
     if wrong:
         raise InputError("; ".join(wrong))
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
     """What is wrong with the choice of the data set; fills in a folder's image size."""
-    wrong, folder = [], args.dataset not in DATASETS and Path(args.dataset).is_dir()
+    wrong, folder = [], args.dataset not in DATASETS and os.path.isdir(args.dataset)
     if args.dataset not in DATASETS and not folder:
         if not args.dataset.endswith(".npz"):
             sets = ", ".join(DATASETS)
             wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
-        elif not Path(args.dataset).is_file():
+        elif not os.path.isfile(args.dataset):
             wrong.append(f"--dataset {args.dataset}: there is no such file")
     if folder:
         args.image_size = args.image_size or 32
@@ -266,16 +280,49 @@ def run_name(args: argparse.Namespace) -> str:
         if value is True:
             parts.append(key)
         elif key == "dataset":
-            parts.append(Path(value).stem)
+            parts.append(
+                Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
+            )
         elif key.replace("-", "_") in FILES:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
-            parts.append(f"{key}-{path.parent.name if path.name == 'noise.npz' else path.stem}")
+            stem = path.parent.name if path.name == "noise.npz" else path.stem
+            parts.append(f"{key}-{stem}-{path_hash(value)}")
         else:
             parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{value}")
-    name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)) or "default"
+    name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)).lstrip("-") or "default"  # -x would be an option
     if len(name) > 180:  # file systems allow 255 bytes
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
+
+
+def path_hash(path: str) -> str:
+    """Six digits that tell a path from others of the same last part."""
+    return hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:6]
+
+
+def compared(given: dict) -> dict:
+    """Options that decide what a run computes, in one spelling each, for two runs to be compared.
+
+    Without `PLACE`, and without `FILES`: their labels are compared instead.
+    """
+    found = {key: value for key, value in given.items() if key not in (*PLACE, *FILES)}
+    if "noise" in found:
+        found["noise"] = found["noise"] or 0
+    if "sched_steps" in found and not (found.get("sched_epochs") or found.get("sched_examples")):
+        found["sched_steps"] = found["sched_steps"] or 5000
+    if found.get("dataset", "cifar10") not in DATASETS:
+        found["dataset"] = str(Path(found["dataset"]).resolve())
+    return found
+
+
+def differences(first: dict, now: dict) -> dict[str, str]:
+    """{option: how it differs} of two runs' options; one that only one of them knows is left out."""
+    first, now = compared(first), compared(now)
+    return {
+        key: f"--{key.replace('_', '-')} was {first[key]} and is {value} now"
+        for key, value in now.items()
+        if key in first and value != first[key]
+    }
 
 
 def continue_from(args: argparse.Namespace, config: dict) -> None:
@@ -288,15 +335,10 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
         args.precision = first["precision"]
     args.threads = args.threads or first["threads"]
     wrong = []
-    for key, value in vars(args).items():
-        option, was = f"--{key.replace('_', '-')}", first[key]
-        if key in (*PLACE, *FILES) or value == was or (key == "noise" and not value and not was):
-            continue
-        if key in ("epochs", "max_steps") and (value or math.inf) >= (was or math.inf):
-            continue
-        wrong.append(
-            f"{option} was {was} and is {value} now" + " (it may only grow)" * (key in ("epochs", "max_steps"))
-        )
+    for key, said in differences(first, vars(args)).items():
+        grows = key in ("epochs", "max_steps")
+        if not grows or (getattr(args, key) or math.inf) < (first[key] or math.inf):
+            wrong.append(said + " (it may only grow)" * grows)
     if wrong:
         raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
 
@@ -313,6 +355,12 @@ def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
 def rank_zero() -> bool:
     """Whether this process is the one that speaks, before Fabric is there to ask."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+
+
+def show_anything() -> None:
+    """Have standard output spell out what its encoding lacks, a class called ü or a path of odd bytes, and not raise."""
+    if hasattr(sys.stdout, "reconfigure"):  # a test's stand-in may have none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def complain(message: object, program: str = "train.py") -> None:

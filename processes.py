@@ -4,6 +4,7 @@ A run's folder says how it ended; nothing else is kept, but the output of its pr
 before it had a folder, the reason.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,13 +15,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import options
 import results
+from data import InputError
 from grids import Job
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 POLL = 0.2  # seconds between looks at the running processes
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
-STATES = ("finished", "running", "stopped", "failed", "waiting")
+LAST_WORDS = 65536  # bytes of a log that are read for a reason
+STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 
 def held(folder: Path) -> bool:
@@ -37,47 +41,81 @@ def held(folder: Path) -> bool:
     return False
 
 
-def state(runs: Path, name: str, done: set[str]) -> tuple[str, str]:
-    """(one of `STATES`, what there is to say about it) of a run, from its folder alone, or from files of results."""
-    folder = runs / name
+def read(path: Path) -> dict:
+    """A JSON object; {} for a file that is absent, empty or damaged, for one such run must not stop all others."""
+    try:
+        return results.read_json(path)
+    except InputError:
+        return {}
+
+
+def options_of(folder: Path) -> dict:
+    """A run's options as its folder has them, {} if it does not tell."""
+    found = read(folder / "config.json").get("options")
+    return found if isinstance(found, dict) else {}
+
+
+def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
+    """(one of `STATES`, what there is to say about it) of a run, from its folder alone, or from files of results.
+
+    `done`: name and options of the finished runs in such files. "other": the folder is that of another run.
+    """
+    folder, wanted = runs / job.name, vars(job.args)
+    if wanted["precision"] == "auto":  # what it became is the hardware's choice
+        wanted = {key: value for key, value in wanted.items() if key != "precision"}
+    listed = any(not options.differences(found, wanted) for found in done.get(job.name, []))
     if folder.is_dir():
-        summary = results.read_json(folder / "summary.json")
+        other = options.differences(options_of(folder), wanted)
+        if other:
+            return "other", f"{folder} is a run of other options ({'; '.join(other.values())}); use another --runs"
+        summary = read(folder / "summary.json")
         status = summary.get("status", "stopped")
         if status == "finished":
-            return "finished", f"val/acc {summary['val_acc']:.4f}" if summary.get("val_acc") is not None else ""
+            accuracy = summary.get("val_acc")
+            return "finished", f"val/acc {accuracy:.4f}" if isinstance(accuracy, float) else ""
         if held(folder):
             return "running", f"{summary.get('steps') or 0} steps at the last summary"
-        if name in done:
+        if listed:
             return "finished", "in a file of results"
         if status == "failed":
             return "failed", str(summary.get("reason") or "no reason given")
         return "stopped", "saved" if status == "stopped" else "killed"
-    if name in done:
+    if listed:
         return "finished", "in a file of results"
     try:
-        return "failed", (runs / LOGS / f"{name}.failed").read_text().strip()
+        return "failed", (runs / LOGS / f"{job.name}.failed").read_text(errors="replace").strip()
     except OSError:
         return "waiting", ""
+
+
+def over(status: str, job: Job, again: set[str]) -> bool:
+    """Whether there is nothing to start. `again`: failed runs to repeat; one that failed since then is not among them."""
+    return status in ("finished", "other") or (status == "failed" and job.name not in again)
 
 
 def command(job: Job, runs: Path, resume: bool, threads: int | None = None) -> list[str]:
     """The process of a run. A resumed run keeps its first start's threads, for the same bits, if it had fewer."""
     if resume and threads:
-        threads = min(
-            threads, results.read_json(runs / job.name / "config.json").get("options", {}).get("threads") or threads
-        )
+        threads = min(threads, options_of(runs / job.name).get("threads") or threads)
     place = ["--runs", str(runs), "--name", job.name, *(["--threads", str(threads)] if threads else [])]
     return [sys.executable, str(TRAIN), *job.argv, *place, *(["--resume"] if resume else [])]
 
 
-def why(log: Path, code: int) -> str:
-    """A reason for a failure: the last line that the process wrote, without progress bars, or its exit status."""
+def why(log: Path, code: int, start: int) -> str:
+    """A reason for a failure: the signal, or the last line that the process wrote after the log's byte `start`.
+
+    Progress bars do not count.
+    """
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").replace("\r", "\n").splitlines()]
+        with open(log, "rb") as f:
+            f.seek(max(start, f.seek(0, os.SEEK_END) - LAST_WORDS))
+            lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines()]
     except OSError:
         lines = []
-    said = [line for line in lines if line and "step/s" not in line and "s/step" not in line]
-    return (said[-1][:300] if said else "") or (f"killed by signal {-code}" if code < 0 else f"exit status {code}")
+    said = [line[:300] for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
+    if code < 0:
+        return "; last words: ".join([f"killed by signal {-code}", *said])
+    return said[0] if said else f"exit status {code}"
 
 
 def note_failure(runs: Path, name: str, reason: str) -> None:
@@ -86,12 +124,29 @@ def note_failure(runs: Path, name: str, reason: str) -> None:
         (runs / LOGS / f"{name}.failed").write_text(reason + "\n")
 
 
+def make_folder(runs: Path) -> None:
+    """Create RUNS and its folder of logs. Raises `InputError` if nothing can be written there."""
+    try:
+        (runs / LOGS).mkdir(parents=True, exist_ok=True)
+        if not os.access(runs / LOGS, os.W_OK):
+            raise PermissionError(0, "not writable")
+    except OSError as e:
+        raise InputError(f"--runs {runs}: cannot be written ({e.strerror})") from e
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a run at once, all of its processes: they are a process group of their own."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 class Stop:
-    """SIGINT and SIGTERM as a flag: `asked` counts them. A context manager; old handlers come back."""
+    """Signals that ask a run to save and end, as a flag: `asked` counts them. A context manager; old handlers come back."""
 
     def __enter__(self):
         self.asked = 0
-        self.before = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        names = [s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s)]
+        self.before = {s: signal.signal(s, self.note) for s in (getattr(signal, name) for name in names)}
         return self
 
     def note(self, *_) -> None:
@@ -129,15 +184,21 @@ class Progress:
 
 
 def run_here(
-    queue: list[Job], runs: Path, slots: list[str | None], threads: int, done: set[str], skipped: int
+    queue: list[Job],
+    runs: Path,
+    slots: list[str | None],
+    threads: int,
+    done: dict[str, list[dict]],
+    skipped: int,
+    again: set[str],
 ) -> Counter:
-    """Run jobs as processes, one in each slot (a GPU, or None for the CPU); returns how they ended.
+    """Run jobs as processes, one in each slot (GPUs, or None for the CPU); returns how they ended.
 
     A run that another process holds is waited for and looked at again. The first signal is passed on to the
-    children, which save; the second kills them.
+    children, which save; the second kills them. Raises `InputError` if RUNS cannot be written.
     """
-    (runs / LOGS).mkdir(parents=True, exist_ok=True)
-    queue, elsewhere, active, ended = list(queue), [], {}, Counter()
+    make_folder(runs)
+    queue, elsewhere, active, ended, again = list(queue), [], {}, Counter(), set(again)
     free, passed_on = list(slots), 0
     progress = Progress(queue, skipped)
 
@@ -147,66 +208,76 @@ def run_here(
         if status != "finished":
             tqdm.write(f"{job.name}: {status}: {said}", file=sys.stderr)
 
+    def start(job: Job) -> None:
+        again.discard(job.name)
+        (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
+        slot, log = free[0], runs / LOGS / f"{job.name}.log"
+        env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
+        argv = command(job, runs, (runs / job.name).is_dir(), threads)
+        with open(log, "ab") as out:
+            # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
+            process = subprocess.Popen(
+                argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True
+            )
+            active[process] = (job, free.pop(0), log, out.tell())
+        progress.show(ended, len(active))
+
     with Stop() as stop:
-        while True:
-            for process, (job, slot, log, out) in list(active.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                out.close()
-                del active[process]
-                free.append(slot)
-                status, said = state(runs, job.name, done)
-                # a signal that comes before the run listens for it ends it without a word, and that is no failure
-                if status == "failed" or (status in ("waiting", "stopped") and code not in (0, 3) and not stop.asked):
-                    status, said = "failed", said if status == "failed" else why(log, code)
-                    note_failure(runs, job.name, said)
-                if status == "running":  # somebody else was faster
-                    elsewhere.append(job)
-                else:
-                    finish(job, status, said)
-            if stop.asked > passed_on:
-                if not passed_on:
-                    tqdm.write(
-                        f"stopping: {len(active)} running runs save and end (again to kill them)", file=sys.stderr
-                    )
-                for process in active:
-                    process.send_signal(signal.SIGKILL if passed_on else signal.SIGTERM)
-                passed_on = stop.asked
-            if stop.asked and not active:
-                break
-            if not stop.asked and not queue and not active and elsewhere:
-                queue, elsewhere = elsewhere, []
-                time.sleep(5 * POLL)
-            while queue and free and not stop.asked:
-                job = queue.pop(0)
-                status, said = state(runs, job.name, done)
-                if status == "running":
-                    elsewhere.append(job)
-                    continue
-                if status == "finished":
-                    finish(job, status, said)
-                    continue
-                (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
-                slot = free.pop(0)
-                log = runs / LOGS / f"{job.name}.log"
-                out = open(log, "ab")
-                env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
-                argv = command(job, runs, (runs / job.name).is_dir(), threads)
-                # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
-                process = subprocess.Popen(
-                    argv,
-                    stdout=out,
-                    stderr=subprocess.STDOUT,
-                    stdin=subprocess.DEVNULL,
-                    env=env,
-                    start_new_session=True,
-                )
-                active[process] = (job, slot, log, out)
-                progress.show(ended, len(active))
-            if not active and not queue and not elsewhere:
-                break
-            time.sleep(POLL)
+        try:
+            while True:
+                for process, (job, slot, log, begin) in list(active.items()):
+                    code = process.poll()
+                    if code is None:
+                        continue
+                    del active[process]
+                    free.append(slot)
+                    status, said = state(runs, job, done)
+                    # a signal that comes before the run listens for it ends it without a word, and that is no failure
+                    if status == "failed" or (
+                        status in ("waiting", "stopped") and code not in (0, 3) and not stop.asked
+                    ):
+                        status, said = "failed", said if status == "failed" else why(log, code, begin)
+                        note_failure(runs, job.name, said)
+                    if status == "running":  # somebody else was faster
+                        elsewhere.append(job)
+                    else:
+                        finish(job, status, said)
+                if stop.asked > passed_on:
+                    if not passed_on:
+                        tqdm.write(
+                            f"stopping: {len(active)} running runs save and end (again to kill them)", file=sys.stderr
+                        )
+                    for process in active:
+                        kill(process) if passed_on else process.terminate()
+                    passed_on = stop.asked
+                if stop.asked and not active:
+                    break
+                if not stop.asked and not queue and not active and elsewhere:
+                    queue, elsewhere = elsewhere, []
+                    time.sleep(5 * POLL)
+                while queue and free and not stop.asked:
+                    job = queue.pop(0)
+                    status, said = state(runs, job, done)
+                    if over(status, job, again):
+                        finish(job, status, said)
+                    elif status == "running":
+                        again.discard(job.name)  # somebody else repeats it
+                        elsewhere.append(job)
+                    else:
+                        start(job)
+                if not active and not queue and not elsewhere:
+                    break
+                time.sleep(POLL)
+        except BaseException:  # a full disk, say: no run goes on unseen
+            asked = stop.asked
+            for process in active:
+                process.terminate()
+            while any(process.poll() is None for process in active):
+                if stop.asked > asked:
+                    for process in active:
+                        kill(process)
+                time.sleep(POLL)
+            raise
         ended["interrupted"] = bool(stop.asked)
     progress.bar.close()
     return ended

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import options
 import results
-from cluster import run_on_ray
+from cluster import Request, run_on_ray
 from data import InputError
 from grids import PRESETS, REPORT_SIZES, Job, expand
 from hardware import cores
-from processes import STATES, command, run_here, state
+from processes import STATES, command, over, run_here, state
 
 
 def jobs_of(args, extra: list[str]) -> list[Job]:
@@ -42,9 +42,9 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
     return expand(grids, extra, f"--preset {args.preset}", seeds)
 
 
-def print_status(jobs: list[Job], runs: Path, done: set[str]) -> None:
+def print_status(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> None:
     """A table of all runs, and how many are in which state."""
-    found = [(job, *state(runs, job.name, done)) for job in jobs]
+    found = [(job, *state(runs, job, done)) for job in jobs]
     width = max((len(job.name) for job in jobs), default=4)
     for job, status, said in found:
         print(f"{job.name:<{width}}  {status:<8}  {said}".rstrip())
@@ -52,9 +52,9 @@ def print_status(jobs: list[Job], runs: Path, done: set[str]) -> None:
     print(", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]) + f" of {len(jobs)}")
 
 
-def gpus(extra: list[str]) -> list[str]:
+def gpus(place) -> list[str]:
     """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none with `--accelerator cpu`."""
-    if options.parser().parse_args(extra).accelerator == "cpu":
+    if place.accelerator == "cpu":
         return []
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
@@ -62,6 +62,13 @@ def gpus(extra: list[str]) -> list[str]:
     import torch
 
     return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def processes_of(place) -> int:
+    """Processes of each run: its `--devices`; `auto` is what one of the sweep's slots has. Raises `InputError`."""
+    if (place.num_nodes or 1) > 1:
+        raise InputError(f"--num-nodes {place.num_nodes}: a sweep's runs have one machine each")
+    return place.devices if isinstance(place.devices, int) else 1
 
 
 def parser() -> options.Parser:
@@ -91,7 +98,7 @@ def parser() -> options.Parser:
     g = p.add_argument_group("where to run")
     g.add_argument("--jobs", type=options.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
     g.add_argument("--per-gpu", type=options.count, default=1, metavar="K", help="runs at a time on one GPU")
-    g.add_argument("--threads", type=options.count, metavar="N", help="CPU threads of a run (cores / jobs)")
+    g.add_argument("--threads", type=options.count, metavar="N", help="CPU threads of a run's process (cores / jobs)")
     g.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, or local to start one here")
     g.add_argument(
         "--retries",
@@ -117,19 +124,22 @@ def run(args, extra: list[str]) -> int:
         if word.split("=")[0] in ("--name", "--resume"):
             raise InputError(f"{word}: the sweep names and resumes its runs itself")
     runs = Path(args.runs)
-    if runs.is_file():
-        raise InputError(f"--runs {runs}: is a file, not a folder")
+    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
     jobs = jobs_of(args, extra)
-    done = {r.name for path in args.done for r in results.read_export(Path(path)) if r.finished}
+    done: dict[str, list[dict]] = {}
+    for r in (r for path in args.done for r in results.read_export(Path(path)) if r.finished):
+        done.setdefault(r.name, []).append(r.options)
     if args.status:
         print_status(jobs, runs, done)
         return 0
-    states = {job.name: state(runs, job.name, done) for job in jobs}
-    wanted = {"running", "stopped", "waiting"} | ({"failed"} if args.retry_failed else set())
-    queue = [job for job in jobs if states[job.name][0] in wanted]
-    devices = [] if args.ray else gpus(extra)
-    jobs_at_once = args.jobs or max(len(devices) * args.per_gpu, 1)
-    threads = args.threads or max(cores() // jobs_at_once, 1)
+    states = {job.name: state(runs, job, done) for job in jobs}
+    again = {name for name, (status, _) in states.items() if status == "failed" and args.retry_failed}
+    queue = [job for job in jobs if not over(states[job.name][0], job, again)]
+    for job in jobs:
+        if states[job.name][0] == "other":
+            print(f"{job.name}: {states[job.name][1]}", file=sys.stderr)
     if args.print_commands:
         for job in queue:
             print(shlex.join(command(job, runs, resume=True, threads=args.threads)))
@@ -137,43 +147,56 @@ def run(args, extra: list[str]) -> int:
     for job in jobs:
         if states[job.name][0] == "failed" and not args.retry_failed:
             print(f"{job.name}: failed before: {states[job.name][1]} (--retry-failed starts it again)", file=sys.stderr)
+    place = options.parser().parse_args(extra)
+    size = processes_of(place)
+    devices = [] if args.ray else gpus(place)
+    if devices and size > len(devices):
+        raise InputError(f"--devices {size}: this machine has {len(devices)} GPU{'s' * (len(devices) != 1)}")
+    groups = [",".join(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
+    jobs_at_once = args.jobs or max(len(groups) * args.per_gpu, 1)
+    threads = args.threads or (None if args.ray else max(cores() // (jobs_at_once * size), 1))
     if args.dry_run:
         for job in queue:
             print(shlex.join(command(job, runs, states[job.name][0] == "stopped", threads)))
         counts = Counter(status for status, _ in states.values())
-        where = (
-            f"{jobs_at_once} at a time"
-            + (f" on GPU {', '.join(devices)}" if devices else "")
-            + f", {threads} threads each"
-        )
+        where = f"{args.jobs or 'as many as fit'} at a time" if args.ray else f"{jobs_at_once} at a time"
+        where += f" on GPU {' and '.join(groups) if size > 1 else ', '.join(groups)}" if groups else ""
+        where += f", {threads} threads each" + " process" * (size > 1) if threads else ", on Ray"
         print(f"# {len(queue)} of {len(jobs)} runs to do ({', '.join(f'{n} {s}' for s, n in counts.items())}), {where}")
         return 0
     skipped = len(jobs) - len(queue)
     if args.ray:
-        share = 0 if options.parser().parse_args(extra).accelerator == "cpu" else 1 / args.per_gpu
-        ended = run_on_ray(queue, runs, args.ray, share, threads, args.retries, done, skipped)
+        if size > 1 and args.per_gpu > 1:
+            raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {size} has whole GPUs")
+        share = 0 if place.accelerator == "cpu" else size / args.per_gpu
+        where = Request(args.ray, share, size, threads, args.jobs, args.retries)
+        ended = run_on_ray(queue, runs, where, done, skipped, again)
     else:
-        slots = (devices * args.per_gpu or [None] * jobs_at_once)[:jobs_at_once]
-        slots += [devices[i % len(devices)] for i in range(jobs_at_once - len(slots))] if devices else []
-        ended = run_here(queue, runs, slots, threads, done, skipped)
+        slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
+        ended = run_here(queue, runs, slots, threads, done, skipped, again)
     interrupted = ended.pop("interrupted")
-    failed = ended["failed"] + sum(s == "failed" for s, _ in states.values()) * (not args.retry_failed)
+    before = Counter(states[name][0] for name in states.keys() - {job.name for job in queue})
+    failed = sum(counts[status] for counts in (before, ended) for status in ("failed", "other"))
+    unfinished = sum(n for status, n in ended.items() if status not in ("finished", "failed", "other"))
     print(
-        f"{skipped - (failed - ended['failed'])} were finished, "
+        f"{before['finished']} were finished, "
         + ", ".join(f"{n} {s}" for s, n in ended.items() if n)
         + f"; {failed} failed"
     )
-    return 3 if interrupted else 1 if failed else 0
+    return 3 if interrupted or unfinished else 1 if failed else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Bad input becomes one line and status 2; 1 if a run failed, 3 if stopped by a signal."""
+    """Bad input becomes one line and status 2; 1 if a run failed, 3 if stopped by a signal or a run is not finished."""
     try:
         args, extra = parser().parse_known_args(argv)
         return run(args, extra)
     except InputError as e:
         print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except OSError as e:  # RUNS is lost or full; the runs have been stopped
+        print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import options
 import processes
 import results
 import sweep
+from cluster import Request, fit
 from conftest import ROOT, TINY
 from data import InputError
 
@@ -98,6 +99,8 @@ def test_seeds_set_initialization_and_noise():
         ("seed+noise-seed=1:2:3", "not one value for each"),
         ("no-augment=maybe", "a switch"),
         ("sched-steps=5 sched-epochs=3", "once"),
+        ("bs=16 compile=on,off", "'compile' changes where a run happens"),
+        ("data_dir=a,b", "give --data-dir for all runs"),
     ],
 )
 def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path):
@@ -116,6 +119,8 @@ def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path)
         (["--grid", "bs=16", "--jobs", "0"], "--jobs"),
         (["--grid", "bs=16", "--wrong", "1"], "--wrong"),
         (["--grid", "bs=16", "--done", "absent.npz"], "absent.npz"),
+        (["--grid", "bs=16", "--num-nodes", "2"], "--num-nodes 2"),
+        (["--grid", "bs+seed=16:0,32:1", "--seeds", "5"], "--seeds: --grid varies --bs together with the seed"),
         (["--seeds", "1"], "--preset"),
     ],
 )
@@ -123,6 +128,65 @@ def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
     assert fake(*argv) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("below", ["file/below", "file/below/that", "folder"])
+def test_a_place_that_cannot_be_written_is_one_line_and_status_2(below, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / processes.LOGS).write_text("")
+    assert sweep.main(["--grid", "bs=16", "--runs", str(tmp_path / below)]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith(f"sweep.py: error: --runs {tmp_path / below}: ")
+
+
+def test_the_command_lines_schedule_length_replaces_the_grids():
+    jobs = grids.expand(["bs=16,32 sched=onecycle sched-steps=80", "sched-epochs=3"], ["--sched-epochs=9"], "--grid")
+    assert [(j.args.bs, j.args.sched_steps, j.args.sched_epochs) for j in jobs] == [
+        (16, None, 9),
+        (32, None, 9),
+        (128, None, 9),
+    ]
+    assert "--sched-steps" not in jobs[0].argv and "80" not in jobs[0].argv
+
+
+def own_data(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, x_train=np.zeros(1))
+    return str(path)
+
+
+def test_paths_of_one_name_are_different_runs(tmp_path, monkeypatch):
+    a, b, chinese = (own_data(tmp_path / name) for name in ("a/own.npz", "b/own.npz", "数据.npz"))
+    for version in ("imgs.v1", "imgs.v2"):
+        (tmp_path / version).mkdir()
+    sets = f"dataset={a},{b},{chinese},{tmp_path / 'imgs.v1'},{tmp_path / 'imgs.v2'}"
+    names = [j.name for j in grids.expand([sets], [], "--grid")]
+    assert len(set(names)) == 5 and [n[:-6] for n in (*names[:2], *names[3:])] == [
+        "own-",
+        "own-",
+        "imgs.v1-",
+        "imgs.v2-",
+    ]
+    assert options.parser().parse_args(["--name", names[2]]).name == names[2]  # does not begin as an option does
+    files = [["--noise-type", "file", "--noise-file", f"{folder}/n.pt", "--noise-labels", "x"] for folder in "ab"]
+    assert options.parse(files[0]).name != options.parse(files[1]).name
+    monkeypatch.chdir(tmp_path / "a")
+    assert options.parse(["--dataset", "own.npz"]).name == names[0]
+
+
+def test_two_runs_of_one_name_are_refused():
+    with pytest.raises(InputError, match=r"two runs would be called .*: --noise-labels was a@b and is a-b now"):
+        grids.expand(["noise-labels=a@b,a-b"], ["--noise-type", "human", "--noise-file", "c.pt"], "--grid")
+
+
+def test_a_schedule_of_the_default_length_is_the_same_run_however_it_is_written():
+    first = {"options": vars(options.parse(["--sched", "onecycle", "--threads", "1"]))}
+    again = options.parse(["--sched", "onecycle", "--sched-steps", "5000"])
+    assert again.name == first["options"]["name"]
+    options.continue_from(again, first)
+    with pytest.raises(InputError, match="--sched-steps was 5000 and is 4000 now"):
+        options.continue_from(options.parse(["--sched", "onecycle", "--sched-steps", "4000"]), first)
 
 
 def preset(name: str, *parts: str, sizes: str = grids.REPORT_SIZES) -> list[grids.Job]:
@@ -200,9 +264,20 @@ def test_jobs_at_a_time_and_their_share_of_the_cores(fake, tmp_path, monkeypatch
 
 def test_runs_are_spread_over_gpus(fake, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert fake("--grid", "bs=16,32,64,128 epochs=2", "--per-gpu", "2") == 0
+    assert fake("--grid", "bs=16,32,64,128 epochs=8", "--per-gpu", "2") == 0
     first = [words for words in history(tmp_path)][:4]
     assert [w[0] for w in first] == ["start"] * 4 and sorted(w[4] for w in first) == ["4", "4", "6", "6"]
+
+
+def test_a_run_of_several_processes_has_its_gpus_or_its_share_of_the_cores(fake, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "cores", lambda: 12)
+    assert fake("--grid", "bs=16", "--devices", "2", "--jobs", "3", "--accelerator", "cpu", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("--threads 2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6,7,8,9")
+    assert fake("--grid", "bs=16,32 epochs=1", "--devices", "2") == 0
+    assert {(w[4], w[3]) for w in history(tmp_path)} == {("4,6", "3"), ("7,8", "3")}
+    assert fake("--grid", "bs=64", "--devices", "6") == 2
+    assert "--devices 6: this machine has 5 GPUs" in capsys.readouterr().err
 
 
 def test_a_failure_is_reported_with_its_reason_and_not_repeated(fake, tmp_path, capsys):
@@ -223,9 +298,113 @@ def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
     assert fake("--grid", "lr=9 epochs=1") == 1  # remembered, though there is no folder
     assert "failed before: train.py: error: --lr 9" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1") == 1
-    assert "killed by signal 9" in capsys.readouterr().err
+    assert "wd9.0_epochs1: failed: killed by signal 9; last words: step 1 is done" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1", "--status") == 0
     assert "stopped   killed" in capsys.readouterr().out
+
+
+def test_a_reason_is_of_this_attempt(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("an earlier reason\n")
+    begin = log.stat().st_size
+    assert processes.why(log, -9, begin) == "killed by signal 9" and processes.why(log, 1, begin) == "exit status 1"
+    with open(log, "a") as f:
+        f.write("x" * 2 * processes.LAST_WORDS + "\ntoo few examples\r 3/9 [2.1step/s]\n")
+    assert processes.why(log, 2, begin) == "too few examples"
+
+
+def test_a_damaged_folder_stops_nobody_else(fake, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert fake("--grid", "bs=16,32 epochs=1") == 0
+    (runs / "bs16_epochs1" / "summary.json").write_text("")
+    (runs / "bs16_epochs1" / "config.json").write_text("[]")
+    assert fake("--grid", "bs=16,32 epochs=1", "--status") == 0
+    assert "1 finished, 1 stopped of 2" in capsys.readouterr().out
+    assert fake("--grid", "bs=16,32,64 epochs=1") == 0
+    assert started(tmp_path)[2:] == ["bs16_epochs1", "bs64_epochs1"]
+
+
+def test_an_error_in_the_sweep_leaves_no_run_behind(fake, tmp_path, monkeypatch, capsys):
+    """Its second run cannot be started; the first saves, is waited for, and says so in its folder."""
+    made = processes.command
+
+    def command(job, *args):
+        if job.args.bs == 32:
+            while not (tmp_path / "runs" / "bs16_epochs90" / "steps.txt").exists():  # it listens now
+                time.sleep(0.02)
+            raise OSError(28, "No space left on device")
+        return made(job, *args)
+
+    monkeypatch.setattr(processes, "command", command)
+    assert fake("--grid", "bs=16,32 epochs=90", "--jobs", "2") == 1
+    assert "sweep.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert [w[0] for w in history(tmp_path)] == ["start", "stop"]
+
+
+def test_a_folder_of_other_options_is_reported_and_left_alone(fake, tmp_path, capsys):
+    assert fake("--grid", "bs=16,32 epochs=1") == 0
+    config = tmp_path / "runs" / "bs16_epochs1" / "config.json"
+    config.write_text(config.read_text().replace("16", "17"))
+    capsys.readouterr()
+    for more in ((), ("--retry-failed",)):
+        assert fake("--grid", "bs=16,32 epochs=1", *more) == 1
+        err = capsys.readouterr().err
+        assert f"{config.parent} is a run of other options (--bs was 17 and is 16 now)" in err
+    assert len(started(tmp_path)) == 2
+    assert fake("--grid", "bs=16,32 epochs=1", "--status") == 0
+    assert "1 finished, 1 other of 2" in capsys.readouterr().out
+
+
+def test_a_run_that_somebody_else_stops_is_not_done(fake, tmp_path):
+    def stop():
+        while not (steps := tmp_path / "runs" / "bs16_epochs90" / "steps.txt").exists():
+            time.sleep(0.02)
+        os.kill(int(steps.with_name("pid").read_text()), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    assert fake("--grid", "bs+epochs=16:90,32:1") == 3
+    assert [w[:2] for w in history(tmp_path)][-1] == ["end", "bs32_epochs1"]
+
+
+def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, monkeypatch, capsys):
+    """It fails after this sweep has looked, in a process of somebody else."""
+    seen, looked = [], processes.state
+
+    def state(runs, job, done):
+        if job.args.noise == 0.9:
+            seen.append(1)
+            if len(seen) > 1:
+                (runs / job.name).mkdir(parents=True, exist_ok=True)
+                (runs / job.name / "summary.json").write_text('{"status": "failed", "reason": "elsewhere"}')
+        return looked(runs, job, done)
+
+    monkeypatch.setattr(processes, "state", state)
+    monkeypatch.setattr(sweep, "state", state)
+    assert fake("--grid", "noise=0,0.9 epochs=1") == 1
+    assert "noise0.9_epochs1: failed: elsewhere" in capsys.readouterr().err
+    assert started(tmp_path) == ["epochs1"]
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_signal_kills_all_processes_of_a_run(first, fake, tmp_path):
+    """The run does not listen, and its second process holds the lock as long as it lives."""
+    folder = tmp_path / "runs" / "wd8.0_epochs90"
+
+    def signals():
+        while not (folder / "steps.txt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), first)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=signals).start()
+    assert fake("--grid", "wd=8 epochs=90") == 3
+    assert [w[0] for w in history(tmp_path)] == ["start"]
+    for _ in range(100):
+        if not processes.held(folder):
+            break
+        time.sleep(0.02)
+    assert not processes.held(folder)
 
 
 def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys):
@@ -270,11 +449,18 @@ sweep.main(sys.argv[1:])
 
 
 def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path):
-    run = results.Run("bs16_epochs1", {}, {}, {"status": "finished"}, {"val/acc": (np.array([0]), np.array([0.5]))}, "")
+    own = vars(options.parse(["--bs", "16", "--epochs", "1"]))
+    run = results.Run(
+        "bs16_epochs1", own, {}, {"status": "finished"}, {"val/acc": (np.array([0]), np.array([0.5]))}, ""
+    )
     half = results.Run("bs32_epochs1", {}, {}, {"status": "stopped"}, {}, "")
     results.export([run, half], tmp_path / "done.npz")
     assert fake("--grid", "bs=16,32 epochs=1", "--done", str(tmp_path / "done.npz")) == 0
     assert started(tmp_path) == ["bs32_epochs1"]
+    other = results.Run("bs64_epochs1", own, {}, {"status": "finished"}, run.series, "")
+    results.export([other], tmp_path / "other.npz")
+    assert fake("--grid", "bs=64 epochs=1", "--done", str(tmp_path / "other.npz")) == 0
+    assert started(tmp_path)[1:] == ["bs64_epochs1"]
 
 
 def test_commands_for_job_arrays_can_be_repeated(fake, tmp_path, capsys):
@@ -297,6 +483,34 @@ def test_without_ray_the_option_says_what_to_install(fake, capsys, monkeypatch):
     assert "pip install -r requirements-ray.txt" in err and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("asked", "nodes", "fits"),
+    [
+        ({}, [(8, 0), (4, 0)], (4, 0)),  # every node takes runs
+        ({"jobs": 6}, [(8, 0), (4, 0)], (2, 0)),
+        ({"size": 2}, [(8, 0), (1, 0)], (4, 0)),
+        ({"threads": 8}, [(8, 0), (4, 0)], (8, 0)),
+        ({"threads": 9}, [(8, 0), (4, 0)], "a run needs 9 CPUs (1 processes of 9 threads), the largest node has 8"),
+        ({"size": 9}, [(8, 0)], "a run needs 9 CPUs"),
+        ({}, [], "the cluster has"),
+        ({"share": 1}, [(16, 4), (64, 0)], (4, 1)),
+        ({"share": 0.5}, [(16, 4)], (2, 0.5)),
+        ({"share": 2, "size": 2}, [(16, 4), (16, 1)], (4, 2)),
+        ({"share": 8, "size": 8}, [(16, 4)], "--devices 8"),
+        ({"share": 1}, [(2, 0)], (2, 0)),  # no GPU in the cluster
+        ({"share": 1}, [(2, 8)], (1, 1)),
+    ],
+)
+def test_what_fits_on_a_cluster(asked, nodes, fits):
+    where = Request(**{"address": "auto", "share": 0, "size": 1, "threads": None, "jobs": None, "retries": 0} | asked)
+    if isinstance(fits, tuple):
+        assert fit(where, nodes) == fits
+    else:
+        with pytest.raises(InputError) as e:
+            fit(where, nodes)
+        assert fits in str(e.value)
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """A local Ray cluster of two nodes of one CPU each."""
@@ -313,7 +527,7 @@ def cluster():
 
 def test_on_a_ray_cluster_of_two_nodes(cluster, fake, tmp_path, capsys):
     """Six runs, two at a time; a failure is reported and stops nothing; nothing is done twice."""
-    argv = ("--grid", "noise=0,0.9 bs=16,32,64 epochs=8", "--ray", cluster.address, "--threads", "1")
+    argv = ("--grid", "noise=0,0.9 bs=16,32,64 epochs=8", "--ray", cluster.address)
     assert fake(*argv) == 1
     assert capsys.readouterr().err.count("train/loss is nan") == 3
     assert len(started(tmp_path)) == 6
@@ -321,7 +535,41 @@ def test_on_a_ray_cluster_of_two_nodes(cluster, fake, tmp_path, capsys):
     for what, *_ in (words for words in history(tmp_path) if "noise0.9" not in words[1]):
         active.append(active[-1] + (1 if what == "start" else -1))
     assert max(active) == 2  # one on each node
+    assert {(w[3], w[5]) for w in history(tmp_path)} == {("1", os.getcwd())}  # threads that fit, the driver's folder
     assert fake(*argv) == 1 and len(started(tmp_path)) == 6
+    capsys.readouterr()
+    assert fake(*argv, "--retry-failed", "--threads", "2") == 2
+    err = capsys.readouterr().err
+    assert "needs 2 CPUs" in err and "largest node has 1" in err
+
+
+def test_a_relative_folder_and_a_number_at_a_time_on_ray(cluster, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "bs16_epochs8").mkdir(parents=True)
+    config = {"options": {"bs": 16, "threads": 1}}
+    (tmp_path / "runs" / "bs16_epochs8" / "config.json").write_text(json.dumps(config))
+    argv = ["--grid", "bs=16,32 epochs=8", "--ray", cluster.address, "--jobs", "1", "--runs", "runs"]
+    assert sweep.main(argv) == 0
+    assert [w[0] for w in history(tmp_path)] == ["start", "end", "start", "end"]
+    assert [w[2] for w in history(tmp_path)] == ["1", "1", "0", "0"]
+
+
+def test_a_second_signal_to_a_sweep_on_ray_kills(cluster, fake, tmp_path):
+    folder = tmp_path / "runs" / "wd8.0_epochs200"
+
+    def signals():
+        while not (folder / "steps.txt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=signals).start()
+    assert fake("--grid", "wd=8 epochs=200", "--ray", cluster.address) == 3
+    time.sleep(0.5)
+    steps = (folder / "steps.txt").read_text()
+    time.sleep(0.5)
+    assert (folder / "steps.txt").read_text() == steps and [w[0] for w in history(tmp_path)] == ["start"]
 
 
 def test_a_signal_to_a_sweep_on_ray_lets_the_runs_save(cluster, fake, tmp_path):
@@ -352,6 +600,8 @@ def test_a_real_run_and_a_real_failure(tmp_path, capsys):
     finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
     assert len(finished) == 1 and json.loads((finished[0] / "summary.json").read_text())["status"] == "finished"
     assert results.read_folder(finished[0]).finished
+    assert sweep.main(["--grid", "bs=32,500", "--runs", str(tmp_path), *tiny, "--status"]) == 0
+    assert "1 finished, 1 failed of 2" in capsys.readouterr().out  # its own options are not other ones
 
 
 @pytest.mark.slow
