@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PAD = 4  # pixels of zero padding on each side, as RandomCrop(32, padding=4)
+BLOCK = 1000  # images put on the device at a time
 
 
 class InputError(ValueError):
@@ -78,16 +78,21 @@ def pixel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(mean.tolist()), tuple(std.clamp_min(1 / 255).tolist())
 
 
+def drawn(N: int, seed: int, subset: int | None = None) -> Tensor:
+    """Indices of all of `N` examples, or of `subset` drawn from them; sorted. Raises `InputError` if there are too few."""
+    if subset is None:
+        return torch.arange(N)
+    if subset > N:
+        raise InputError(f"--subset {subset}: the training set has only {N} examples")
+    return torch.randperm(N, generator=generator(seed, "subset"))[:subset].sort().values
+
+
 def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices (n,), (N - n,) int64 of the training and the validation split of `N` examples (or of `subset` drawn).
 
     round(val_frac N) examples are held out. Both lists are sorted. Raises `InputError` if either would be empty.
     """
-    if subset is not None and subset > N:
-        raise InputError(f"--subset {subset}: the training set has only {N} examples")
-    chosen = torch.arange(N)
-    if subset is not None:
-        chosen = torch.randperm(N, generator=generator(seed, "subset"))[:subset].sort().values
+    chosen = drawn(N, seed, subset)
     order = chosen[torch.randperm(len(chosen), generator=generator(seed, "split"))]
     held = round(val_frac * len(order))
     if held == 0 or held == len(order):
@@ -110,8 +115,14 @@ class Images:
         """`images` (n, H, W, C) uint8; `mean`, `std` (C,) of pixels in 0..1."""
         self.n, self.H, self.W, self.C = images.shape
         self.pad, self.width, self.height = pad, self.W + 2 * pad, self.H + 2 * pad
-        padded = F.pad(images, (0, 0, pad, pad, pad, pad))  # zero, that is black, before normalisation
-        buffer = (torch.cat([padded, padded.flip(2)]) if mirror else padded.contiguous()).to(device)
+        copies = 2 if mirror else 1  # written in place, for the whole set is never to be there twice
+        buffer = torch.zeros(copies * self.n, self.height, self.width, self.C, dtype=torch.uint8, device=device)
+        inside = buffer.narrow(1, pad, self.H).narrow(2, pad, self.W)  # black around it, before normalisation
+        for a in range(0, self.n, BLOCK):
+            some = images[a : a + BLOCK].to(device)
+            inside[a : a + len(some)] = some
+            if mirror:
+                inside[self.n + a : self.n + a + len(some)] = some.flip(2)
         pixels = buffer.shape[0] * self.height * self.width
         self.rows = buffer.view(-1).as_strided((pixels - self.W + 1, self.W * self.C), (self.C, 1))
         self.row_step = torch.arange(self.H, device=device) * self.width

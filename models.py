@@ -101,9 +101,14 @@ def build(name: str, C: int, K: int, width: int, norm: str, seed: int) -> nn.Mod
 
     The global CPU generator, which torch's layers draw from, is left as it was.
     """
+    before = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return MODELS[name](C, K, width, norm)
+        torch.set_default_dtype(torch.float32)  # in float64 other numbers would be drawn: another network
+        try:
+            return MODELS[name](C, K, width, norm)
+        finally:
+            torch.set_default_dtype(before)
 
 
 def has_dropout(model: nn.Module) -> bool:

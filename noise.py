@@ -13,6 +13,7 @@ Shapes: n examples of the training split, K classes, D values of an image.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -128,9 +129,10 @@ def instance(true: Tensor, K: int, rate: float, g: torch.Generator, images: Tens
     """Exactly round(rate n) examples get a wrong label that depends on what is in the image.
 
     Each example has a flip probability of its own (`flip_rates`). The label comes from softmax(x W[k]) without the
-    true class k, x (D,) the flattened image with the set's mean and deviation taken out, W[k] (D, K) standard normal:
-    so similar images of a class get similar labels. `images` (n, H, W, C) uint8, `true` (n,) int64 -> (n,) int64.
-    Holds BLOCK images and one class's W at a time, in float64 for the same labels under any number of threads.
+    true class k, x (D,) the flattened image with mean and deviation of these n images taken out, not of the whole set
+    (so another split changes labels), W[k] (D, K) standard normal: similar images of a class get similar labels.
+    `images` (n, H, W, C) uint8, `true` (n,) int64 -> (n,) int64. Holds BLOCK images and one class's W at a time, in
+    float64 for the same labels under any number of threads.
     Source: the part-dependent noise of Xia et al. 2020 (2006.07836), algorithm 2, in the form common since (whole
     image as one part).
     """
@@ -312,33 +314,36 @@ def command_line():
     p = options.Parser(prog="noise.py", description="Make, inspect and compare label noise.", allow_abbrev=False)
     sub = p.add_subparsers(dest="command", required=True, parser_class=options.Parser)
     m = sub.add_parser("make", help="write the noise.npz that train.py would", allow_abbrev=False)
-    m.add_argument("out", metavar="OUT.npz")
-    m.add_argument("--true", metavar="FILE.npy", help="true labels (N,) of any data set, in place of --dataset")
+    m.add_argument("out", type=options.path, metavar="OUT.npz")
+    m.add_argument(
+        "--true", type=options.path, metavar="FILE.npy", help="true labels (N,) of any data set, in place of --dataset"
+    )
     options.data_options(m)
     options.noise_options(m)
     m.add_argument("--noise-seed", type=options.seed, default=0, help="label noise")
     m.add_argument("--split-seed", type=options.seed, default=0, help="validation split (and --subset)")
     i = sub.add_parser("inspect", help="rate, matrix, hash of a file", allow_abbrev=False)
-    i.add_argument("file", metavar="FILE", help="a noise.npz, or FILE.pt[:LABELS]")
+    i.add_argument("file", type=options.path, metavar="FILE", help="a noise.npz, or FILE.pt[:LABELS]")
     c = sub.add_parser("compare", help="agreement of two files", allow_abbrev=False)
-    c.add_argument("files", nargs=2, metavar="FILE", help="a noise.npz, or FILE.pt:LABELS")
+    c.add_argument("files", type=options.path, nargs=2, metavar="FILE", help="a noise.npz, or FILE.pt:LABELS")
     return p
 
 
 def make(args) -> str:
     """Write `args.out` as a run with these options would, and return the lines that say what it holds.
 
-    With `--val-frac 0`, and with `--true`, the whole training set is labelled. Raises `InputError`.
+    With `--val-frac 0` all of the training set (or of `--subset`) is labelled, with `--true` all there are. Raises
+    `InputError`.
     """
     import options
 
     out = Path(args.out)
-    wrong = options.noise_problems(args) + ([] if args.true else options.data_problems(args))
+    wrong = options.noise_problems(args) + (idle(args) if args.true else options.data_problems(args))
     if out.suffix != ".npz":
         wrong.append(f"{out}: must end in .npz")
-    elif out.exists():
+    elif os.path.lexists(out):
         wrong.append(f"{out}: exists already")
-    elif not out.parent.is_dir():
+    elif not os.path.isdir(out.parent):
         wrong.append(f"{out}: there is no folder {out.parent}")
     if args.true and args.noise_type == "instance":
         wrong.append("--noise-type instance: needs the images, --true gives labels only")
@@ -346,14 +351,27 @@ def make(args) -> str:
         raise InputError("; ".join(wrong))
     source = bare(args) if args.true else sources.load(args)
     N = len(source.y_train)
-    whole = args.true or (args.val_frac == 0 and not args.subset)
-    index = torch.arange(N) if whole else data.split(N, args.val_frac, args.split_seed, args.subset)[0]
+    if args.true or args.val_frac == 0:
+        index = data.drawn(N, args.split_seed, args.subset)
+    else:
+        index, _ = data.split(N, args.val_frac, args.split_seed, args.subset)
     labels, said, _ = relabel(args, source, index)
     try:
         noisefile.save(out, index, source.y_train[index], labels, said["dynamic"])
     except OSError as e:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
     return noisefile.describe(said, source.classes) + f"\n{out}: sha256 {said['noise_npz_sha256']}"
+
+
+def idle(args) -> list[str]:
+    """What is wrong with data options beside `--true`: they would do nothing."""
+    import options
+
+    p = options.Parser()
+    options.data_options(p)
+    unset = vars(p.parse_args([])) | {"split_seed": 0}
+    given = [f"--{name.replace('_', '-')}" for name, value in unset.items() if getattr(args, name) != value]
+    return [f"{', '.join(given)}: no data set is read with --true"] if given else []
 
 
 def bare(args) -> Source:
@@ -368,6 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     """Make, inspect or compare; bad input is one line and status 2."""
     import options
 
+    options.show_anything()
     try:
         args = command_line().parse_args(argv)
         if args.command == "make":

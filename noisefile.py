@@ -8,6 +8,7 @@ Shapes: n examples that a file knows, K classes.
 
 import hashlib
 import io
+import os
 import re
 import warnings
 from pathlib import Path
@@ -48,8 +49,14 @@ def archive(index: Tensor, true: Tensor, label: Tensor, dynamic: tuple[float, in
 
 
 def save(path: Path, index: Tensor, true: Tensor, label: Tensor, dynamic: tuple[float, int] | None = None) -> None:
-    """Write `archive` to `path`."""
-    Path(path).write_bytes(archive(index, true, label, dynamic))
+    """Write `archive` to `path`, whole or not at all."""
+    temporary = Path(path).with_name(f".noise-{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(archive(index, true, label, dynamic))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def sha256(*columns: Tensor) -> str:
@@ -74,7 +81,7 @@ def read(path: str, name: str | None = None, option: str = "--noise-file") -> La
     `option` is what an `InputError` is to be laid at. Raised for a file that is not there, cannot be read, lacks an
     array, wants more than integer arrays to be made, or whose arrays are not labels.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{option} {path}: there is no such file")
     if path.endswith(".pt"):
         return read_pt(path, name, option)
@@ -85,7 +92,10 @@ def read(path: str, name: str | None = None, option: str = "--noise-file") -> La
 
 def labels(a: object, name: str, said: str, like: Tensor | None = None, classes: bool = True) -> Tensor:
     """An array as int64 labels (n,), or as positions without `classes`, as long as `like`. Else `InputError`."""
-    a = a.numpy() if isinstance(a, Tensor) else np.asarray(a)
+    try:
+        a = a.numpy() if isinstance(a, Tensor) else np.asarray(a)
+    except Exception as e:  # ragged lists, tensors of a kind that numpy lacks: each raises its own
+        raise InputError(f"{said}: {name} is not an array of integers ({reason(e)})") from e
     if a.dtype.kind not in "iu" or a.ndim != 1 or len(a) == 0:
         raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not integer (n,)")
     if like is not None and len(a) != len(like):
@@ -113,12 +123,11 @@ def read_npz(path: str, option: str) -> LabelFile:
         raise InputError(f"{said}: index names an example twice")
     dynamic = None
     if "dynamic_rate" in arrays:
-        try:
-            dynamic = float(arrays["dynamic_rate"]), int(arrays["dynamic_seed"])
-        except (KeyError, TypeError, ValueError):
-            dynamic = -1.0, 0
-        if not 0 <= dynamic[0] <= 1 or dynamic[1] < 0:
+        rate, seed = arrays["dynamic_rate"], arrays.get("dynamic_seed", np.empty(0))
+        plain = rate.size == seed.size == 1 and rate.dtype.kind in "fiu" and seed.dtype.kind in "iu"
+        if not plain or not 0 <= rate.item() <= 1 or not 0 <= seed.item() < 2**63:
             raise InputError(f"{said}: dynamic_rate and dynamic_seed are not a share and a seed")
+        dynamic = float(rate.item()), seed.item()
     return LabelFile(index, true, label, dynamic)
 
 
@@ -137,7 +146,7 @@ def read_pt(path: str, name: str | None, option: str) -> LabelFile:
 def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
     """The dictionary of arrays in a `.pt` of CIFAR-10N's layout: `clean_label` and label sets by name.
 
-    torch's restricted unpickler makes integer numpy arrays and nothing else: a file that names any other function is
+    Without those called coarse: CIFAR-100N's superclasses, which are no labels of these classes. torch's restricted unpickler makes integer numpy arrays and nothing else: a file that names any other function is
     refused before that function is called. Raises `InputError`.
     """
     make = np.empty(0).__reduce__()[0]  # numpy's own array maker, which moved between numpy 1 and 2
@@ -146,6 +155,8 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
             found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise InputError(f"{option} {path}: cannot be read ({e.strerror or reason(e)})") from e
     except Exception as e:  # a file can be broken in any way
         wants = re.search(r"GLOBAL (\S+)", str(e))
         what = (
@@ -154,13 +165,16 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
         raise InputError(f"{option} {path}: refused, {what}; a .pt may hold integer arrays only") from e
     if not isinstance(found, dict) or CLEAN not in found or not all(isinstance(k, str) for k in found):
         raise InputError(f"{option} {path}: not a dictionary of label arrays with '{CLEAN}', as CIFAR-10N's")
+    found = {k: v for k, v in found.items() if "coarse" not in k}
+    if len(found) < 2:
+        raise InputError(f"{option} {path}: holds no labels to train on, '{CLEAN}' only")
     return found
 
 
 def read_true(path: str) -> Tensor:
     """True labels (N,) int64 of a whole training set from a `.npy`. Raises `InputError`."""
     said = f"--true {path}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{said}: there is no such file")
     try:
         a = np.load(path, allow_pickle=False)
@@ -179,17 +193,20 @@ def read_matrix(path: str, K: int) -> Tensor:
     exactly. Raises `InputError`.
     """
     said = f"--noise-matrix {path}"
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{said}: there is no such file")
     try:
         if path.endswith(".npy"):
             T = np.load(path, allow_pickle=False)
         else:
             with warnings.catch_warnings(action="ignore"):  # an empty file: its shape says so below
-                T = np.loadtxt(path, delimiter=",", ndmin=2)
-        T = torch.from_numpy(np.asarray(T, dtype=np.float64))
+                T = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")  # Excel puts a mark before it
+        T = np.asarray(T)
     except Exception as e:
         raise InputError(f"{said}: not a readable .npy or .csv of numbers ({reason(e)})") from e
+    if T.dtype.kind not in "fiu":  # a complex one would lose its imaginary part
+        raise InputError(f"{said}: is of {T.dtype}, not of real numbers")
+    T = torch.from_numpy(T.astype(np.float64))
     if T.shape != (K, K):
         raise InputError(f"{said}: is of shape {tuple(T.shape)}, the data set has {K} classes: ({K}, {K})")
     if not bool(T.isfinite().all()) or bool((T < 0).any()):
@@ -293,7 +310,7 @@ def named(text: str) -> tuple[str, str | None]:
 def show(text: str) -> str:
     """What `inspect` prints: a file's ledger, or the rate of each label set where there are several."""
     path, name = named(text)
-    if path.endswith(".pt") and name is None and Path(path).is_file():
+    if path.endswith(".pt") and name is None and os.path.isfile(path):
         sets = [k for k in load_pt(path, "inspect") if k != CLEAN]
         width = max(map(len, sets), default=0)
         files = [(k, read(path, k, "inspect")) for k in sets]

@@ -7,10 +7,12 @@ Shapes: N examples of the set, K classes, C channels, H x W pixels.
 import csv
 import hashlib
 import math
+import os
 import pickle
 import socket
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +61,7 @@ def check_files(folder: Path, md5: dict[str, str]) -> None:
     """
     for name, want in md5.items():
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InputError(f"--data-dir: {path} is missing; remove {folder} to have the set downloaded again")
         try:
             with open(path, "rb") as f:
@@ -70,18 +72,47 @@ def check_files(folder: Path, md5: dict[str, str]) -> None:
             raise InputError(f"--data-dir: {path} is damaged (md5 {have}, the published file has {want})")
 
 
+@contextmanager
+def alone(folder: Path):
+    """Hold a lock file in `folder`, made if absent, so that of several processes one downloads.
+
+    Goes on without where there is no such lock to be had: two downloads are a waste, not a mistake.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".download.lock"
+    try:
+        f = open(path, "w")
+    except OSError:  # of another user
+        yield
+        return
+    with f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
 def download(make, data_dir: Path, folder: str) -> None:
     """Have torchvision download a set with `make(root)`; it appears under `data_dir` whole or not at all."""
-    existed = data_dir.exists()
+    existed, target = os.path.exists(data_dir), data_dir / folder
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as tmp:
-            make(tmp)
-            target = data_dir / folder
-            target.parent.mkdir(parents=True, exist_ok=True)
-            (Path(tmp) / folder).rename(target)
+        with alone(data_dir):
+            if os.path.isdir(target):  # another process was first
+                return
+            data_dir.mkdir(exist_ok=True)  # another may have failed, and removed it
+            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as tmp:
+                make(tmp)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not os.path.isdir(target):  # another one without the lock
+                    (Path(tmp) / folder).rename(target)
     except Exception as e:  # torchvision lets URLError, RuntimeError, timeouts and others through
         reason = str(e).split("\n")[0][:120] or type(e).__name__
         raise InputError(
@@ -90,23 +121,15 @@ def download(make, data_dir: Path, folder: str) -> None:
         ) from e
     finally:
         socket.setdefaulttimeout(before)
-        if not existed and data_dir.exists() and not any(data_dir.iterdir()):
-            data_dir.rmdir()
+        if not existed:
+            with suppress(OSError):  # not there, or not empty
+                data_dir.rmdir()
 
 
 def ready(make, data_dir: str, folder: str, md5: dict[str, str]) -> None:
     """See to it that the checked files of a torchvision set lie under `data_dir`; of several processes one downloads."""
-    if not (Path(data_dir) / folder).is_dir():
-        key = hashlib.sha256(str(Path(data_dir, folder).resolve()).encode()).hexdigest()[:16]
-        with open(Path(tempfile.gettempdir()) / f"label-noise-download-{key}.lock", "w") as f:
-            try:
-                import fcntl
-
-                fcntl.flock(f, fcntl.LOCK_EX)
-            except ImportError:  # no such locks on this system
-                pass
-            if not (Path(data_dir) / folder).is_dir():
-                download(make, Path(data_dir), folder)
+    if not os.path.isdir(Path(data_dir) / folder):
+        download(make, Path(data_dir), folder)
     check_files(Path(data_dir) / folder, md5)
 
 
@@ -373,12 +396,12 @@ def pixels_of(path: str, size: int, said: str) -> Tensor:
 
 def given_labels(folder: Path, train, said: str) -> Tensor | None:
     """Labels (N,) with the changes that `train_noisy.csv` lists, or None without that file. Raises `InputError`."""
-    if not (folder / GIVEN).exists():
+    if not os.path.lexists(folder / GIVEN):
         return None
     position = {Path(name).relative_to(folder / "train").as_posix(): i for i, (name, _) in enumerate(train.samples)}
     labels = list(train.targets)
     try:
-        with open(folder / GIVEN, newline="", encoding="utf-8") as f:
+        with open(folder / GIVEN, newline="", encoding="utf-8-sig") as f:  # Excel puts a mark before it
             rows = [row for row in csv.reader(f) if row]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{said}: {GIVEN} cannot be read ({type(e).__name__})") from e
@@ -401,4 +424,4 @@ def load(args) -> Source:
     """The set `args.dataset` names: one of `DATASETS`, an `.npz` path or a folder of images. Raises `InputError`."""
     if args.dataset in DATASETS:
         return DATASETS[args.dataset](args)
-    return load_folder(args.dataset, args.image_size) if Path(args.dataset).is_dir() else load_npz(args.dataset)
+    return load_folder(args.dataset, args.image_size) if os.path.isdir(args.dataset) else load_npz(args.dataset)

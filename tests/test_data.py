@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import data
@@ -66,6 +68,31 @@ def test_augmentation_is_per_example_and_changes_with_the_epoch():
     assert lag < 0.03
 
 
+@pytest.mark.parametrize(("pad", "mirror"), [(4, True), (0, True), (4, False), (0, False)])
+def test_the_padded_and_mirrored_copy(pad, mirror, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 7)
+    x = torch.randint(1, 256, (3, 20, 30, 28), dtype=torch.uint8).permute(1, 2, 3, 0)  # not contiguous, as an own .npz
+    padded = F.pad(x, (0, 0, pad, pad, pad, pad))
+    want = torch.cat([padded, padded.flip(2)]) if mirror else padded
+    got = data.Images(x, (0,) * 3, (1,) * 3, "cpu", pad, mirror).rows
+    assert torch.equal(torch.empty(0, dtype=torch.uint8).set_(got.untyped_storage()), want.flatten())
+
+
+def test_the_set_is_in_memory_once_while_it_is_padded():
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr():
+                sizes[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+            return out
+
+    x, sizes = torch.ones(5 * data.BLOCK, 28, 28, 1, dtype=torch.uint8), {}
+    with Sizes():
+        data.Images(x, (0,), (1,), "cpu", 4, True)
+    *others, largest = sorted(sizes.values())
+    assert largest == 2 * len(x) * 36 * 36 and sum(others) < 2 * data.BLOCK * 36 * 36
+
+
 def test_crop_is_channels_last_and_normalised():
     x = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8)
     train = TrainSet(x, torch.arange(6), torch.arange(6), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "cpu", augment=False)
@@ -112,6 +139,7 @@ def test_split_is_a_partition():
     assert not torch.equal(held, data.split(1000, 0.2, seed=1)[1])
     index, held = data.split(1000, 0.25, seed=0, subset=100)
     assert (len(index), len(held), len(torch.cat([index, held]).unique())) == (75, 25, 100)
+    assert torch.equal(torch.cat([index, held]).sort().values, data.drawn(1000, 0, 100))
 
 
 def test_synthetic_is_the_same_every_time_and_balanced():

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.error import URLError
 
@@ -13,6 +14,8 @@ import options
 import sources
 import train
 from conftest import ROOT, TINY
+
+LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
 
 
 def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
@@ -39,6 +42,15 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
         ("--lr 0", ("--lr", "positive")),
         ("--lr inf", ("--lr",)),
         ("--momentum 1", ("--momentum",)),
+        ("--threads 2147483648", ("--threads", "1 to 1024")),
+        ("--width 1000000", ("--width", "1 to 1024")),
+        ("--permutations 1001", ("--permutations", "0 to 1000")),
+        (f"--dataset {LONG}", ("--dataset", "neither")),
+        (f"--dataset {LONG}.npz", ("--dataset", "no such file")),
+        (f"--dataset cifar10 --data-dir {LONG}", ("--data-dir", "File name too long")),
+        (f"--noise-type file --noise-file {LONG}", ("--noise-file", "no such file")),
+        (f"--noise-type matrix --noise-matrix {LONG}", ("--noise-matrix", "no such file")),
+        ("--name a\udcff", ("--name", "UTF-8")),
         ("--wd -1", ("--wd",)),
         ("--epochs 0", ("--epochs",)),
         ("--max-steps -3", ("--max-steps",)),
@@ -70,6 +82,20 @@ def test_bad_options(argv, says, capsys, tmp_path):
     refuse(capsys, tmp_path / "runs", [*TINY, *argv.split()], *says)
 
 
+def test_options_at_their_bounds():
+    args = options.parse("--momentum 0.99995 --threads 1024 --width 1024".split())
+    assert (args.momentum, args.threads, args.width) == (0.99995, 1024, 1024)
+
+
+def test_a_home_directory_in_any_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = "--data-dir=~/d --runs=~/r --noise-type=file --noise-file=~/n.npz".split()
+    args = options.parse(given)
+    assert (args.data_dir, args.runs, args.noise_file) == ("/home/me/d", "/home/me/r", "/home/me/n.npz")
+    args = options.parser().parse_args(["--dataset=~/own.npz", "--noise-matrix=~/T.csv"])
+    assert (args.dataset, args.noise_matrix) == ("/home/me/own.npz", "/home/me/T.csv")
+
+
 def test_every_option_says_what_it_is():
     for action in options.parser()._actions:
         assert action.help or action.dest in ("lr", "momentum", "epochs", "runs"), action.dest
@@ -92,6 +118,10 @@ def test_runs_that_cannot_be_a_folder(capsys, tmp_path):
     (tmp_path / "file").write_text("x")
     refuse(capsys, tmp_path / "file", TINY, "--runs", "not a folder")
     refuse(capsys, tmp_path / "file" / "below", TINY, "--runs", "cannot be written")
+    assert train.main([*TINY, "--runs", str(tmp_path / LONG)]) == 2
+    assert "cannot be written (File name too long)" in capsys.readouterr().err
+    refuse(capsys, tmp_path, [*TINY, "--name", LONG], "cannot be written (File name too long)")
+    refuse(capsys, tmp_path, [*TINY, "--name", "file", "--resume"], "--name file", "is a file")
 
 
 def test_as_a_process_too(tmp_path):
@@ -106,7 +136,9 @@ def test_as_a_process_too(tmp_path):
 # --------------------------------------------------------------------------------------------------------- data files
 
 
-@pytest.mark.parametrize(("dataset", "folder"), [("cifar10", sources.CIFAR10_FOLDER), ("fmnist", sources.FMNIST_FOLDER)])
+@pytest.mark.parametrize(
+    ("dataset", "folder"), [("cifar10", sources.CIFAR10_FOLDER), ("fmnist", sources.FMNIST_FOLDER)]
+)
 def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
     def unplugged(*_, **__):
         raise URLError("Temporary failure in name resolution")
@@ -115,6 +147,30 @@ def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
     argv = ["--dataset", dataset, "--data-dir", str(tmp_path / "data")]
     refuse(capsys, tmp_path / "runs", argv, "--data-dir", folder, "cannot be downloaded")
     assert list(tmp_path.iterdir()) == []  # no half-made data folder either
+
+
+def test_one_of_several_processes_downloads(tmp_path):
+    asked, answer = [], threading.Event()
+
+    def make(root):
+        asked.append(root)
+        assert answer.wait(20)
+        (Path(root) / "set" / "raw").mkdir(parents=True)
+
+    several = [threading.Thread(target=sources.ready, args=(make, str(tmp_path / "d"), "set/raw", {})) for _ in "123"]
+    for one in several:
+        one.start()
+    several[0].join(0.3)  # long enough for all to have asked
+    answer.set()
+    for one in several:
+        one.join()
+    assert len(asked) == 1 and [p.name for p in (tmp_path / "d").iterdir()] == ["set"]  # the lock is gone too
+
+
+def test_a_lock_that_cannot_be_had_is_done_without(tmp_path):
+    (tmp_path / ".download.lock").mkdir()  # a file of another user says no to everybody but root
+    sources.ready(lambda root: (Path(root) / "set").mkdir(), str(tmp_path), "set", {})
+    assert (tmp_path / "set").is_dir()
 
 
 @pytest.mark.parametrize(

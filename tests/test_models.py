@@ -49,6 +49,18 @@ def test_weights_come_from_the_seed_alone(name):
     assert not torch.equal(next(first.parameters()), next(third.parameters()))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "vgg16-linear"])
+def test_double_precision_starts_from_the_same_weights(name):
+    want = models.build(name, 1, 10, 8, "bn", 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        got = models.build(name, 1, 10, 8, "bn", 1)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(want.parameters(), got.parameters()))
+
+
 def test_groupnorm_has_groups_of_eight_and_no_statistics():
     model = models.build("resnet18", 3, 10, 16, "gn", 0)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]

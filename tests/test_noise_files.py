@@ -17,7 +17,7 @@ import options
 import sources
 import record
 from conftest import ROOT, TINY, same_weights, series
-from test_inputs import refuse
+from test_inputs import LONG, refuse
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning on standard error would be a second line
 
@@ -173,11 +173,12 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     np.fill_diagonal(T, 0.82)
     np.save(tmp_path / "T.npy", T)
     np.savetxt(tmp_path / "T.csv", T, delimiter=",", fmt="%.4f")
+    (tmp_path / "excel.csv").write_text((tmp_path / "T.csv").read_text(), encoding="utf-8-sig")
     said = []
-    for name in ("T.npy", "T.csv"):
+    for name in ("T.npy", "T.csv", "excel.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
         said.append(noise.relabel(args, sources.load(args), torch.arange(200))[1])
-    assert said[0] == said[1] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
+    assert said[0] == said[1] == said[2] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
 
 
 def test_noise_from_a_file_for_a_set_that_brings_its_own(go, tmp_path):
@@ -215,6 +216,41 @@ def test_make_writes_what_train_would(go, tmp_path, capsys):
     assert (found["label"] == of["label"][found["index"]]).all()  # the whole set's labels serve any split
 
 
+def test_make_for_a_subset(go, tmp_path):
+    """All of the examples that `--subset` draws, which serve any run on them."""
+    out = tmp_path / "some.npz"
+    argv = [*SYNTHETIC, "--noise", "0.4", "--val-frac", "0", "--subset", "100", "--split-seed", "3"]
+    assert noise.main(["make", str(out), *argv]) == 0
+    assert arrays(out)["index"].tolist() == data.drawn(200, 3, 100).tolist()
+    argv = ["--noise-type", "file", "--noise-file", str(out), "--subset", "100", "--split-seed", "3"]
+    found = arrays(go(*argv, "--max-steps", "1") / "noise.npz")
+    assert len(found["index"]) == 80 and (found["true"] != found["label"]).any()
+
+
+def test_make_leaves_nothing_where_the_disk_is_full(tmp_path, capsys, monkeypatch):
+    def full(path, content):
+        with open(path, "wb") as f:
+            f.write(content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused(capsys, ["make", str(tmp_path / "a.npz"), *SYNTHETIC], "a.npz", "cannot be written (No space left")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_home_directory_and_names_too_long(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert noise.main(["make", "~/a.npz", *SYNTHETIC, "--noise", "0.4"]) == 0
+    assert noise.main(["inspect", "~/a.npz"]) == noise.main(["compare", "~/a.npz", "~/a.npz"]) == 0
+    capsys.readouterr()
+    refused(capsys, ["make", f"~/{LONG}.npz", *SYNTHETIC], "cannot be written (File name too long)")
+    refused(capsys, ["make", "b.npz", "--true", f"~/{LONG}.npy"], "--true", "no such file")
+    refused(capsys, ["make", f"{LONG}/b.npz", *SYNTHETIC], "there is no folder")
+    for name in (LONG, f"{LONG}.pt"):
+        refused(capsys, ["inspect", name], "no such file")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
 def test_make_from_labels_alone(tmp_path, capsys):
     np.save(tmp_path / "y.npy", np.arange(500, dtype=np.int16) % 7)
     out = tmp_path / "out.npz"
@@ -226,6 +262,8 @@ def test_make_from_labels_alone(tmp_path, capsys):
     argv = ["make", str(tmp_path / "b.npz"), "--true", str(tmp_path / "y.npy"), "--noise", "0.3"]
     refused(capsys, [*argv, "--noise-type", "instance"], "instance", "--true")
     refused(capsys, [*argv, "--noise-type", "asymmetric"], "asymmetric", "y.npy", "no map")
+    more = ["--subset", "10", "--dataset", "synthetic", "--image-size", "40", "--split-seed", "1"]
+    refused(capsys, [*argv, *more], "--dataset, --image-size, --subset, --split-seed: ", "--true")
     np.save(tmp_path / "y.npy", np.zeros(5))
     refused(capsys, argv, "y.npy", "integer")
 
@@ -346,6 +384,7 @@ def test_bad_noise_options(argv, says, capsys, tmp_path):
         (np.eye(10) + np.diag([-0.5] * 10, 0)[::-1] + 0.5 * np.eye(10)[::-1] - 0.1, ("negative",)),
         (np.full((10, 10), np.nan), ("not finite",)),
         (np.array([{}], dtype=object), ("not a readable .npy",)),
+        (np.eye(10) + 0.5j, ("complex128",)),
     ],
 )
 def test_bad_matrices(T, says, capsys, tmp_path):
@@ -375,6 +414,9 @@ def test_a_matrix_that_is_no_table(capsys, tmp_path):
         ({"true": np.zeros(200, int)}, ("true labels", "another order")),
         ({"dynamic_rate": np.float64(7), "dynamic_seed": np.int64(0)}, ("dynamic_rate",)),
         ({"dynamic_rate": np.float64(0.5)}, ("dynamic_rate",)),
+        ({"dynamic_rate": np.float64(0.5), "dynamic_seed": np.inf}, ("not a share and a seed",)),
+        ({"dynamic_rate": np.float64(0.5), "dynamic_seed": np.uint64(2**63)}, ("not a share and a seed",)),
+        ({"dynamic_rate": np.complex128(0.5), "dynamic_seed": np.int64(0)}, ("not a share and a seed",)),
         ({"dynamic_rate": np.float64(0.5), "dynamic_seed": np.int64(0)}, ("same split",)),
         ({"true": np.array([{}] * 200, dtype=object)}, ("not a readable .npz",)),
     ],
@@ -427,7 +469,7 @@ def test_a_pickle_that_wants_to_execute_something(zipped, capsys, tmp_path):
 
 def test_pt_files_of_the_wrong_kind(capsys, tmp_path):
     argv = [*TINY, "--noise-type", "human", "--noise-file", str(tmp_path / "n.pt"), "--noise-labels", "worse_label"]
-    y = np.zeros(200, int)
+    y, t = np.zeros(200, int), torch.zeros(200, dtype=torch.int64)
     for content, says in (
         ([y, y], "not a dictionary"),
         ({"worse_label": y}, "clean_label"),
@@ -436,9 +478,35 @@ def test_pt_files_of_the_wrong_kind(capsys, tmp_path):
         ({"clean_label": y, "worse_label": [0] * 200, "more": {}}, "true labels"),  # a list will do as labels
         ({"clean_label": y, "worse_label": np.array([{}], dtype=object)}, "refused"),
         ({"clean_label": y, "worse_label": "words"}, "worse_label"),
+        ({"clean_label": y}, "no labels to train on"),
+        ({"clean_label": y, "noisy_coarse_label": y}, "no labels to train on"),
+        ({"clean_label": [[1, 2], [3]], "worse_label": y}, "clean_label is not an array of integers"),
+        ({"clean_label": y, "worse_label": t.bfloat16()}, "worse_label is not an array of integers"),
+        ({"clean_label": y, "worse_label": t.double().requires_grad_()}, "worse_label is not an array of integers"),
+        ({"clean_label": y, "worse_label": t.to_sparse()}, "worse_label is not an array of integers"),
+        ({"clean_label": y, "worse_label": t.to("meta")}, "worse_label is not an array of integers"),
     ):
         torch.save(content, tmp_path / "n.pt")
         refuse(capsys, tmp_path / "runs", argv, "n.pt", says)
+
+
+def test_superclasses_are_no_noise(tmp_path, capsys):
+    """CIFAR-100N's file also holds coarse labels, of another set of classes."""
+    y = np.arange(50)
+    content = {"clean_label": y, "noisy_label": y[::-1].copy(), "noisy_coarse_label": y // 5}
+    torch.save(content, tmp_path / "n.pt")
+    assert noise.main(["inspect", str(tmp_path / "n.pt")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["noisy_label  1.0000"]
+    refused(capsys, ["inspect", f"{tmp_path}/n.pt:noisy_coarse_label"], "no labels 'noisy_coarse_label'")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, capsys, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    torch.save({}, tmp_path / "n.pt")
+    monkeypatch.setattr(torch, "load", forbidden)  # root may read everything
+    refused(capsys, ["inspect", str(tmp_path / "n.pt")], "n.pt: cannot be read (Permission denied)")
 
 
 def test_asymmetric_needs_a_map(capsys, tmp_path):
@@ -459,6 +527,7 @@ def test_run_names_tell_the_files_apart():
     def name(*argv):
         return options.parse([*argv]).name
 
-    assert name("--noise-type", "file", "--noise-file", "runs/one/noise.npz") == "noise-type-file_noise-file-one"
+    one, cifar = options.path_hash("runs/one/noise.npz"), options.path_hash("c/CIFAR-10_human.pt")
+    assert name("--noise-type", "file", "--noise-file", "runs/one/noise.npz") == f"noise-type-file_noise-file-one-{one}"
     human = name("--noise-type", "human", "--noise-file", "c/CIFAR-10_human.pt", "--noise-labels", "worse_label")
-    assert human == "noise-type-human_noise-file-CIFAR-10_human_noise-labels-worse_label"
+    assert human == f"noise-type-human_noise-file-CIFAR-10_human-{cifar}_noise-labels-worse_label"

@@ -1,6 +1,7 @@
 """CIFAR-100 with its superclasses, and own images in a folder."""
 
 import hashlib
+import io
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 import data
+import record
 import sources
 from test_inputs import refuse
 
@@ -114,10 +116,11 @@ def test_a_grey_folder_has_one_channel(photos):
 
 
 def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path):
-    (photos / sources.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n")
-    source = sources.load_folder(str(photos), 28)
-    assert (source.given != source.y_train).nonzero().squeeze(1).tolist() == [0, 35]
-    assert source.given[[0, 35]].tolist() == [1, 0]
+    for encoding in ("utf-8", "utf-8-sig"):  # the second as Excel saves it
+        (photos / sources.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n", encoding=encoding)
+        source = sources.load_folder(str(photos), 28)
+        assert (source.given != source.y_train).nonzero().squeeze(1).tolist() == [0, 35]
+        assert source.given[[0, 35]].tolist() == [1, 0]
     argv = ["--dataset", str(photos), "--image-size", "28", "--bs", "8", "--measure-every", "1", "--epochs", "1"]
     folder = go(*argv)
     config = json.loads((folder / "config.json").read_text())
@@ -128,6 +131,25 @@ def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path)
     refuse(capsys, tmp_path / "runs", argv, sources.GIVEN, "entry 1", "wasp")
     (photos / sources.GIVEN).write_bytes(b"\xff\xfe,\x00")
     refuse(capsys, tmp_path / "runs", argv, sources.GIVEN)
+
+
+def test_classes_of_any_name(photos, go, monkeypatch):
+    """A formula for matplotlib, and letters that the screen's encoding lacks."""
+    for part in ("train", "test"):
+        (photos / part / "ant").rename(photos / part / "$5_$")
+        (photos / part / "bee").rename(photos / part / "émigré")
+    screen = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
+    go("--dataset", str(photos), "--bs", "8", "--noise", "0.5", "--epochs", "1")
+    assert b"$5_$" in screen.getvalue() and b"\\xe9migr\\xe9" in screen.getvalue()
+
+
+def test_names_of_odd_bytes_are_spelled_out():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    assert record.encodable("é \udcfe") == "é \\udcfe"
+    x, y = torch.zeros(2, 28, 28, 1, dtype=torch.uint8), torch.arange(2)
+    FigureCanvasAgg(record.picture(x, y, y.flip(0), ("a\udcfe", "$x_$"))).draw()
 
 
 @pytest.mark.parametrize(
