@@ -13,6 +13,22 @@ def norm_layer(norm: str):
     return nn.BatchNorm2d if norm == "bn" else lambda channels: nn.GroupNorm(channels // GROUP, channels)
 
 
+class StridedPointwiseConv(nn.Conv2d):
+    """A 1x1 convolution of stride s: a convolution of stride 1 on every s-th pixel, the same function and parameters.
+
+    (B, C_in, H, W) -> (B, C_out, ceil(H/s), ceil(W/s)). Not left to torch's own stride, because oneDNN's weight gradient of
+    a strided 1x1 convolution in channels_last with fewer input channels than a vector register holds (16 with AVX-512, 8
+    with AVX2) writes past its workspace: memory is corrupted, or the gradient is wrong (oneDNN issue 6035).
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__(c_in, c_out, 1, bias=False)
+        self.pixel_stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[:, :, :: self.pixel_stride, :: self.pixel_stride])
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015, section 4.2): (B, C_in, H, W) -> (B, C_out, H/s, W/s)."""
 
@@ -24,7 +40,7 @@ class BasicBlock(nn.Module):
         self.bn2 = norm(c_out)
         self.shortcut = nn.Sequential()
         if stride != 1 or c_in != c_out:
-            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), norm(c_out))
+            self.shortcut = nn.Sequential(StridedPointwiseConv(c_in, c_out, stride), norm(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = torch.relu(self.bn1(self.conv1(x)))
