@@ -114,9 +114,10 @@ def test_a_second_interrupt_ends_at_once(zygote, tmp_path):
 
 
 def test_second_interrupt_by_handler():
-    import hardware
+    import interrupts
 
-    signals, killed = hardware.Signals(), []
+    signals, killed = interrupts.Signals(), []
+    signals.hold()
     with signals.caught():
         original, os.kill = os.kill, lambda pid, number: killed.append(number)
         try:
