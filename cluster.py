@@ -104,7 +104,7 @@ def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple
         except KeyboardInterrupt:  # ray.cancel
             signal_group(child.pid, signal.SIGTERM)  # all of its processes agree on where to stop
         code = child.wait()
-        for _ in range(50):  # the run's other processes leave after its first one
+        for _ in range(25):  # the run's other processes leave after its first one
             if not signal_group(child.pid, 0):
                 break
             time.sleep(0.2)

@@ -214,8 +214,8 @@ def parser() -> Parser:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked options. Raises `InputError`."""
-    given = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(given)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
     for name, default in FABRIC.items():
         given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
         setattr(args, name, given or getattr(args, name) or default)
@@ -223,7 +223,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         check(args)
     except InputError as e:
-        raise InputError(shortened(str(e), given)) from None
+        raise InputError(shortened(str(e), words)) from None
     return args
 
 

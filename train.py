@@ -421,7 +421,7 @@ def main(argv: list[str] | None = None) -> int:
             args = options.parse(argv)
             return run(args, signals)
     except InputError as e:
-        options.complain(e)
+        options.complain(options.shortened(str(e), argv or ()))
         return 2
     except Interrupted as e:
         say_ended(str(e))
