@@ -70,6 +70,13 @@ def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
+    def signal_group(group, number):  # whether there is a process left in it
+        try:
+            os.killpg(group, number)
+        except ProcessLookupError:
+            return False
+        return True
+
     if not os.path.isdir(cwd):
         return 2, 0, f"{socket.gethostname()} has no folder {cwd}, where the sweep was started"
     try:
@@ -95,8 +102,15 @@ def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple
             while child.poll() is None:
                 time.sleep(0.2)  # not wait(), out of which Ray's interrupt of a task does not come
         except KeyboardInterrupt:  # ray.cancel
-            child.terminate()
-        return child.wait(), begin, ""
+            signal_group(child.pid, signal.SIGTERM)  # all of its processes agree on where to stop
+        code = child.wait()
+        for _ in range(25):  # the run's other processes leave after its first one
+            if not signal_group(child.pid, 0):
+                break
+            time.sleep(0.2)
+        else:
+            signal_group(child.pid, signal.SIGKILL)
+        return code, begin, ""
 
 
 def run_on_ray(
@@ -159,7 +173,7 @@ def run_on_ray(
         if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
             elsewhere.append(job)
             return
-        if not cancelled and (status in ("waiting", "failed") or (status == "stopped" and code not in (0, 3))):
+        if not cancelled and (status == "failed" or (status in ("waiting", "stopped") and code not in (0, 3))):
             said = said if status == "failed" else lost or why(log, code, begin)
             status = "failed"
             note_failure(runs, job.name, said)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+import files
 import measure
 from data import Batch, InputError
 from hardware import forget_peak
@@ -175,7 +176,7 @@ def profiler(steps: int | None, folder: Path, active: bool, after: int, on_gpu: 
     def write(profile) -> None:
         torch.profiler.tensorboard_trace_handler(str(target), use_gzip=True)(profile)
         by = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-        (target / "table.txt").write_text(profile.key_averages().table(sort_by=by, row_limit=40))
+        files.replace(target / "table.txt", profile.key_averages().table(sort_by=by, row_limit=40).encode())
 
     when = torch.profiler.schedule(wait=max(0, after - 1), warmup=1, active=steps, repeat=1)
     return torch.profiler.profile(schedule=when, on_trace_ready=write, acc_events=True)

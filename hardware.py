@@ -1,11 +1,12 @@
 """Devices, precision, threads and signals: what a run happens on, through Lightning Fabric."""
 
+import ctypes
 import inspect
 import os
+import re
 import signal
+import subprocess
 import sys
-import threading
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -14,6 +15,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
+import interrupts
 import options
 from data import InputError
 
@@ -97,12 +99,46 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     try:
         place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}
         fabric = Fabric(strategy=strategy, **place, **how)
+        interrupts.undo_at_end(lambda: end_processes(fabric))
+        die_with_rank_zero()
         if not options.under_fabric_run():
             fabric.launch()
     except ValueError as e:
         raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {e}") from e
     torch.set_num_threads(args.threads)  # last: launchers give each process all cores, or one
     return fabric, scaler
+
+
+def end_processes(fabric: Fabric) -> None:
+    """End the processes that `fabric` has started here for its other ranks."""
+    processes = getattr(getattr(fabric.strategy, "launcher", None), "procs", [])
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(3)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def die_with_rank_zero() -> None:
+    """In a process that Fabric has started for a rank: have it stop by SIGTERM when the one that started it is gone."""
+    own = os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
+    if own and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+# What torch.distributed says where another process has gone, in a plain RuntimeError.
+LOST = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|nccl|process group|socket", re.IGNORECASE)
+
+
+def lost_process(e: BaseException) -> str | None:
+    """One line for an exception that means that another process of the run has gone; None for any other."""
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(e, RuntimeError):
+        return None
+    if not isinstance(e, torch.distributed.DistError) and not LOST.search(str(e)):
+        return None
+    return f"another process of the run has ended ({(str(e).splitlines() or [''])[0][:160]})"
 
 
 def sum_over_ranks(fabric: Fabric, t: Tensor) -> Tensor:
@@ -156,35 +192,3 @@ def peak_memory_mb(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB here
-
-
-class Signals:
-    """SIGTERM, SIGINT and SIGUSR1 are noted, for the loop to stop after its step; `received` is the first one's name.
-
-    After a SIGINT a second SIGINT or SIGTERM (as which launchers pass on a second Ctrl-C) ends the process at once.
-    """
-
-    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __call__(self, number: int, _frame) -> None:
-        if self.received == "SIGINT" and number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = self.received or signal.Signals(number).name
-
-    @contextmanager
-    def caught(self):
-        """Catch them for as long as the context lasts (in the main thread; elsewhere nothing is changed)."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = [name for name in self.NAMES if hasattr(signal, name)]
-        before = {name: signal.signal(getattr(signal, name), self) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)

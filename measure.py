@@ -512,6 +512,7 @@ def schedule_full(
     goes to measured steps, 15 % to isotropy, 25 % to curvature. Returns {family: spacing} in steps for "steps", in
     epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's cost.
     Measurements are counted back from the end of the run (`due`): the one that fits is not of the untrained network.
+    "total_steps" is that end, from which a run that has grown since goes on counting (`kept_plan`).
     """
     epochs = total_steps / steps_per_epoch
     run = 3.0 * epochs * n_train + (math.ceil(epochs) + 1) * n_eval
@@ -529,7 +530,15 @@ def schedule_full(
     spent += place("steps", 0.60 * left, total_steps, args.measure_every)
     spent += place("isotropy", 0.15 * left, math.ceil(epochs) + 1)
     spent += place("curvature", 0.25 * left, math.ceil(epochs) + 1)
-    return spacing | {"share": spent / run}
+    return spacing | {"share": spent / run, "total_steps": total_steps}
+
+
+def kept_plan(first: dict, now: dict) -> dict:
+    """The plan of a resumed run: that of its first start, whose series so go on as they began when the run grows.
+
+    `now` is the plan for the length it has now, and gives the spacing of what did not fit into the first one at all.
+    """
+    return {key: first.get(key) or value for key, value in now.items()}
 
 
 def due(every: int | None, at: int, last: int) -> bool:
@@ -540,12 +549,14 @@ def due(every: int | None, at: int, last: int) -> bool:
 def controls_due(job, step: int) -> bool:
     """Whether this measured step is to bring the controls of `--measure full`."""
     every = job.args.measure_every
-    return due(job.state["plan"].get("steps"), step, (job.total_steps - 1) // every * every)
+    plan = job.state["plan"]
+    return due(plan.get("steps"), step, (plan.get("total_steps", job.total_steps) - 1) // every * every)
 
 
 def after_epoch(job, epoch: int) -> dict:
     """The epoch-wise families that are due when `epoch` epochs are done (0: before training)."""
-    values, plan, last = {}, job.state["plan"], math.ceil(job.total_steps / job.steps_per_epoch)
+    values, plan = {}, job.state["plan"]
+    last = math.ceil(plan.get("total_steps", job.total_steps) / job.steps_per_epoch)
     for family, act in (("probe", probe), ("isotropy", isotropy), ("curvature", curvature)):
         if due(plan.get(family), epoch, last):
             with timed(job, family):

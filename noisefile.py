@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import files
 from data import InputError
 
 CLEAN = "clean_label"  # CIFAR-10N's and CIFAR-100N's name for the true labels
@@ -50,13 +51,7 @@ def archive(index: Tensor, true: Tensor, label: Tensor, dynamic: tuple[float, in
 
 def save(path: Path, index: Tensor, true: Tensor, label: Tensor, dynamic: tuple[float, int] | None = None) -> None:
     """Write `archive` to `path`, whole or not at all."""
-    temporary = Path(path).with_name(f".noise-{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(archive(index, true, label, dynamic))
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    files.replace(Path(path), archive(index, true, label, dynamic))
 
 
 def sha256(*columns: Tensor) -> str:

@@ -37,8 +37,39 @@ PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line and an exception: no usage text, no exit."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            for word in given:
+                if re.fullmatch(r"--[a-z-]+=--", word):  # argparse drops the value
+                    self.error(f"{word[:-3]}: '--' is not a value")
+            return super().parse_known_args(given, namespace)
+        except InputError as e:
+            raise InputError(shortened(str(e), given)) from None
+
     def error(self, message: str):
         raise InputError(message.removeprefix("argument "))
+
+
+QUOTED = 200  # characters of what was given that a message repeats
+
+
+def shortened(message: str, given: list[str] = ()) -> str:
+    """`message` with the middle left out of each of the `given` words, and of whatever else has no space in it, that is
+    longer than QUOTED characters."""
+
+    def short(text: str) -> str:
+        return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[3 - QUOTED // 2 :]}"
+
+    for word in given:
+        value = word.partition("=")[2] if word.startswith("--") else word
+        for text in (value, repr(value)[1:-1]):  # argparse quotes by repr
+            if len(text) > QUOTED:
+                message = message.replace(text, short(text))
+    return re.sub(rf"\S{{{QUOTED + 1},}}", lambda m: short(m[0]), message)
+
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 
 def number(low: float, high: float, what: str, kind=float, open_low: bool = False):
@@ -46,7 +77,7 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 
     def convert(text: str):
         try:
-            value = kind(text)
+            value = kind(text) if NUMBER.fullmatch(text) else math.nan  # Python takes 1_000, spaces and other digits too
         except ValueError:
             value = math.nan
         if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
@@ -183,12 +214,16 @@ def parser() -> Parser:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked options. Raises `InputError`."""
-    args = parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(words)
     for name, default in FABRIC.items():
         given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
         setattr(args, name, given or getattr(args, name) or default)
     args.precision = PRECISIONS.get(args.precision, args.precision)
-    check(args)
+    try:
+        check(args)
+    except InputError as e:
+        raise InputError(shortened(str(e), words)) from None
     return args
 
 
@@ -366,4 +401,4 @@ def show_anything() -> None:
 def complain(message: object, program: str = "train.py") -> None:
     """One line on standard error, from rank 0."""
     if rank_zero():
-        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {' '.join(shortened(str(message), sys.argv[1:]).split())}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import files
 import options
 import results
 from data import InputError
@@ -32,7 +33,7 @@ def held(folder: Path) -> bool:
     try:
         import fcntl
 
-        with open(folder / ".lock") as f:
+        with files.open_regular(folder / ".lock") as f:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

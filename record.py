@@ -3,6 +3,7 @@
 Values reach `Record.log` as tensors on the device and stay there until `flush` brings them over in one copy.
 """
 
+import io
 import json
 import math
 import os
@@ -17,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import files
+import memory
 import noisefile
 from data import InputError, Source
+from files import written
 
 LAYOUT = {  # TensorBoard's custom scalars: the report's figures
     "the report": {
@@ -54,6 +58,7 @@ LAYOUT = {  # TensorBoard's custom scalars: the report's figures
 }
 EVENTS = "events.out.tfevents.*"
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
+FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
 
 
@@ -65,20 +70,6 @@ def write_json(path: Path, content: dict) -> None:
     """Replace `path` in one move, so that no reader sees half a file."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     os.replace(written(path, lambda f: f.write(text.encode())), path)
-
-
-def written(path: Path, write) -> Path:
-    """What `write(file)` writes, whole and on the disk, beside `path` and ready to take its place."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary
 
 
 def versions() -> dict:
@@ -162,15 +153,30 @@ def first_config(folder: Path) -> dict | None:
     return config
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `InputError` if a file of a run's folder is a link or no regular file: a folder that comes from elsewhere
+    must not lead to a file outside it, nor to a pipe that never answers. `folder` itself may be a link."""
+    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS), folder / "profile"):
+        problem = files.irregular(path, folder=path.name == "profile")
+        if problem:
+            raise InputError(f"--name {folder.name}: {path} is {problem}; a run's folder holds its own files")
+
+
 def load_state(path: Path) -> dict:
-    """A checkpoint, on the CPU, as plain data only. Raises `OSError` or `MemoryError` where the file cannot be read now,
-    and whatever a damaged file makes torch raise."""
+    """A checkpoint, on the CPU, as plain data only.
+
+    It is read whole before it is parsed, which tells a file that cannot be read now (`OSError`, or `MemoryError` for
+    want of memory) from a damaged one, which can make torch raise nearly anything: here always `ValueError`.
+    """
+    with files.open_regular(path) as f:
+        content = f.read()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except RuntimeError as e:
-        if "DefaultCPUAllocator" in str(e):  # so torch says it
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as e:
+        asked = memory.asked(e)
+        if asked is not None and asked <= len(content):  # a damaged file may ask for any amount
             raise MemoryError("not enough memory") from e
-        raise
+        raise ValueError(why(e)) from e
     if not isinstance(state, dict) or "step" not in state:
         raise ValueError("not a checkpoint of this tool")
     return state
@@ -204,6 +210,7 @@ class Record:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=resume)
+            check_folder(self.folder)
             self.lock()
         except FileExistsError:
             raise InputError(
@@ -250,7 +257,7 @@ class Record:
 
     def lock(self) -> None:
         """Hold a file lock for as long as this process lives. Raises `InputError` if another process holds it."""
-        self.lock_file = open(self.folder / ".lock", "a")
+        self.lock_file = files.open_regular(self.folder / ".lock", "ab")
         try:
             import fcntl
         except ImportError:  # no such locks on this system: creating the folder is the only guard
@@ -270,9 +277,10 @@ class Record:
         from torch.utils.tensorboard import SummaryWriter
 
         def open_them() -> None:
+            files.remove_leftovers(self.folder)
             for path in self.folder.glob(EVENTS):
                 if path.name in sizes:
-                    os.truncate(path, sizes[path.name])
+                    files.cut(path, sizes[path.name])
                 else:
                     path.unlink()
             self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
@@ -292,7 +300,7 @@ class Record:
     def sync_events(self) -> dict[str, int]:
         """Bytes of every event file once all that was logged is on the disk."""
         for path in self.folder.glob(EVENTS):
-            with open(path, "r+b") as f:
+            with files.open_regular(path, "r+b") as f:
                 os.fsync(f.fileno())
         if self.writer:
             self.writer.flush()  # again: the thread that writes may tell of a refusal only after a flush has returned

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import files
 import options
 from data import InputError
 from findings import Cell, Row
@@ -243,10 +244,8 @@ def export(runs: list[Run], path: Path) -> None:
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
+        files.replace(path, buffer.getvalue())
     except OSError as e:
         raise InputError(f"--export {path}: cannot be written ({e.strerror})") from e
 

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import interrupts
 from data import InputError, Source, flip_map, generator, pixel_statistics
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
@@ -92,10 +94,14 @@ def alone(folder: Path):
             fcntl.flock(f, fcntl.LOCK_EX)
         except (ImportError, OSError):
             pass
-        try:
-            yield
-        finally:
+        def remove_lock() -> None:
             path.unlink(missing_ok=True)
+
+        try:
+            with interrupts.undone(remove_lock):
+                yield
+        finally:
+            remove_lock()
 
 
 def download(make, data_dir: Path, folder: str) -> None:
@@ -103,12 +109,19 @@ def download(make, data_dir: Path, folder: str) -> None:
     existed, target = os.path.exists(data_dir), data_dir / folder
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+
+    def remove_folder() -> None:
+        with suppress(OSError):  # not there, or not empty
+            if not existed:
+                data_dir.rmdir()
+
     try:
-        with alone(data_dir):
+        with interrupts.undone(remove_folder), alone(data_dir):
             if os.path.isdir(target):  # another process was first
                 return
             data_dir.mkdir(exist_ok=True)  # another may have failed, and removed it
-            with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as tmp:
+            temporary = tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-")
+            with interrupts.undone(temporary.cleanup), temporary as tmp:
                 make(tmp)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if not os.path.isdir(target):  # another one without the lock
@@ -121,9 +134,7 @@ def download(make, data_dir: Path, folder: str) -> None:
         ) from e
     finally:
         socket.setdefaulttimeout(before)
-        if not existed:
-            with suppress(OSError):  # not there, or not empty
-                data_dir.rmdir()
+        remove_folder()
 
 
 def ready(make, data_dir: str, folder: str, md5: dict[str, str]) -> None:
@@ -339,6 +350,7 @@ def load_npz(path: str) -> Source:
     )
 
 
+MEGAPIXELS = 50  # of an image that is decoded: a small file may hold any number of them
 GIVEN = "train_noisy.csv"  # in a folder of images: file below train/, class to train on
 
 
@@ -350,6 +362,7 @@ def load_folder(path: str, size: int) -> Source:
     `train_noisy.csv` gives files of the training set another class to train on: lines `CLASS/FILE,OTHER CLASS`.
     Raises `InputError` naming the first file that does not fit.
     """
+    from PIL import Image
     from torchvision.datasets import ImageFolder
 
     said, parts = f"--dataset {path}", {}
@@ -367,7 +380,9 @@ def load_folder(path: str, size: int) -> Source:
         raise InputError(f"{said}: train/ and test/ hold different classes ({', '.join(odd[:5])})")
     x, y = {}, {}
     for part, found in parts.items():
-        with ThreadPoolExecutor() as pool:  # decoding does not hold the interpreter; the order stays
+        # decoding does not hold the interpreter; the order stays
+        with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused by its name
             x[part] = torch.stack(list(pool.map(lambda sample: pixels_of(sample[0], size, said), found.samples)))
         y[part] = torch.tensor(found.targets)
     if all(bool((a == a[..., :1]).all()) for a in x.values()):
@@ -382,12 +397,17 @@ def pixels_of(path: str, size: int, said: str) -> Tensor:
     from torchvision.transforms.v2 import functional as TF
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as image:  # reads the header alone
+            if image.width * image.height > MEGAPIXELS * 10**6:
+                size = f"{image.width} x {image.height} pixels"
+                raise InputError(f"{said}: {path} has {size}, more than {MEGAPIXELS} megapixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
                 raise InputError(f"{said}: {path} has pixels of more than 8 bits (mode {image.mode})")
             whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except InputError:
         raise
+    except Image.DecompressionBombError as e:  # from 179 megapixels, at the header already
+        raise InputError(f"{said}: {path} has more than {MEGAPIXELS} megapixels") from e
     except Exception as e:  # Pillow raises all sorts for a damaged file
         raise InputError(f"{said}: {path} is not a readable image ({type(e).__name__})") from e
     small = TF.resize(whole, [size], TF.InterpolationMode.BILINEAR, antialias=True)

@@ -7,6 +7,13 @@
 Shapes: B examples of the global batch, b of them on this process, K classes.
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # the imports below take seconds, and nothing has been written yet
+    for _name in ("SIGINT", "SIGTERM"):
+        signal.signal(getattr(signal, _name), lambda *_: os._exit(3))
+
 import logging
 import math
 import sys
@@ -22,16 +29,18 @@ from tqdm import tqdm
 import data
 import fast
 import measure
+import memory
 import metrics
 import noise
 import noisefile
 import options
 import sources
 from data import Batch, Images, InputError
-from hardware import Signals, average_buffers, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from interrupts import Interrupted, Signals, say_ended
 from job import Job, checkpoint, prepare, restore
 from measure import EVAL_BATCH, forward
-from record import NotFinite, Record, first_config, load_state, read_config, read_json, why
+from record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_json, why
 from schedules import schedule
 from summary import announce, describe, print_table, summarize
 
@@ -285,11 +294,14 @@ def run(args, signals: Signals) -> int:
     """One run from checked options to its finished folder; returns the exit status. Raises `InputError`."""
     began = time.perf_counter()
     folder = Path(args.runs, args.name)
+    if args.resume:
+        check_folder(folder)
     earlier = first_config(folder) if args.resume else None
     if earlier:
         options.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
+    memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
     source = sources.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
@@ -305,7 +317,8 @@ def run(args, signals: Signals) -> int:
         check_labels(earlier, ledger, folder)
 
     fabric, scaler = make_fabric(args)
-    job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
+    with memory.explained(args, source):
+        job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
 
     def claim() -> tuple[str | None, dict | None, str | None]:
@@ -313,6 +326,7 @@ def run(args, signals: Signals) -> int:
         saved = record.claim(args.resume)
         return saved, read_config(folder), (read_json(folder / "summary.json") or {}).get("status")
 
+    signals.hold()  # from here on there is a folder, and a run that can be saved
     saved, now, ended = on_rank_zero(fabric, claim)
     state = load_everywhere(fabric, folder / saved) if saved else {}
     for config in filter(None, (now, state.get("config"))):  # config.json may be lost, or have changed since
@@ -324,8 +338,11 @@ def run(args, signals: Signals) -> int:
             "warning: torch has no SyncBatchNorm on CPUs, so each process normalises by its own part of the batch and the "
             "run depends on the number of processes; --norm gn does not (--sync-bn off silences this)"
         )
+    if args.precision == "16-mixed" and fabric.device.type == "cpu":
+        record.say("warning: --precision 16-mixed is slow on a CPU, which computes it in float32; 32-true is faster")
     if saved:
         restore(job, record, state)
+        job.state["plan"] = measure.kept_plan(state.get("plan") or {}, job.state["plan"])
         if ended == "finished" and job.state["step"] >= job.total_steps:
             record.say(f"{folder} has finished already: {job.state['step']} steps")
             record.close()
@@ -364,10 +381,11 @@ def run(args, signals: Signals) -> int:
         checkpoint(job, record, "failed.ckpt")
         options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        reason = f"{type(e).__name__}: {e}"
-        if fabric.is_global_zero:
+        expected = memory.message(args, e, source) if memory.asked(e) is not None else lost_process(e)
+        reason = expected or f"{type(e).__name__}: {e}"
+        if fabric.is_global_zero and not expected:
             raise
-        print(f"train.py: rank {fabric.global_rank}: {''.join(traceback.format_exception_only(e))}", file=sys.stderr)
+        complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))
     finally:
         record.close_events()
         summary = summarize(job, record, status, reason)
@@ -384,6 +402,15 @@ def run(args, signals: Signals) -> int:
     return STATUS[status]
 
 
+def complain_on_any_rank(line: str) -> None:
+    """The error's line, with the rank before it unless that is 0."""
+    if options.rank_zero():
+        options.complain(line)
+    else:
+        rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
+        print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn bad input into one line and status 2."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
@@ -391,10 +418,22 @@ def main(argv: list[str] | None = None) -> int:
     before, signals = torch.get_default_dtype(), Signals()
     try:
         with signals.caught():
-            return run(options.parse(argv), signals)
+            args = options.parse(argv)
+            return run(args, signals)
     except InputError as e:
-        options.complain(e)
+        options.complain(options.shortened(str(e), argv or ()))
         return 2
+    except Interrupted as e:
+        say_ended(str(e))
+        return STATUS["stopped"]
+    except (RuntimeError, MemoryError) as e:
+        expected = lost_process(e)
+        if memory.asked(e) is not None:
+            expected = memory.message(args, e)
+        if not expected and not isinstance(e, memory.NotEnough):
+            raise
+        complain_on_any_rank(expected or str(e))
+        return STATUS["failed"]
     finally:
         torch.set_default_dtype(before)
 

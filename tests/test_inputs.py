@@ -1,5 +1,6 @@
 """Bad input: one clear line that names the option or file, exit status 2, no traceback, nothing left behind."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,11 +10,15 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import torch
 
+import grids
+import memory
 import options
 import sources
 import train
 from conftest import ROOT, TINY
+from data import InputError
 
 LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
 
@@ -38,6 +43,15 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
         ("--noise much", ("--noise", "much")),
         ("--bs 0", ("--bs", "from 1")),
         ("--bs 1e3", ("--bs", "whole number")),
+        ("--bs 1_000", ("--bs", "'1_000'", "whole number")),
+        ("--lr 1_0.0", ("--lr", "'1_0.0'", "positive")),
+        ("--epochs \u0663", ("--epochs", "whole number")),
+        ("--lr \uff11", ("--lr", "positive")),
+        ("--lr 1e999", ("--lr", "positive")),
+        ("--dataset=--", ("--dataset: '--' is not a value",)),
+        ("--name=--", ("--name: '--' is not a value",)),
+        ("--compile=--", ("--compile: '--' is not a value",)),
+        ("--bs=--", ("--bs: '--' is not a value",)),
         ("--bs 161", ("--bs 161", "160")),
         ("--lr 0", ("--lr", "positive")),
         ("--lr inf", ("--lr",)),
@@ -80,6 +94,44 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
 )
 def test_bad_options(argv, says, capsys, tmp_path):
     refuse(capsys, tmp_path / "runs", [*TINY, *argv.split()], *says)
+
+
+@pytest.mark.parametrize("value", [" 32", "32 ", "\t32", "3 2"])
+@pytest.mark.parametrize("option", ["--bs", "--lr", "--devices"])
+def test_numbers_without_spaces(option, value, capsys, tmp_path):
+    refuse(capsys, tmp_path / "runs", [*TINY, f"{option}={value}"], option)
+
+
+def test_numbers_of_a_grid_are_checked_alike():
+    for grid in ("bs=1_000", "lr=\u0661", "noise=0.5 bs=\uff13\uff12"):
+        with pytest.raises(InputError, match="--grid: --(bs|lr)"):
+            grids.expand([grid], [], "--grid")
+
+
+HUGE = 5000
+
+
+@pytest.mark.parametrize(
+    ("option", "letter"),
+    [
+        *(("--bs", "x"), ("--bs", "x "), ("--lr", "9"), ("--dataset", "x "), ("--dataset", "\\"), ("--model", "\u00fc")),
+        *(("--model", "\\"), ("--name", "x "), ("--precision", "x"), ("--runs", "x "), ("--noise-labels", "x "), ("--no", "x")),
+    ],
+)
+def test_messages_quote_200_characters_at_most(option, letter, capsys, tmp_path):
+    value = (letter * HUGE)[:HUGE]
+    runs = str(tmp_path / "runs") if option != "--runs" else value
+    assert train.main([*TINY, "--runs", runs, f"{option}={value}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and 50 < len(err) < 900
+    assert max(len(run) for run in err.split("...")) < 700 and "..." in err
+
+
+def test_short_words_are_quoted_whole():
+    path = "/a folder/" + "y" * 180
+    assert options.shortened(f"--dataset {path}: missing", [path]) == f"--dataset {path}: missing"
+    long = "z" * 201
+    assert len(options.shortened(long)) == options.QUOTED
 
 
 def test_options_at_their_bounds():
@@ -245,3 +297,76 @@ def test_own_npz_runs_and_its_noise_is_taken(go, tmp_path, capsys):
         assert (z["label"] == arrays["y_train_noisy"][z["index"]]).all() and (z["true"] != z["label"]).any()
     capsys.readouterr()
     refuse(capsys, tmp_path / "runs", [*TINY, *own, "--noise", "0.2"], "--noise 0.2", "y_train_noisy")
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+
+
+@pytest.mark.parametrize(
+    ("error", "bytes_asked"),
+    [
+        (RuntimeError(CPU + "6442450944 bytes. Error code 12 (Cannot allocate memory)"), 6 * 2**30),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has 2 GiB"), 3 * 2**29),
+        (MemoryError("Unable to allocate 512. MiB for an array with shape (512, 1048576)"), 2**29),
+        (MemoryError("Unable to allocate 1.50 TiB for an array with shape (3, 2) and data type uint8"), 3 * 2**39),
+        (MemoryError(), 0),
+        (MemoryError("std::bad_alloc"), 0),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (ValueError("out of memory"), None),
+    ],
+)
+def test_what_a_failed_allocation_asked_for(error, bytes_asked):
+    assert memory.asked(error) == bytes_asked
+
+
+def test_needed_memory_is_what_a_run_holds(go, monkeypatch):
+    """Against the tensors of a run: the data set as loaded and as put on the device, and the optimizer's."""
+    held = {}
+
+    def count(job, *_):
+        momentum = [state["momentum_buffer"] for state in job.optimizer.state.values()]
+        of_model = [*job.parameters, *job.parameters, *momentum]  # a gradient is as large as its weight
+        held["weights, gradient and momentum"] = sum(t.numel() * t.element_size() for t in of_model)
+        x = 240 * 32 * 32 * 3
+        sets = (job.train.images, job.val[0], job.test[0])
+        held["data set"] = x + sum(i.rows.untyped_storage().nbytes() for i in sets)
+        held["args"] = job.args
+        raise MemoryError
+
+    monkeypatch.setattr(train, "fit", count)
+    go("--subset", "150", status=1)
+    assert memory.needed(held.pop("args")) == held
+
+
+@pytest.mark.parametrize("where", ["load", "prepare", "fit"])
+def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
+    def fail(*_):
+        raise RuntimeError(CPU + "6442450944 bytes. Error code 12 (Cannot allocate memory)")
+
+    monkeypatch.setattr(*{"load": (train.sources, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
+    folder = go(status=1)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    for text in ("not enough memory for 6.0 GiB more", "run needs", "data set", "weights, gradient and momentum"):
+        assert text in err
+    if where == "fit":
+        reason = json.loads((folder / "summary.json").read_text())["reason"]
+        assert reason.startswith("not enough memory")
+    else:
+        assert not folder.exists()
+
+
+def test_what_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
+    refuse(capsys, tmp_path / "runs", [*TINY, "--synthetic-train", str(2**31)], "--synthetic-train", "TiB", "here")
+    monkeypatch.setattr(memory, "total", lambda: 2**33)
+    refuse(capsys, tmp_path / "runs", [*TINY, "--width", "1024"], "--width 1024", "needs 31.9 GiB", "8.0 GiB here")
+
+
+# ------------------------------------------------------------------------------------------------------- other warnings
+
+
+def test_16_mixed_on_a_cpu_is_called_slow(go, capsys):
+    go("--precision", "16-mixed", "--max-steps", "1", "--measure", "off")
+    assert "warning: --precision 16-mixed is slow on a CPU" in capsys.readouterr().err

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +168,27 @@ def test_names_of_odd_bytes_are_spelled_out():
 def test_bad_folders(spoil, says, photos, capsys, tmp_path):
     spoil(photos)
     refuse(capsys, tmp_path / "runs", ["--dataset", str(photos), "--bs", "8"], "--dataset", *says)
+
+
+def header(width: int, height: int) -> bytes:
+    """A PNG of that size without any pixels: what is read before decoding."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 1000) + b"IDAT"
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ((8000, 6251), ("8000 x 6251 pixels", "more than 50 megapixels")),
+        ((10_000, 10_000), ("10000 x 10000 pixels", "more than 50 megapixels")),  # Pillow warns
+        ((30_000, 30_000), ("more than 50 megapixels",)),  # Pillow refuses
+        ((8000, 6250), ("not a readable image",)),  # small enough to be tried
+    ],
+)
+def test_an_image_of_too_many_pixels_is_not_decoded(size, says, photos, capsys, tmp_path):
+    (photos / "train" / "bee" / "03.png").write_bytes(header(*size))
+    refuse(capsys, tmp_path / "runs", ["--dataset", str(photos), "--bs", "8"], "bee/03.png", *says)
 
 
 def test_an_empty_folder_and_one_class(capsys, tmp_path, photos):

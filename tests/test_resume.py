@@ -114,9 +114,10 @@ def test_a_second_interrupt_ends_at_once(zygote, tmp_path):
 
 
 def test_second_interrupt_by_handler():
-    import hardware
+    import interrupts
 
-    signals, killed = hardware.Signals(), []
+    signals, killed = interrupts.Signals(), []
+    signals.hold()
     with signals.caught():
         original, os.kill = os.kill, lambda pid, number: killed.append(number)
         try:
@@ -388,7 +389,13 @@ def test_a_checkpoint_that_cannot_be_read_is_not_damaged(go, monkeypatch, capsys
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(record.torch, "load", fail)
+    if isinstance(error, OSError):
+        read = record.files.open_regular
+        monkeypatch.setattr(
+            record.files, "open_regular", lambda path, *mode: (fail if path.suffix == ".ckpt" else read)(path, *mode)
+        )
+    else:
+        monkeypatch.setattr(record.torch, "load", fail)
     assert f"{copied / 'last.ckpt'} cannot be read" in refused(go, capsys, copied)
 
 
@@ -456,12 +463,12 @@ def test_events_are_on_the_disk_before_their_checkpoint(go, monkeypatch):
 
 
 @pytest.mark.parametrize("measure", ["split", "full"])
-def test_a_signal_while_the_run_starts(go, monkeypatch, capsys, measure):
+def test_a_signal_once_there_is_a_folder(go, monkeypatch, capsys, measure):
     options = ("--noise", "0.5", "--measure", measure, "--measure-budget", "5", "--epochs", "1")
     whole = go(*options, name="whole")
-    load = train.sources.load
+    claim = record.Record.claim
     with monkeypatch.context() as m:
-        m.setattr(train.sources, "load", lambda args: (os.kill(os.getpid(), signal.SIGTERM), load(args))[1])
+        m.setattr(record.Record, "claim", lambda *args: (os.kill(os.getpid(), signal.SIGTERM), claim(*args))[1])
         folder = go(*options, name="cut", status=3)
     assert "stopped by SIGTERM before the first step;" in capsys.readouterr().err
     assert (summary(folder)["status"], summary(folder)["steps"]) == ("stopped", 0)
@@ -469,14 +476,25 @@ def test_a_signal_while_the_run_starts(go, monkeypatch, capsys, measure):
     assert_same_run(whole, folder)
 
 
-def test_a_grown_run_is_measured_as_a_long_one(go):
-    """Five steps afford full measurements six steps apart, fifteen four: they stand at 14, 10 and 6."""
+def test_a_grown_run_keeps_its_first_plan(go):
+    """Five steps afford full measurements six steps apart, fifteen four: they stay at 4, 10, ..., as they began."""
     options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "5")
     folder = go(*options, "--epochs", "1")
-    assert record.load_state(folder / "last.ckpt")["plan"]["steps"] == 6
+    plan = record.load_state(folder / "last.ckpt")["plan"]
+    assert (plan["steps"], plan["total_steps"]) == (6, 5)
+    assert go(*options, "--epochs", "3", name="long") and record.load_state(folder.parent / "long" / "last.ckpt")[
+        "plan"
+    ]["steps"] == 4
     go(*options, "--epochs", "3", "--resume")
-    assert record.load_state(folder / "last.ckpt")["plan"]["steps"] == 4
-    assert [step for step in steps(folder)["null/cos_clean_all"] if step >= 5] == [6, 10, 14]
+    assert record.load_state(folder / "last.ckpt")["plan"] == plan
+    assert steps(folder)["null/cos_clean_all"] == [4, 10]
+
+
+def test_what_did_not_fit_at_first_is_planned_when_the_run_grows():
+    first = {"steps": 6, "probe": 0, "share": 0.1, "total_steps": 5}
+    now = {"steps": 4, "probe": 2, "share": 0.2, "total_steps": 15}
+    assert train.measure.kept_plan(first, now) == {"steps": 6, "probe": 2, "share": 0.1, "total_steps": 5}
+    assert train.measure.kept_plan({}, now) == now
 
 
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):

@@ -1,0 +1,124 @@
+"""Memory: what a run needs at least, and the one line for when it is not there."""
+
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+import models
+from data import PAD, InputError, Source
+
+SIZES = {  # data set: training and test images, pixels a side, channels, classes
+    "cifar10": (50_000, 10_000, 32, 3, 10),
+    "cifar100": (50_000, 10_000, 32, 3, 100),
+    "fmnist": (60_000, 10_000, 32, 1, 10),
+}
+REFUSED = re.compile(r"DefaultCPUAllocator|bad_alloc|out of memory|can't allocate memory", re.IGNORECASE)
+AMOUNT = re.compile(r"allocate (\d+\.?\d*) ?(bytes|[KMGT]iB)", re.IGNORECASE)
+UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+class NotEnough(RuntimeError):
+    """There is too little memory for the run. The message is one line."""
+
+
+def asked(e: BaseException) -> int | None:
+    """Bytes of the allocation whose failure `e` is, 0 if it does not tell how many; None if it is another exception."""
+    refused = isinstance(e, RuntimeError) and REFUSED.search(str(e))
+    if not refused and not isinstance(e, (MemoryError, torch.OutOfMemoryError)):
+        return None
+    amount = AMOUNT.search(str(e))
+    return int(float(amount[1]) * UNITS[amount[2].lower()]) if amount else 0
+
+
+def needed(args, source: Source | None = None) -> dict[str, int]:
+    """Bytes of what a run holds from its first step to its last, by what they are for; on a GPU these lie there.
+
+    A lower bound: activations, which grow with the batch, and libraries come on top. The data set is left out where
+    its size is not known before it is loaded (`source`).
+    """
+    if source is not None:
+        n, side, C = len(source.x_train), source.x_train.shape[1], source.x_train.shape[-1]
+        size = n, len(source.x_test), side, C, len(source.classes)
+    elif args.dataset == "synthetic":
+        size = args.synthetic_train, args.synthetic_test, 32, 3, 10
+    else:
+        size = SIZES.get(args.dataset)
+    parts = {}
+    if size:
+        n, n_test, side, C, _ = size
+        used = min(n, args.subset or n)
+        held = round(args.val_frac * used)
+        copies, pad = (1, 0) if args.no_augment else (2, PAD)  # a padded copy and its mirror image
+        stored = copies * (used - held) * (side + 2 * pad) ** 2 * C
+        parts["data set"] = stored + (n + held + 2 * n_test) * side**2 * C  # with the set as it was loaded
+    with torch.device("meta"):
+        module = models.build(args.model, *(size or (0, 0, 0, 3, 10))[3:], args.width, args.norm, 0)
+    P = sum(p.numel() for p in module.parameters())
+    copies = 3 if args.momentum or args.sched == "onecycle" else 2
+    what = "weights, gradient and momentum" if copies == 3 else "weights and gradient"
+    parts[what] = copies * P * (8 if args.precision == "64-true" else 4)
+    return parts
+
+
+def spelled(size: float) -> str:
+    """Bytes as people read them, in powers of 1024."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size /= 1024
+    else:
+        unit = "TiB"
+    return f"{size:.0f} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def message(args, e: BaseException, source: Source | None = None) -> str:
+    """One line for an allocation that failed: how much it wanted, and how much the run needs."""
+    parts = needed(args, source)
+    listed = ", ".join(f"{what} {spelled(size)}" for what, size in parts.items())
+    wanted = f" for {spelled(asked(e))} more" if asked(e) else ""
+    return (
+        f"not enough memory{wanted}; without activations the run needs {spelled(sum(parts.values()))} ({listed}); "
+        "a smaller --bs, --width, or --subset needs less"
+    )
+
+
+@contextmanager
+def explained(args, source: Source):
+    """Turn a failed allocation within the context into `NotEnough`."""
+    try:
+        yield
+    except Exception as e:
+        if asked(e) is None:
+            raise
+        raise NotEnough(message(args, e, source)) from e
+
+
+def total() -> float:
+    """Bytes of memory that this process may use: the machine's, or its control group's if that is less."""
+    limit = math.inf
+    with suppress(OSError, ValueError, AttributeError):
+        limit = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    with suppress(OSError, ValueError):  # "max" is no number
+        limit = min(limit, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return limit
+
+
+def check(args, on_gpu: bool) -> None:
+    """Raise `InputError` for a run on the CPU that cannot fit: the system would kill it, without a word."""
+    if on_gpu or (args.synthetic_train + args.synthetic_test < 10**6 and args.width <= 128):
+        return  # what cannot be too much is not counted
+    parts, limit = needed(args), total()
+    if sum(parts.values()) <= limit:
+        return
+    of_data = parts.get("data set", 0) > sum(parts.values()) / 2
+    option = f"--synthetic-train {args.synthetic_train}" if args.dataset == "synthetic" else f"--dataset {args.dataset}"
+    option = option if of_data else f"--model {args.model}, --width {args.width}"
+    listed = ", ".join(f"{what} {spelled(size)}" for what, size in parts.items())
+    raise InputError(
+        f"{option}: needs {spelled(sum(parts.values()))} of memory ({listed}) and more for activations; "
+        f"there are {spelled(limit)} here"
+    )

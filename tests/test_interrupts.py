@@ -1,0 +1,132 @@
+"""A run that has not begun to train ends at once on a signal, with status 3 and nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+import cluster
+import hardware
+import interrupts
+import train
+from conftest import TINY
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_while_data_is_loaded(go, monkeypatch, capsys, name, tmp_path):
+    load, handler = train.sources.load, signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as m:
+        m.setattr(train.sources, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
+        folder = go("--max-steps", "1", status=3)
+    assert f"stopped by {name} before training began; nothing was written\n" in capsys.readouterr().err
+    assert not folder.parent.exists()
+    assert signal.getsignal(getattr(signal, name)) == handler
+    assert not any(t.name == "signals-before-training" for t in threading.enumerate())
+
+
+# Both wait in C++, where no Python handler is run: for the peers of a rendezvous that never come.
+PEERS = """
+import os, sys, torch, train
+init = torch.distributed.init_process_group
+def marked(*args, **named):
+    open({marker!r}, "w").close()
+    init(*args, **named)
+torch.distributed.init_process_group = marked
+os._exit(train.main({argv!r}))
+"""
+DOWNLOAD = """
+import os, time, torch, sources, train
+def make(root):
+    open(os.path.join(root, "half"), "w").close()
+    open({marker!r}, "w").close()
+    {wait}
+sources.DATASETS["cifar10"] = lambda args: sources.ready(make, args.data_dir, "set/raw", dict())
+os._exit(train.main({argv!r}))
+"""
+STORE = "torch.distributed.TCPStore('127.0.0.1', 0, 2, True)"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("where", ["peers", "download", "download in C"])
+def test_a_signal_while_the_run_waits(zygote, tmp_path, where, name):
+    marker, data = tmp_path / "marker", tmp_path / "data"
+    argv = [*TINY, "--runs", str(tmp_path / "runs"), "--name", "r"]
+    if where == "peers":
+        code = PEERS.format(marker=str(marker), argv=[*argv, "--num-nodes", "2"])
+    else:
+        wait = STORE if where == "download in C" else "time.sleep(600)"
+        argv += ["--dataset", "cifar10", "--data-dir", str(data)]
+        code = DOWNLOAD.format(marker=str(marker), argv=argv, wait=wait)
+    (pid,) = zygote.start(code=code)
+    wait_for(marker.exists)
+    time.sleep(0.3)
+    began = time.monotonic()
+    os.kill(pid, getattr(signal, name))
+    assert zygote.wait() == [3], zygote.said()
+    assert time.monotonic() - began < 10  # a rendezvous alone waits for ten minutes
+    assert zygote.said().splitlines() == [f"train.py: stopped by {name} before training began; nothing was written"]
+    assert [p.name for p in tmp_path.iterdir()] == ["marker"]
+
+
+def test_the_processes_of_other_ranks_end_too():
+    quiet = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); input()"
+    processes = [subprocess.Popen(["sleep", "600"])]
+    processes.append(
+        subprocess.Popen([sys.executable, "-c", quiet], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    )  # one that waits in C++ may not listen
+    processes[1].stdout.readline()
+    hardware.end_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=processes))))
+    assert [p.wait(10) for p in processes] == [-signal.SIGTERM, -signal.SIGKILL]
+
+
+def test_what_is_left_is_undone_latest_first():
+    order = []
+    interrupts.undo_at_end(lambda: order.append("first"))
+    with interrupts.undone(lambda: order.append("not any more")):
+        pass
+    interrupts.undo_at_end(lambda: 1 / 0)
+    interrupts.undo_at_end(lambda: order.append("last"))
+    interrupts.undo()
+    interrupts.undo()
+    assert order == ["last", "first"]
+
+
+def alive(pid: int) -> bool:
+    """Whether it runs: a process that has ended may still wait to be collected."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
+    """`work` as on a Ray worker, without Ray: a run that leaves a rank behind, or whose task is cancelled."""
+    code = "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"
+    code += "; p.wait()" * cancelled
+    log = tmp_path / "log"
+
+    def cancel() -> None:
+        wait_for(lambda: log.exists() and log.read_text().strip())
+        os.kill(os.getpid(), signal.SIGINT)  # as Ray interrupts a task
+
+    thread = threading.Thread(target=cancel if cancelled else int)
+    thread.start()
+    status, _, _ = cluster.work([sys.executable, "-c", code], str(tmp_path / "r"), str(log), str(tmp_path), False)
+    thread.join()
+    assert status == (-signal.SIGTERM if cancelled else 0)
+    wait_for(lambda: not alive(int(log.read_text())), 10)
