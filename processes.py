@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import files
 import options
-import results
+import schema
 from data import InputError
 from grids import Job
 
@@ -42,34 +42,50 @@ def held(folder: Path) -> bool:
     return False
 
 
-def read(path: Path) -> dict:
-    """A JSON object; {} for a file that is absent, empty or damaged, for one such run must not stop all others."""
+def read(reader, path: Path) -> dict:
+    """What `reader` of schema.py reads, {} for a file that is absent or damaged: resuming can do without it.
+
+    Raises `InputError` for one that has a wrong field, with which the run cannot be resumed.
+    """
     try:
-        return results.read_json(path)
-    except InputError:
+        return reader(path) or {}
+    except schema.Unreadable:
         return {}
 
 
 def options_of(folder: Path) -> dict:
-    """A run's options as its folder has them, {} if it does not tell."""
-    found = read(folder / "config.json").get("options")
-    return found if isinstance(found, dict) else {}
+    """A run's options as its folder has them, {} if it does not tell. Raises `InputError` as `read` does."""
+    return read(schema.read_config, folder / "config.json").get("options", {})
+
+
+def threads_of(folder: Path) -> int | None:
+    """The CPU threads that a run was started with, None if its folder does not tell."""
+    try:
+        return options_of(folder).get("threads")
+    except InputError:
+        return None
 
 
 def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
     """(one of `STATES`, what there is to say about it) of a run, from its folder alone, or from files of results.
 
-    `done`: name and options of the finished runs in such files. "other": the folder is that of another run.
+    `done`: name and options of the finished runs in such files. "other": the folder is that of another run. A folder
+    whose files have a wrong field is that of a failed run, for it cannot be resumed.
     """
     folder, wanted = runs / job.name, vars(job.args)
     if wanted["precision"] == "auto":  # what it became is the hardware's choice
         wanted = {key: value for key, value in wanted.items() if key != "precision"}
     listed = any(not options.differences(found, wanted) for found in done.get(job.name, []))
     if folder.is_dir():
-        other = options.differences(options_of(folder), wanted)
+        try:
+            given, summary = options_of(folder), read(schema.read_summary, folder / "summary.json")
+        except InputError as e:
+            if held(folder):
+                return "running", str(e)
+            return ("finished", "in a file of results") if listed else ("failed", str(e))
+        other = options.differences(given, wanted)
         if other:
             return "other", f"{folder} is a run of other options ({'; '.join(other.values())}); use another --runs"
-        summary = read(folder / "summary.json")
         status = summary.get("status", "stopped")
         if status == "finished":
             accuracy = summary.get("val_acc")
@@ -97,7 +113,7 @@ def over(status: str, job: Job, again: set[str]) -> bool:
 def command(job: Job, runs: Path, resume: bool, threads: int | None = None) -> list[str]:
     """The process of a run. A resumed run keeps its first start's threads, for the same bits, if it had fewer."""
     if resume and threads:
-        threads = min(threads, options_of(runs / job.name).get("threads") or threads)
+        threads = min(threads, threads_of(runs / job.name) or threads)
     place = ["--runs", str(runs), "--name", job.name, *(["--threads", str(threads)] if threads else [])]
     return [sys.executable, str(TRAIN), *job.argv, *place, *(["--resume"] if resume else [])]
 

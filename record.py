@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,10 @@ from torch import Tensor
 import files
 import memory
 import noisefile
+import schema
 from data import InputError, Source
 from files import written
+from schema import EVENTS
 
 LAYOUT = {  # TensorBoard's custom scalars: the report's figures
     "the report": {
@@ -56,7 +59,6 @@ LAYOUT = {  # TensorBoard's custom scalars: the report's figures
         "sharpness and 2/lr": ["Multiline", ["curvature/top$", "curvature/two_over_lr"]],
     },
 }
-EVENTS = "events.out.tfevents.*"
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
 FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
@@ -127,23 +129,26 @@ def matrix_picture(matrix: list[list[float]]) -> Tensor:
     return squares
 
 
-def read_json(path: Path) -> dict | None:
-    """The object in a JSON file, or None if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def read_config(folder: Path) -> dict | None:
-    """The content of a run's config.json, or None if it is missing or holds no options."""
-    config = read_json(folder / "config.json")
-    return config if config and isinstance(config.get("options"), dict) else None
+    """A run's config.json, None if it is lost. Raises `InputError` where it has a wrong field."""
+    try:
+        return schema.read_config(folder / "config.json", resume=True)
+    except schema.Unreadable:
+        return None
+
+
+def read_status(folder: Path) -> str | None:
+    """The status in a run's summary.json, None if it is lost. Raises `InputError` where it has a wrong field."""
+    try:
+        return (schema.read_summary(folder / "summary.json") or {}).get("status")
+    except schema.Unreadable:
+        return None
 
 
 def first_config(folder: Path) -> dict | None:
-    """What a run was started with: its config.json or, where that was lost, what its checkpoint holds of it."""
+    """What a run was started with: its config.json or, where that was lost, what its checkpoint holds of it.
+
+    Raises `InputError` where config.json has a wrong field."""
     config = read_config(folder)
     for name in CHECKPOINTS if config is None else ():
         try:
@@ -166,7 +171,8 @@ def load_state(path: Path) -> dict:
     """A checkpoint, on the CPU, as plain data only.
 
     It is read whole before it is parsed, which tells a file that cannot be read now (`OSError`, or `MemoryError` for
-    want of memory) from a damaged one, which can make torch raise nearly anything: here always `ValueError`.
+    want of memory) from a damaged one, which can make torch raise nearly anything: here always `ValueError`. A file that
+    is whole and has a wrong field raises `InputError`.
     """
     with files.open_regular(path) as f:
         content = f.read()
@@ -177,9 +183,7 @@ def load_state(path: Path) -> dict:
         if asked is not None and asked <= len(content):  # a damaged file may ask for any amount
             raise MemoryError("not enough memory") from e
         raise ValueError(why(e)) from e
-    if not isinstance(state, dict) or "step" not in state:
-        raise ValueError("not a checkpoint of this tool")
-    return state
+    return schema.check_state(state, path)
 
 
 class Record:
@@ -202,11 +206,11 @@ class Record:
         self.last_is_good = True  # last.ckpt, if there is one, is worth keeping as previous.ckpt
         self.writer = self.lock_file = self.thread_hook = None
 
-    def claim(self, resume: bool) -> str | None:
+    def claim(self, resume: bool, check: Callable[[dict, Path], None] = lambda *_: None) -> str | None:
         """Create the folder, or with `resume` take the one that is there, and lock it. On rank 0 alone.
 
-        Returns the name of the checkpoint to go on from, None for a start at step 0. Raises `InputError` if the folder
-        is there without `resume`, is in use by another process, or cannot be created, and as `choose` does.
+        Returns the name of the checkpoint to go on from, None for a start at step 0; `check` is that of `choose`. Raises
+        `InputError` if the folder is there without `resume`, is in use by another process, or cannot be created, and as `choose` does.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=resume)
@@ -218,27 +222,32 @@ class Record:
             ) from None
         except OSError as e:
             raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be written ({e.strerror})") from e
-        return self.choose() if resume else None
+        return self.choose(check) if resume else None
 
-    def choose(self) -> str | None:
-        """The checkpoint to go on from: the newest that is whole and whose events are all there. None if there is none.
+    def choose(self, check: Callable[[dict, Path], None]) -> str | None:
+        """The checkpoint to go on from: the newest that is whole and right and whose events are all there. None if there
+        is none, or all are damaged.
 
-        Raises `InputError` where one cannot be read just now, or where events are lost that no checkpoint can do
-        without: starting anew would delete what is there.
+        `check(state, path)` raises `InputError` unless a checkpoint's content is of this run. Raises `InputError` where
+        one cannot be read just now and, if no other can go on, where one has a wrong field or has lost events: starting
+        anew would delete what is there.
         """
         wrong, lost = None, None
         for name in CHECKPOINTS:
             path = self.folder / name
             try:
-                here, wanted = self.event_sizes(), load_state(path)["events"]
+                here, state = self.event_sizes(), load_state(path)
+                check(state, path)
             except FileNotFoundError:
                 continue
+            except InputError as e:
+                wrong = lost = f"{e}" if str(path) in str(e) else f"{path}: {e}"
             except (OSError, MemoryError) as e:
                 raise InputError(f"--resume: {path} cannot be read ({why(e)}); nothing was changed") from e
             except Exception as e:  # a damaged file can make torch raise nearly anything
                 wrong = f"{path} is damaged ({why(e)})"
             else:
-                short = [file for file, size in wanted.items() if here.get(file, 0) < size]
+                short = [file for file, size in state["events"].items() if here.get(file, 0) < size]
                 if not short:
                     self.last_is_good = name == "last.ckpt"
                     return name

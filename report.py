@@ -352,12 +352,15 @@ def one_page(page: Page, run: Run, look: Look) -> None:
 
 
 def full(
-    page: Page, runs: list[Run], reference: list[Run], look: Look, margins: dict[str, float]
+    page: Page, runs: list[Run], reference: list[Run], look: Look, margins: dict[str, float], left_out: list[str]
 ) -> list[tuple[str, findings.Result]]:
-    """The report on many runs; returns its verdicts."""
+    """The report on many runs; returns its verdicts. `left_out` are the runs that cannot be read, and why."""
     settings = results.settings(runs)
     page.heading(1, "Label noise and SGD: figures and findings")
     write_state(page, runs)
+    if left_out:
+        page.text(f"{len(left_out)} more cannot be read and are left out:")
+        page.bullets(left_out)
     page.heading(2, "Findings")
     judged = judge(settings, margins, tuned=False)
     write_findings(page, judged)
@@ -436,7 +439,13 @@ def run(args) -> int:
             raise InputError(
                 f"--{name} {path}: {'is a file, not a folder' if name == 'out' else 'the name must end in .npz'}"
             )
-    runs = results.load(args.paths)
+    left_out: list[str] = []
+    runs = results.load(args.paths, left_out=left_out)
+    if not runs:
+        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
+    for line in left_out:
+        print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
     reference = results.read_curves(Path(args.reference)) if args.reference else []
     if args.export:
         results.export(runs, Path(args.export))
@@ -453,7 +462,7 @@ def run(args) -> int:
         page.write(runs[0].name)
     else:
         margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
-        for setting, result in full(page, runs, reference, look, margins):
+        for setting, result in full(page, runs, reference, look, margins, left_out):
             print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
         page.write("Label noise and SGD")
     print(f"-> {Path(args.out) / 'report.md'}, report.html")

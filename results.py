@@ -9,7 +9,6 @@ import io
 import json
 import math
 import struct
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 import files
 import options
+import schema
 from data import InputError
 from findings import Cell, Row
 
@@ -139,23 +139,12 @@ def as_series(points: dict[int, float]) -> Series:
     return steps, np.array([points[s] for s in steps.tolist()], dtype=np.float64)
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file, {} where there is none. Raises `InputError` where it cannot be read."""
-    try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from e
-
-
 def read_folder(folder: Path) -> Run:
-    """A run from its folder. Raises `InputError` where config.json or summary.json cannot be read."""
-    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    opts = vars(options.parser().parse_args([])) | config.get("options", {})
+    """A run from its folder. Raises `InputError` where config.json or summary.json is damaged or has a wrong field."""
+    config, summary = schema.read_config(folder / "config.json"), schema.read_summary(folder / "summary.json") or {}
+    if config is None:
+        raise InputError(f"{folder}: no config.json in it")
+    opts = vars(options.parser().parse_args([])) | config["options"]
     opts["model"] = opts["model"] or "resnet18"
     opts["noise"] = config.get("noise", {}).get("nominal", opts["noise"])  # a file's noise has no --noise
     return Run(
@@ -173,17 +162,17 @@ def is_run(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def load(paths: list[str], progress: bool = True) -> list[Run]:
+def load(paths: list[str], progress: bool = True, left_out: list[str] | None = None) -> list[Run]:
     """Every run found in `paths`: folders of runs, single runs' folders, exported files (.npz), report curves (.csv).
 
     Of two runs with the same name and options the one further on counts, a folder before a file. Raises `InputError` for a path
-    that is none of these.
+    that is none of these. A run that cannot be read is added to `left_out`, as "NAME: reason"; without it, it raises too.
     """
     runs: list[Run] = []
     folders: list[Path] = []
     for path in map(Path, paths):
         if path.suffix == ".npz" and path.is_file():
-            runs += read_export(path)
+            runs += read_export(path, left_out)
         elif path.suffix == ".csv" and path.is_file():
             runs += read_curves(path)
         elif path.is_dir():
@@ -194,7 +183,12 @@ def load(paths: list[str], progress: bool = True) -> list[Run]:
         else:
             raise InputError(f"{path}: neither a folder of runs nor an exported .npz nor a .csv of curves")
     for folder in tqdm(folders, unit="run", desc="reading", disable=not progress or len(folders) < 4):
-        runs.append(read_folder(folder))
+        try:
+            runs.append(read_folder(folder))
+        except InputError as e:
+            if left_out is None:
+                raise
+            left_out.append(f"{folder.name}: {e}")
     best: dict[tuple, Run] = {}
     for run in runs:
         what = (run.name, run.setting, run.cell, run.seed, run.budget, run.length, run.fake)
@@ -250,28 +244,46 @@ def export(runs: list[Run], path: Path) -> None:
         raise InputError(f"--export {path}: cannot be written ({e.strerror})") from e
 
 
-def read_export(path: Path) -> list[Run]:
-    """The runs of an exported file. Raises `InputError` where it is not one."""
+def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
+    """The runs of an exported file, without points that are not finite. Raises `InputError` where it is not one.
+
+    A run with a wrong field is added to `left_out`, as "NAME: reason"; without it, it raises too.
+    """
     try:
         with np.load(path, allow_pickle=False) as z:
-            listed = json.loads(z["runs"].tobytes())
-            if listed["format"] != FORMAT:
-                raise ValueError(f"format '{listed['format']}', not '{FORMAT}'")
+            listed = schema.parse(z["runs"].tobytes(), path)
             values = z["values"].astype(np.float64)
-            grids = {k: np.cumsum(z[k].astype(np.int64)) for k in z.files if k.startswith("steps_")}
-        return [
-            Run(
-                **{k: about[k] for k in ("name", "resolved", "summary", "versions")},
-                options=vars(options.parser().parse_args([])) | about["options"],  # also those that are newer than it
-                series={tag: (grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]},
-                source=str(path),
-            )
-            for about in listed["runs"]
-        ]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as e:
+            grids = {k: schema.check_steps(k, z[k], path) for k in z.files if k.startswith("steps_")}
+        if listed.get("format") != FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
+            raise ValueError(f"format {schema.shown(listed.get('format'))}, not '{FORMAT}'")
+    except InputError:
+        raise
+    except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything
         raise InputError(
             f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
         ) from e
+    runs = []
+    for about in listed["runs"]:
+        try:
+            schema.check_exported(about, grids, len(values), path)
+        except InputError as e:
+            if left_out is None:
+                raise
+            name = about.get("name") if isinstance(about, dict) else None
+            left_out.append(f"{name if isinstance(name, str) else 'a run without a name'}: {e}")
+            continue
+        series = {tag: finite(grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]}
+        # also the options that are newer than the file
+        opts = vars(options.parser().parse_args([])) | about["options"]
+        fields = {k: about[k] for k in ("name", "resolved", "summary", "versions")}
+        runs.append(Run(**fields, options=opts, series=series, source=str(path)))
+    return runs
+
+
+def finite(steps: np.ndarray, values: np.ndarray) -> Series:
+    """A series without its points that are not finite."""
+    kept = np.isfinite(values)
+    return steps[kept], values[kept]
 
 
 # ----------------------------------------------------------------------------------------------- the report's curves

@@ -34,13 +34,14 @@ import metrics
 import noise
 import noisefile
 import options
+import schema
 import sources
 from data import Batch, Images, InputError
 from hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from interrupts import Interrupted, Signals, say_ended
 from job import Job, checkpoint, prepare, restore
 from measure import EVAL_BATCH, forward
-from record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_json, why
+from record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
 from schedules import schedule
 from summary import announce, describe, print_table, summarize
 
@@ -278,13 +279,14 @@ def check_labels(config: dict, ledger: dict, folder: Path) -> None:
         raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
 
 
-def load_everywhere(fabric, path: Path) -> dict:
-    """A checkpoint on every process; where one of them cannot read it, all raise `InputError`."""
+def load_everywhere(fabric, path: Path, check) -> dict:
+    """A checkpoint on every process; where one of them cannot read it, or finds a wrong field, all raise `InputError`."""
     state, reason = None, "by another process"
     try:
         state = load_state(path)
+        check(state, path)
     except Exception as e:  # rank 0 has read it once: now it cannot be read here
-        reason = f"({why(e)})"
+        state, reason = None, f"({why(e)})"
     if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
         raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
     return state
@@ -321,17 +323,23 @@ def run(args, signals: Signals) -> int:
         job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
 
+    def check(state: dict, path: Path) -> None:
+        """Raise `InputError` unless a checkpoint's content is of this run."""
+        options.continue_from(args, state["config"])
+        check_labels(state["config"], ledger, folder)
+        schema.check_fits(state, job, path)
+
     def claim() -> tuple[str | None, dict | None, str | None]:
         """The checkpoint, the config.json and the status of the run, all read under its lock."""
-        saved = record.claim(args.resume)
-        return saved, read_config(folder), (read_json(folder / "summary.json") or {}).get("status")
+        saved = record.claim(args.resume, check)
+        return saved, read_config(folder), read_status(folder)
 
     signals.hold()  # from here on there is a folder, and a run that can be saved
     saved, now, ended = on_rank_zero(fabric, claim)
-    state = load_everywhere(fabric, folder / saved) if saved else {}
-    for config in filter(None, (now, state.get("config"))):  # config.json may be lost, or have changed since
-        options.continue_from(args, config)
-        check_labels(config, ledger, folder)
+    state = load_everywhere(fabric, folder / saved, check) if saved else {}
+    if now:  # it may have changed since
+        options.continue_from(args, now)
+        check_labels(now, ledger, folder)
     earlier = now or state.get("config") or {}
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
         record.say(

@@ -1,0 +1,420 @@
+"""What config.json, summary.json, a checkpoint and an exported run may hold: names, types, ranges, checked once, at the door.
+
+Everything that reads a run goes through here: `--resume`, sweeps and reports. Behind it fields are used without further
+checks. Unknown fields and options are let through, for a newer version may have written them. The types and ranges of
+options are those of train.py's parser.
+
+A message names the file and the field: `runs/a/config.json: options.bs is a list, not a whole number from 1 to 2^31`.
+"""
+
+import argparse
+import fnmatch
+import functools
+import json
+import re
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import options
+from data import InputError
+from metrics import MOMENTS
+
+LARGEST_FILE = 64 * 2**20  # bytes of a JSON file; a config.json of 200 classes has 2 MB
+DEEPEST = 32  # levels of nesting, ours have 4
+LARGEST_INT = 2**63 - 1
+LARGEST_FLOAT = sys.float_info.max
+STATUSES = ("running", "finished", "stopped", "failed")
+EVENTS = "events.out.tfevents.*"
+
+
+class Unreadable(InputError):
+    """The bytes are not what the file should hold at all: cut off, overwritten, another program's, not to be read.
+
+    A plain `InputError` is a file that is whole and has a wrong field.
+    """
+
+
+# -------------------------------------------------------------------------------------------------------------- kinds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a field may be. `what` completes "FIELD is VALUE, not ..."."""
+
+    what: str
+    holds: Callable[[object], bool]
+
+
+def whole(low: int = 0, high: int = LARGEST_INT) -> Kind:
+    limit = "" if high == LARGEST_INT else f" to {high}"
+    return Kind(f"a whole number from {low}{limit}", lambda v: type(v) is int and low <= v <= high)
+
+
+def real(low: float = -LARGEST_FLOAT, high: float = LARGEST_FLOAT, what: str = "a finite number") -> Kind:
+    return Kind(what, lambda v: type(v) in (int, float) and low <= v <= high)  # false for NaN
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.what} or null", lambda v: v is None or kind.holds(v))
+
+
+def list_of(kind: Kind, what: str, most: int | None = None) -> Kind:
+    def holds(v: object) -> bool:
+        return isinstance(v, list) and (most is None or len(v) <= most) and all(map(kind.holds, v))
+
+    return Kind(what, holds)
+
+
+def mapping_of(kind: Kind, what: str, names: Callable[[str], bool] = lambda _: True) -> Kind:
+    def holds(v: object) -> bool:
+        return isinstance(v, dict) and all(isinstance(k, str) and names(k) and kind.holds(x) for k, x in v.items())
+
+    return Kind(what, holds)
+
+
+def is_event_file(name: str) -> bool:
+    """Whether this is the name of an event file within the run's folder, and no path to elsewhere."""
+    return fnmatch.fnmatchcase(name, EVENTS) and not set(name) & set("/\\\0")
+
+
+def is_folder_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\0")
+
+
+def is_moments(row: object) -> bool:
+    """Whether this is one full measurement's row of the window; its numbers may be undefined."""
+    return isinstance(row, list) and len(row) == len(MOMENTS) and all(isinstance(x, float) for x in row)
+
+
+text = Kind("text", lambda v: isinstance(v, str) and "\0" not in v)
+share = real(0, 1, "a number from 0 to 1")
+not_negative = real(0, what="a number from 0")
+seconds = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
+several_seconds = mapping_of(seconds, "an object of numbers of seconds")
+scalars = mapping_of(Kind("", lambda v: v is None or isinstance(v, (bool, int, float, str))), "an object of plain values")
+an_object = Kind("an object", lambda v: isinstance(v, dict))
+
+RESOLVED = {
+    "device": text,
+    "world_size": whole(1),
+    "sched_steps": whole(1),
+    "steps_per_epoch": whole(1),
+    "total_steps": whole(1),
+    "parameters": whole(1),
+    "classes": list_of(text, "a list of names"),
+    "train_examples": whole(1),
+    "val_examples": whole(),
+    "test_examples": whole(),
+}
+NOISE = {"type": text, "nominal": share, "realised": share, "labels_sha256": text}
+VERSIONS = mapping_of(optional(text), "an object of version numbers as text")
+CONFIG = {
+    "resolved": RESOLVED,
+    "noise": NOISE,
+    "versions": VERSIONS,
+    "segments": list_of(scalars, "a list of objects of plain values"),
+}
+SUMMARY = {
+    "status": Kind(f"one of {', '.join(STATUSES)}", lambda v: isinstance(v, str) and v in STATUSES),
+    "reason": optional(text),
+    **dict.fromkeys(("val_acc", "best_val_acc", "test_acc", "train_acc_noisy"), optional(share)),
+    **dict.fromkeys(("steps", "examples", "not_resolved", "half_memorized_step"), optional(whole())),
+    **dict.fromkeys(("seconds", "images_per_second", "peak_memory_mb"), optional(not_negative)),
+    **dict.fromkeys(("measure_share", "measure_share_counted"), optional(not_negative)),
+    "measure_seconds": several_seconds,
+    "fast_gradient": scalars,
+}
+STATE = {  # of a checkpoint; all are required
+    "step": whole(),
+    "best_val_acc": share,
+    "seconds": seconds,
+    "steps_seconds": seconds,
+    "steps_images": whole(),
+    "window": list_of(Kind("", is_moments), f"a list of lists of {len(MOMENTS)} numbers"),
+    "not_resolved": whole(),
+    "half_memorized_step": optional(whole()),
+    "measure_seconds": several_seconds,
+    "latest": mapping_of(real(), "an object of finite numbers"),
+    "recent_noisy": list_of(share, "a list of at most ten numbers from 0 to 1", 10),
+    "events": mapping_of(whole(), "an object of event files' names in the folder and their sizes", is_event_file),
+    "model": mapping_of(Kind("", lambda v: isinstance(v, Tensor)), "an object of tensors"),
+    "optimizer": an_object,
+    "config": an_object,
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def shown(value: object) -> str:
+    """A wrong value for a message: a number or a text, shortened, and only the kind of anything longer."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
+    if value is None:
+        return "null"
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        return "a number of more than 64 bits"
+    if isinstance(value, (bool, int, float, str)):
+        spelled = repr(value if not isinstance(value, str) else value[:80])
+        return spelled if not isinstance(value, str) or len(value) <= 80 else spelled + "..."
+    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
+
+
+def wrong(where: object, field: str, value: object, what: str) -> InputError:
+    return InputError(f"{where}: {field[:200]} is {shown(value)}, not {what}")
+
+
+def check_fields(content: dict, table: dict, where: object, prefix: str = "", required=()) -> None:
+    """Raise `InputError` at the first field of `content` that is not of its kind in `table` (a kind, or a table)."""
+    for name in required:
+        if name not in content:
+            raise InputError(f"{where}: {prefix}{name} is missing")
+    for name, kind in table.items():
+        if name not in content:
+            continue
+        value = content[name]
+        if isinstance(kind, dict):
+            if not isinstance(value, dict):
+                raise wrong(where, prefix + name, value, "an object")
+            check_fields(value, kind, where, f"{prefix}{name}.")
+        elif not kind.holds(value):
+            raise wrong(where, prefix + name, value, kind.what)
+
+
+def check_plain(content: dict, where: object) -> None:
+    """Raise `InputError` where `content` nests too deep or holds a number that is not finite or beyond 64 bits."""
+    left: list[tuple[object, str, int]] = [(content, "", 0)]
+    while left:
+        container, field, depth = left.pop()
+        if depth > DEEPEST:
+            raise InputError(f"{where}: {field[:80]}... nests deeper than {DEEPEST} levels")
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, (dict, list)):
+                left.append((value, f"{field}.{key}" if field else str(key), depth + 1))
+            elif isinstance(value, float) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
+                raise wrong(where, f"{field}.{key}" if field else str(key), value, "a finite number")
+            elif isinstance(value, int) and not -LARGEST_INT <= value <= LARGEST_INT:
+                raise wrong(where, f"{field}.{key}" if field else str(key), value, "a number of at most 64 bits")
+
+
+@functools.cache
+def option_actions() -> dict[str, argparse.Action]:
+    """train.py's options by the name that config.json has for them."""
+    return {a.dest: a for a in options.parser()._actions if a.dest != "help"}
+
+
+def option_problem(action: argparse.Action, value: object) -> str | None:
+    """What a value of an option should have been, None if it is right.
+
+    Values are as resolved: None where the default is None, and Fabric's own options may have the text of a command line.
+    """
+    if value is None and action.default is None:
+        return None
+    if action.nargs == 0:
+        return None if isinstance(value, bool) else "true or false"
+    known = action.choices or options.KNOWN.get(action.dest)
+    if known:
+        return None if isinstance(value, str) and value in known else f"one of {', '.join(known)}"
+    if action.dest in options.FABRIC and isinstance(value, str):  # devices, num_nodes
+        return None if re.fullmatch(r"auto|[0-9]{1,4}(,[0-9]{1,4})*,?", value) else "a number or a list of devices"
+    if action.type in (None, options.path):
+        return None if text.holds(value) else "text"
+    try:
+        read = action.type(value if isinstance(value, str) else repr(value) if type(value) in (int, float) else "")
+    except argparse.ArgumentTypeError as e:
+        return str(e).rpartition(" is not ")[2]
+    return None if isinstance(read, str) == isinstance(value, str) else "a number"
+
+
+def check_options(given: object, where: object) -> None:
+    """Raise `InputError` at the first option whose value train.py's parser could not have made."""
+    if not isinstance(given, dict):
+        raise wrong(where, "options", given, "an object")
+    for name, action in option_actions().items():
+        should = option_problem(action, given[name]) if name in given else None
+        if should:
+            raise wrong(where, f"options.{name}", given[name], should)
+
+
+def check_config(config: dict, where: object, resume: bool = False) -> dict:
+    """`config` if it is config.json's content, of which `resume` needs more. Raises `InputError`."""
+    check_plain(config, where)
+    if "options" not in config:
+        raise Unreadable(f"{where}: options is missing")
+    check_options(config["options"], where)
+    check_fields(config, CONFIG, where, required=("noise",) if resume else ())
+    if resume:
+        check_fields(config["noise"], {}, where, "noise.", ("labels_sha256",))
+    return config
+
+
+# --------------------------------------------------------------------------------------------------------- JSON files
+
+
+def parse(data: bytes, where: object) -> dict:
+    """The JSON object in some bytes. Raises `Unreadable`, and `InputError` for an object that nobody could use."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = next(k for i, (k, _) in enumerate(pairs) if any(k == other for other, _ in pairs[:i]))
+            raise InputError(f"{where}: {shown(twice)} is there twice")
+        return content
+
+    try:
+        content = json.loads(data.decode(), object_pairs_hook=unique)
+    except InputError:
+        raise
+    except RecursionError:
+        raise InputError(f"{where}: nests deeper than {DEEPEST} levels") from None
+    except ValueError as e:
+        raise Unreadable(f"{where}: not JSON ({str(e).splitlines()[0][:200]})") from e
+    if not isinstance(content, dict):
+        raise Unreadable(f"{where}: not a JSON object")
+    check_plain(content, where)
+    return content
+
+
+def read_json(path: Path) -> dict | None:
+    """The JSON object in a file, None where there is no file. Raises as `parse` does."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # a pipe would be waited for
+            raise Unreadable(f"{path}: not a regular file")
+        if about.st_size > LARGEST_FILE:
+            raise InputError(f"{path}: larger than {LARGEST_FILE >> 20} MB")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise Unreadable(f"{path}: cannot be read ({e.strerror})") from e
+    return parse(data, path)
+
+
+def read_config(path: Path, resume: bool = False) -> dict | None:
+    """A config.json, checked; None where there is none. Raises `Unreadable` or `InputError`."""
+    config = read_json(path)
+    return None if config is None else check_config(config, path, resume)
+
+
+def read_summary(path: Path) -> dict | None:
+    """A summary.json, checked; None where there is none. Raises `Unreadable` or `InputError`."""
+    summary = read_json(path)
+    if summary is not None:
+        check_fields(summary, SUMMARY, path)
+    return summary
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def check_state(state: object, where: object) -> dict:
+    """A checkpoint's content, its `config` as plain JSON. Raises `InputError`.
+
+    Everything but whether it is of the run that goes on (`check_fits`).
+    """
+    if not isinstance(state, dict):
+        raise wrong(where, "the content", state, "a checkpoint of this tool")
+    check_fields(state, STATE, where, required=STATE)
+    if not share.holds(state["latest"].get("val/acc")):  # it is measured before the first checkpoint
+        raise wrong(where, "latest.val/acc", state["latest"].get("val/acc"), share.what)
+    try:
+        config = parse(json.dumps(state["config"]).encode(), f"{where}: config")
+    except (TypeError, ValueError, RecursionError) as e:
+        raise e if isinstance(e, InputError) else InputError(f"{where}: config is not plain values") from e
+    check_config(config, f"{where}: config", resume=True)
+    return state | {"config": config}
+
+
+def check_tensor(found: object, like: Tensor, where: object, field: str) -> None:
+    """Raise `InputError` unless `found` has the shape and dtype of `like` and finite values."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided:
+        raise wrong(where, field, found, "a dense tensor")
+    if found.shape != like.shape or found.dtype != like.dtype:
+        raise wrong(where, field, found, shown(like))
+    if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+        raise InputError(f"{where}: {field} has values that are not finite")
+
+
+def check_fits(state: dict, job, where: object) -> None:
+    """Raise `InputError` unless a checkpoint's content is of the run `job`: its length, network, optimizer and scaler."""
+    if state["step"] > job.total_steps:
+        raise wrong(where, "step", state["step"], f"within the run's {job.total_steps} steps")
+    own = job.module.state_dict()
+    for name in sorted(own.keys() ^ state["model"].keys()):
+        raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
+    for name, tensor in own.items():
+        check_tensor(state["model"][name], tensor, where, f"model.{name}")
+    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, f"{where}: optimizer")
+    if job.scaler:
+        scaler = job.scaler.state_dict()
+        positive = real(sys.float_info.min, what="a positive number")
+        table = dict.fromkeys(scaler, positive) | {"_growth_tracker": whole(), "growth_interval": whole(1)}
+        check_fields(state, {"scaler": table}, where, required=["scaler"] if scaler else [])
+        check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
+
+
+def check_optimizer(found: dict, own: dict, parameters: list[Tensor], where: object) -> None:
+    """Raise `InputError` unless `found` is the state of an optimizer like the one of `own`; rate and momentum may differ."""
+    check_fields(found, {"state": an_object}, where, required=("state", "param_groups"))
+    groups = found["param_groups"]
+    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
+        raise wrong(where, "param_groups", groups, "a list of one object")
+    (group,), (mine,) = groups, own["param_groups"]
+    check_fields(group, {"lr": not_negative, "momentum": not_negative}, where, "param_groups.0.", mine)
+    for name in mine.keys() - {"lr", "momentum"}:
+        if type(group[name]) is not type(mine[name]) or group[name] != mine[name]:
+            raise wrong(where, f"param_groups.0.{name}", group[name], shown(mine[name]))
+    for i in found["state"]:
+        if type(i) is not int or not 0 <= i < len(parameters):
+            raise InputError(f"{where}: state.{shown(i)} belongs to no parameter")
+    for i, parameter in enumerate(parameters):
+        entry, field = found["state"].get(i, {}), f"state.{i}"
+        if not isinstance(entry, dict) or entry.keys() - {"momentum_buffer"}:
+            raise wrong(where, field, entry, "an object with a momentum_buffer")
+        buffer = entry.get("momentum_buffer")
+        if buffer is not None or own["state"].get(i, {}).get("momentum_buffer") is not None:
+            check_tensor(buffer, parameter, where, f"{field}.momentum_buffer")
+
+
+# ------------------------------------------------------------------------------------------------------ exported runs
+
+
+def check_steps(name: str, apart: np.ndarray, where: object) -> np.ndarray:
+    """A grid of an exported file as steps (n,) int64, ascending from 0, of their differences. Raises `InputError`."""
+    if apart.ndim != 1 or apart.dtype.kind not in "iu" or apart.dtype.itemsize > 4:
+        raise InputError(f"{where}: {name[:80]} is no row of whole numbers of 32 bits")
+    if len(apart) and (apart[0] < 0 or (len(apart) > 1 and apart[1:].min() < 1)):
+        raise InputError(f"{where}: {name[:80]}: steps do not ascend from 0")
+    return np.cumsum(apart.astype(np.int64))
+
+
+def check_exported(about: object, grids: dict[str, np.ndarray], n_values: int, where: object) -> dict:
+    """One run of an exported file: config's and summary's fields, and series [tag, grid, first, n] within `grids` and
+    the file's `n_values` values. Raises `InputError`."""
+    if not isinstance(about, dict):
+        raise wrong(where, "a run", about, "an object")
+    check_fields(about, {"name": Kind("the name of a folder", is_folder_name)}, where, required=("name",))
+    where = f"{where}: {about['name'][:200]}"
+    tables = {"options": an_object, "resolved": RESOLVED, "summary": SUMMARY, "versions": VERSIONS}
+    check_plain(about, where)
+    check_fields(about, tables, where, required=(*tables, "series"))
+    check_options(about["options"], where)
+    tags = set()
+    for entry in about["series"] if isinstance(about["series"], list) else [about["series"]]:
+        if not isinstance(entry, list) or len(entry) != 4 or not isinstance(entry[0], str) or entry[0] in tags:
+            raise wrong(where, "series", entry, "a list of [tag, grid, first, n], each tag once")
+        tag, grid, first, n = entry
+        tags.add(tag)
+        if not all(map(whole().holds, (grid, first, n))) or f"steps_{grid}" not in grids:
+            raise wrong(where, f"series.{tag}", grid, "a grid, an offset and a length of this file")
+        if n != len(grids[f"steps_{grid}"]) or first + n > n_values:
+            raise InputError(f"{where}: series.{tag[:200]} reaches beyond its steps or values")
+    return about
