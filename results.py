@@ -8,10 +8,8 @@ import csv
 import io
 import json
 import math
-import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 import options
 from data import InputError
+from events import scalars
 from findings import Cell, Row
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
@@ -96,31 +95,6 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------- run folders
-
-
-def scalars(path: Path) -> Iterable[tuple[str, int, float]]:
-    """(tag, step, value) of every scalar in one event file, until its end or its first incomplete record.
-
-    Reads the records itself (length, checksum, protobuf, checksum): several times faster than tensorboard's loader,
-    which decodes every text and picture as well.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.util import tensor_util
-
-    blob = path.read_bytes()
-    at = 0
-    while at + 12 <= len(blob):
-        (size,) = struct.unpack_from("<Q", blob, at)
-        end = at + 12 + size + 4
-        if end > len(blob):  # still being written, or cut off
-            return
-        event = Event.FromString(blob[at + 12 : end - 4])
-        at = end
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                yield value.tag, event.step, value.simple_value
-            elif value.metadata.plugin_data.plugin_name == "scalars" and value.HasField("tensor"):
-                yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor).item())
 
 
 def read_events(folder: Path) -> dict[str, Series]:
