@@ -20,6 +20,7 @@ import options
 from data import InputError
 from events import scalars
 from findings import Cell, Row
+from outputs import whole_file
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
 # What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
@@ -191,7 +192,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def export(runs: list[Run], path: Path) -> None:
-    """Write the series of many runs into one compressed .npz without pickles, whole or not at all.
+    """Write the series of many runs into one compressed .npz without pickles, whole or not at all. Raises `CannotWrite`.
 
     `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
@@ -217,12 +218,8 @@ def export(runs: list[Run], path: Path) -> None:
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with whole_file(path, "--export") as temporary:
         temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
-    except OSError as e:
-        raise InputError(f"--export {path}: cannot be written ({e.strerror})") from e
 
 
 def read_export(path: Path) -> list[Run]:
