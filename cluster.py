@@ -3,7 +3,6 @@
 import os
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 
 from data import InputError
 from grids import Job
-from processes import LOGS, POLL, Progress, Stop, command, make_folder, note_failure, over, state, why
+from processes import LOGS, POLL, Progress, Stop, command, how_it_ended, make_folder, note_failure, over, state, why
 
 
 @dataclass
@@ -115,13 +114,13 @@ def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple
 
 def run_on_ray(
     queue: list[Job], runs: Path, where: Request, done: dict[str, list[dict]], skipped: int, again: set[str]
-) -> Counter:
+) -> tuple[dict[str, str], bool]:
     """Run jobs as tasks of a Ray cluster, whose machines see this code, this folder and RUNS under the same paths.
 
     Ray shows a run the GPUs that it has asked for, alone. A task whose machine is lost is given to another one, where
-    the run goes on from its last checkpoint. The first signal lets the runs save, the second kills them. Raises
-    `InputError` without Ray, where no cluster answers at the address ("local" starts one here), or where no node is
-    large enough.
+    the run goes on from its last checkpoint. The first signal lets the runs save, the second kills them. Returns what
+    `processes.run_here` does. Raises `InputError` without Ray, where no cluster answers at the address ("local" starts
+    one here), or where no node is large enough.
     """
     try:
         import ray
@@ -139,14 +138,14 @@ def run_on_ray(
     make_folder(runs)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
     task = ray.remote(work).options(num_cpus=threads * where.size, num_gpus=share, max_retries=where.retries)
-    queue, elsewhere, pending, ended, again = list(queue), [], {}, Counter(), set(again)
+    queue, elsewhere, pending, ended, again = list(queue), [], {}, {}, set(again)
     progress, cancelled = Progress(queue, skipped), 0
 
     def finish(job: Job, status: str, said: str) -> None:
-        ended[status] += 1
+        ended[job.name] = status
         progress.end(job, ended, len(pending))
         if status != "finished":
-            tqdm.write(f"{job.name}: {status}: {said}", file=sys.stderr)
+            tqdm.write(how_it_ended(job, status, said), file=sys.stderr)
 
     def submit(job: Job) -> None:
         status, said = state(runs, job, done)
@@ -204,6 +203,5 @@ def run_on_ray(
             if pending:
                 ray.wait(list(pending), num_returns=len(pending), timeout=60)
             raise
-        ended["interrupted"] = bool(stop.asked)
     progress.bar.close()
-    return ended
+    return ended, bool(stop.asked)

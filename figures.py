@@ -9,6 +9,7 @@ one standard deviation over seeds.
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 import findings
 import stats
+from markup import printable
 from results import Run, by, last, null_of, together
 
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
@@ -156,7 +158,8 @@ def panels(
 
 def headline(figure: Figure, title: str) -> None:
     """A title over the whole figure, in as many lines as its width asks for."""
-    figure.suptitle(textwrap.fill(title, int(10.5 * figure.get_figwidth())), fontsize=11)
+    lines = textwrap.fill(printable(title), int(10.5 * figure.get_figwidth()))
+    figure.suptitle(lines, fontsize=11, parse_math=False)  # a name may hold a $
 
 
 def short(x: float, _=None) -> str:
@@ -202,7 +205,8 @@ def other_modes(runs: list[Run], tag: str) -> str:
 
 
 def foot(figure: Figure, text: str) -> None:
-    figure.supxlabel(textwrap.fill(text, int(17 * figure.get_figwidth())), fontsize=7, color="0.35")
+    lines = textwrap.fill(printable(text), int(17 * figure.get_figwidth()))
+    figure.supxlabel(lines, fontsize=7, color="0.35", parse_math=False)
 
 
 def noise_title(noise: float) -> str:
@@ -547,7 +551,8 @@ def save(figure: Figure, stem: Path) -> None:
 
 def styled(make: Callable[..., Figure | None], *args, stem: Path, **kwargs) -> bool:
     """Make a figure in the common style and save it; whether there was anything to draw."""
-    with rc_context(STYLE):
+    with rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name in a script that the font lacks
         figure = make(*args, **kwargs)
         if figure is not None:
             save(figure, stem)

@@ -5,6 +5,7 @@ train.py's own parser decides what an option is, what it may be and what a run i
 
 import itertools
 import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import options
@@ -121,13 +122,28 @@ def without(names: tuple[str, ...], argv: list[str]) -> list[str]:
     return [w for before, w in zip(["", *argv], argv, strict=False) if w not in names and before not in names]
 
 
-def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ()) -> list[Job]:
+def axis_names(grids: Iterable[str], several: bool = False) -> set[str]:
+    """The options that grids have as axes, as their names in the parsed options; with `several` those of several values."""
+    words = (word.partition("=") for grid in grids for word in grid.split())
+    return {
+        key.strip("-").replace("-", "_")
+        for names, _, values in words
+        for key in names.split("+")
+        if not several or "," in values
+    }
+
+
+def expand(
+    grids: list[str], extra: list[str], said: str, seeds: list[str] = (), always: Collection[str] | None = None
+) -> list[Job]:
     """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
 
-    `seeds` set seed and noise seed alike, in place of an axis. Every run is checked by train.py's own parser before
-    any is started; raises `InputError`.
+    `seeds` set seed and noise seed alike, in place of an axis. A run's name has the options of `always` (every axis of
+    the grids, and the seeds) at their default too. Every run is checked by train.py's own parser before any is started;
+    raises `InputError`.
     """
     jobs: dict[str, Job] = {}
+    always = set(axis_names(grids) if always is None else always) | ({"seed", "noise_seed"} if seeds else set())
     length_given = any(word.split("=")[0] in SCHED_LENGTHS for word in extra)
     for grid in grids:
         alternatives = axes(grid, said)
@@ -143,6 +159,7 @@ def expand(grids: list[str], extra: list[str], said: str, seeds: list[str] = ())
                 args = options.parse(argv)
             except InputError as e:
                 raise InputError(f"{said}: {e}") from e
+            args.name = options.run_name(args, always)
             job = jobs.setdefault(args.name, Job(argv, args))
             other = options.differences(vars(job.args), vars(args))
             if other:

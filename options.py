@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from data import InputError
@@ -302,18 +303,28 @@ def noise_problems(args: argparse.Namespace) -> list[str]:
     return wrong
 
 
-def run_name(args: argparse.Namespace) -> str:
-    """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`."""
+def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
+    """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`.
+
+    Options of `always` are in it at their default too: `noise0`, `bs128`, `no-augment-off`; not one that has no value.
+    """
+    always = set(always) - set(PLACE)
+    args = argparse.Namespace(**vars(args))
+    if "noise" in always and args.noise is None and args.noise_type not in FROM_FILE:
+        args.noise = 0
+    if "sched_steps" in always and not (args.sched_epochs or args.sched_examples):
+        args.sched_steps = args.sched_steps or 5000
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
     defaults["image_size"] = 32  # of a folder
     parts = []
     for key, value in vars(args).items():
-        if key in PLACE or value in (None, defaults[key]) or (key == "noise" and value == 0):
+        default = value in (None, defaults[key]) or (key == "noise" and value == 0)
+        if key in PLACE or value is None or (default and key not in always):
             continue
         key = key.replace("_", "-")
-        if value is True:
-            parts.append(key)
+        if isinstance(value, bool):
+            parts.append(key if value else f"{key}-off")
         elif key == "dataset":
             parts.append(
                 Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
@@ -323,7 +334,8 @@ def run_name(args: argparse.Namespace) -> str:
             stem = path.parent.name if path.name == "noise.npz" else path.stem
             parts.append(f"{key}-{stem}-{path_hash(value)}")
         else:
-            parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{value}")
+            shown = f"{value:g}" if default and isinstance(value, float) else value
+            parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{shown}")
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)).lstrip("-") or "default"  # -x would be an option
     if len(name) > 180:  # file systems allow 255 bytes
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

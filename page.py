@@ -2,14 +2,18 @@
 
 import base64
 import html
-import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from markup import literal, no_block, printable, to_html, to_markdown
 
 
 @dataclass
 class Page:
-    """A report under construction: headings, paragraphs, lists, tables and figures, for Markdown and HTML alike."""
+    """A report under construction: headings, paragraphs, lists, tables and figures, for Markdown and HTML alike.
+
+    Paragraphs, items and cells may hold **bold** and `code`; all other text is shown as it is, see `markup`.
+    """
 
     out: Path
 
@@ -18,24 +22,22 @@ class Page:
         self.html: list[str] = []
 
     def heading(self, level: int, text: str) -> None:
-        self.markdown.append(f"{'#' * level} {text}")
-        self.html.append(f"<h{level}>{html.escape(text)}</h{level}>")
+        self.markdown.append(f"{'#' * level} {to_markdown(literal(text))}")
+        self.html.append(f"<h{level}>{html.escape(printable(text))}</h{level}>")
 
     def text(self, text: str) -> None:
-        self.markdown.append(text)
-        self.html.append(f"<p>{inline(text)}</p>")
+        self.markdown.append(no_block(to_markdown(text)))
+        self.html.append(f"<p>{to_html(text)}</p>")
 
     def bullets(self, items: list[str]) -> None:
-        self.markdown.append("\n".join(f"- {item}" for item in items))
-        self.html.append("<ul>" + "".join(f"<li>{inline(item)}</li>" for item in items) + "</ul>")
+        self.markdown.append("\n".join(f"- {no_block(to_markdown(item))}" for item in items))
+        self.html.append("<ul>" + "".join(f"<li>{to_html(item)}</li>" for item in items) + "</ul>")
 
     def table(self, header: list[str], rows: list[list[str]]) -> None:
         lines = [header, ["---"] * len(header), *rows]
-        self.markdown.append(
-            "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        )
+        self.markdown.append("\n".join("| " + " | ".join(to_markdown(cell) for cell in line) + " |" for line in lines))
         head, *body = (
-            "".join(f"<{t}>{inline(cell)}</{t}>" for cell in line)
+            "".join(f"<{t}>{to_html(cell)}</{t}>" for cell in line)
             for t, line in [("th", header), *(("td", r) for r in rows)]
         )
         self.html.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in body) + "</table>")
@@ -43,23 +45,17 @@ class Page:
     def figure(self, stem: str, caption: str) -> None:
         """A figure that `styled` has saved as STEM.png and STEM.svg."""
         image = base64.b64encode((self.out / f"{stem}.png").read_bytes()).decode()
-        self.markdown.append(f"![{caption}]({stem}.png)")
-        self.html.append(f'<p><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}"></p>')
+        self.markdown.append(f"![{to_markdown(literal(caption))}]({stem}.png)")
+        self.html.append(f'<p><img alt="{html.escape(printable(caption))}" src="data:image/png;base64,{image}"></p>')
 
     def write(self, title: str) -> None:
         style = (
             "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}img{max-width:100%}"
             "table{border-collapse:collapse;font-size:13px}td,th{border:1px solid #ccc;padding:.25em .6em;text-align:left}"
         )
-        (self.out / "report.md").write_text("\n\n".join(self.markdown) + "\n")
+        (self.out / "report.md").write_text("\n\n".join(self.markdown) + "\n", encoding="utf-8")
         (self.out / "report.html").write_text(
-            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-            f"<style>{style}</style>\n" + "\n".join(self.html) + "\n</html>\n"
+            f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(printable(title))}</title>'
+            f"<style>{style}</style>\n" + "\n".join(self.html) + "\n</html>\n",
+            encoding="utf-8",
         )
-
-
-def inline(text: str) -> str:
-    """Markdown's bold and code as HTML."""
-    return re.sub(
-        r"`([^`]+)`", r"<code>\1</code>", re.sub(r"\*\*([^*]+)\*\*", r"<b>\1</b>", html.escape(text, quote=False))
-    )

@@ -100,7 +100,8 @@ def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
     if listed:
         return "finished", "in a file of results"
     try:
-        return "failed", (runs / LOGS / f"{job.name}.failed").read_text(errors="replace").strip()
+        reason = (runs / LOGS / f"{job.name}.failed").read_text(errors="replace").strip()
+        return "failed", reason or "no reason given"
     except OSError:
         return "waiting", ""
 
@@ -139,6 +140,11 @@ def note_failure(runs: Path, name: str, reason: str) -> None:
     """Remember the failure of a run that has no folder to say so itself."""
     if not (runs / name).is_dir():
         (runs / LOGS / f"{name}.failed").write_text(reason + "\n")
+
+
+def how_it_ended(job: Job, status: str, said: str) -> str:
+    """One line on a run that did not finish."""
+    return f"{job.name}: {status}: {said}" if said else f"{job.name}: {status}"
 
 
 def make_folder(runs: Path) -> None:
@@ -185,15 +191,17 @@ class Progress:
             bar_format="{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
         )
         self.left, self.done, self.began = sum(j.work for j in jobs), 0.0, time.monotonic()
-        self.show(Counter(), 0)
+        self.show({}, 0)
 
-    def end(self, job: Job, counts: Counter, running: int) -> None:
+    def end(self, job: Job, ended: dict[str, str], running: int) -> None:
         self.left -= job.work
         self.done += job.work
         self.bar.update()
-        self.show(counts, running)
+        self.show(ended, running)
 
-    def show(self, counts: Counter, running: int) -> None:
+    def show(self, ended: dict[str, str], running: int) -> None:
+        """`ended`: how each run that ended did so, by name."""
+        counts = Counter(ended.values())
         left = (time.monotonic() - self.began) * self.left / self.done if self.done else None
         words = [f"{running} running"] + [f"{n} {s}" for s, n in counts.items() if s != "finished"]
         words.append(f"about {left / 60:.0f} min left" if left is not None else "time left unknown")
@@ -208,22 +216,24 @@ def run_here(
     done: dict[str, list[dict]],
     skipped: int,
     again: set[str],
-) -> Counter:
-    """Run jobs as processes, one in each slot (GPUs, or None for the CPU); returns how they ended.
+) -> tuple[dict[str, str], bool]:
+    """Run jobs as processes, one in each slot (GPUs, or None for the CPU).
+
+    Returns: how each run that ended did so, by name (a run that was not started is not in it), and whether a signal came.
 
     A run that another process holds is waited for and looked at again. The first signal is passed on to the
     children, which save; the second kills them. Raises `InputError` if RUNS cannot be written.
     """
     make_folder(runs)
-    queue, elsewhere, active, ended, again = list(queue), [], {}, Counter(), set(again)
+    queue, elsewhere, active, ended, again = list(queue), [], {}, {}, set(again)
     free, passed_on = list(slots), 0
     progress = Progress(queue, skipped)
 
     def finish(job: Job, status: str, said: str) -> None:
-        ended[status] += 1
+        ended[job.name] = status
         progress.end(job, ended, len(active))
         if status != "finished":
-            tqdm.write(f"{job.name}: {status}: {said}", file=sys.stderr)
+            tqdm.write(how_it_ended(job, status, said), file=sys.stderr)
 
     def start(job: Job) -> None:
         again.discard(job.name)
@@ -295,6 +305,5 @@ def run_here(
                         kill(process)
                 time.sleep(POLL)
             raise
-        ended["interrupted"] = bool(stop.asked)
     progress.bar.close()
-    return ended
+    return ended, bool(stop.asked)

@@ -19,6 +19,8 @@ import options
 import results
 from data import InputError
 from figures import Look, styled
+from markup import literal
+from outputs import CannotWrite, whole_folder
 from page import Page
 from results import Run, Setting, last
 
@@ -111,10 +113,10 @@ def write_state(page: Page, runs: list[Run]) -> None:
     if rest:
         table = [
             [
-                r.name,
-                str(r.summary.get("status", "no summary")),
-                str(r.summary.get("steps", "")),
-                str(r.summary.get("reason") or ""),
+                literal(r.name),
+                literal(r.summary.get("status", "no summary")),
+                literal(r.summary.get("steps", "")),
+                literal(r.summary.get("reason") or ""),
             ]
             for r in rest
         ]
@@ -337,7 +339,7 @@ def one_page(page: Page, run: Run, look: Look) -> None:
     """The report on a single run."""
     page.heading(1, run.name)
     said = run.summary
-    rows = [[k, f"{v:.4f}" if isinstance(v, float) else str(v)] for k, v in said.items() if v is not None]
+    rows = [[literal(k), f"{v:.4f}" if isinstance(v, float) else literal(v)] for k, v in said.items() if v is not None]
     page.table(["summary", ""], rows or [["status", "no summary.json"]])
     styled(figures.single, run, look, stem=page.out / "run")
     page.figure("run", run.name)
@@ -348,7 +350,7 @@ def one_page(page: Page, run: Run, look: Look) -> None:
         ["mean over the run", ""],
         [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()],
     )
-    page.table(["option", "value"], [[k, str(v)] for k, v in run.options.items()])
+    page.table(["option", "value"], [[literal(k), literal(v)] for k, v in run.options.items()])
 
 
 def full(
@@ -430,7 +432,7 @@ def parser() -> options.Parser:
 
 
 def run(args) -> int:
-    """Read, export, draw and judge. Raises `InputError`."""
+    """Read, export, draw and judge. Raises `InputError`, and `CannotWrite` where the disk refuses."""
     if not args.out and not args.export:
         raise InputError("--out: say where the report goes (or give --export FILE)")
     for name in ("out", "export"):
@@ -452,30 +454,29 @@ def run(args) -> int:
         print(f"{len(runs)} runs -> {args.export} ({Path(args.export).stat().st_size / 1e6:.2f} MB)")
     if not args.out:
         return 0
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {args.out}: cannot be made ({e.strerror})") from e
-    page, look = Page(Path(args.out)), Look(args.x, args.log_x, args.bands, reference)
-    if len(runs) == 1 and len(args.paths) == 1 and results.is_run(Path(args.paths[0])):
-        one_page(page, runs[0], look)
-        page.write(runs[0].name)
-    else:
-        margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
-        for setting, result in full(page, runs, reference, look, margins, left_out):
-            print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
-        page.write("Label noise and SGD")
+    look = Look(args.x, args.log_x, args.bands, reference)
+    with whole_folder(Path(args.out)) as folder:
+        page = Page(folder)
+        if len(runs) == 1 and len(args.paths) == 1 and results.is_run(Path(args.paths[0])):
+            one_page(page, runs[0], look)
+            page.write(runs[0].name)
+        else:
+            margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
+            for setting, result in full(page, runs, reference, look, margins, left_out):
+                print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
+            page.write("Label noise and SGD")
     print(f"-> {Path(args.out) / 'report.md'}, report.html")
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Bad input becomes one line and status 2."""
+    """Bad input becomes one line and status 2, results that cannot be written one line and status 1."""
+    options.show_anything()
     try:
         return run(parser().parse_args(argv))
-    except InputError as e:
+    except (InputError, CannotWrite) as e:
         print(f"report.py: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, CannotWrite) else 2
 
 
 if __name__ == "__main__":

@@ -8,20 +8,19 @@ import csv
 import io
 import json
 import math
-import struct
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-import files
 import options
 import schema
 from data import InputError
+from events import scalars
 from findings import Cell, Row
+from outputs import whole_file
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
 # What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
@@ -97,31 +96,6 @@ class Run:
 
 
 # ---------------------------------------------------------------------------------------------------- run folders
-
-
-def scalars(path: Path) -> Iterable[tuple[str, int, float]]:
-    """(tag, step, value) of every scalar in one event file, until its end or its first incomplete record.
-
-    Reads the records itself (length, checksum, protobuf, checksum): several times faster than tensorboard's loader,
-    which decodes every text and picture as well.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.util import tensor_util
-
-    blob = path.read_bytes()
-    at = 0
-    while at + 12 <= len(blob):
-        (size,) = struct.unpack_from("<Q", blob, at)
-        end = at + 12 + size + 4
-        if end > len(blob):  # still being written, or cut off
-            return
-        event = Event.FromString(blob[at + 12 : end - 4])
-        at = end
-        for value in event.summary.value:
-            if value.HasField("simple_value"):
-                yield value.tag, event.step, value.simple_value
-            elif value.metadata.plugin_data.plugin_name == "scalars" and value.HasField("tensor"):
-                yield value.tag, event.step, float(tensor_util.make_ndarray(value.tensor).item())
 
 
 def read_events(folder: Path) -> dict[str, Series]:
@@ -212,7 +186,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def export(runs: list[Run], path: Path) -> None:
-    """Write the series of many runs into one compressed .npz without pickles, whole or not at all.
+    """Write the series of many runs into one compressed .npz without pickles, whole or not at all. Raises `CannotWrite`.
 
     `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
@@ -238,10 +212,8 @@ def export(runs: list[Run], path: Path) -> None:
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
-    try:
-        files.replace(path, buffer.getvalue())
-    except OSError as e:
-        raise InputError(f"--export {path}: cannot be written ({e.strerror})") from e
+    with whole_file(path, "--export") as temporary:
+        temporary.write_bytes(buffer.getvalue())
 
 
 def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:

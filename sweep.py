@@ -3,7 +3,7 @@
     python sweep.py --preset quick                                          # about 15 minutes on two CPU cores
     python sweep.py --preset report --jobs 1 --seeds 0,1,2                  # the report's whole study
     python sweep.py --grid "noise=0,0.2,0.5 bs=16,64,256 sched=onecycle seed=0,1,2" --epochs 10
-    python sweep.py --preset report --status
+    python sweep.py --status --runs runs                                    # every sweep that was started in runs/
 
 Options that are not named here go to every run of train.py. A finished run is skipped, a stopped one resumed, a
 failed one reported and not repeated unless asked. Ctrl-C lets the running ones save, and stops.
@@ -19,8 +19,10 @@ import options
 import results
 from cluster import Request, run_on_ray
 from data import InputError
-from grids import PRESETS, REPORT_SIZES, Job, expand
+from grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
 from hardware import cores
+from joblist import find_earlier, read_jobs, write_jobs
+from outputs import CannotWrite
 from processes import STATES, command, over, run_here, state
 
 
@@ -39,7 +41,28 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
     grids = [
         g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids
     ]
-    return expand(grids, extra, f"--preset {args.preset}", seeds)
+    axes = axis_names((g for grids in parts.values() for g in grids), several=True)  # whatever the part: one run, one name
+    return expand(grids, extra, f"--preset {args.preset}", seeds, axes)
+
+
+def written_jobs(args, extra: list[str], runs: Path) -> list[Job]:
+    """The jobs of every sweep that was started in RUNS, for --status without a grid; says which. Raises `InputError`."""
+    given = {"--part": args.part, "--seeds": args.seeds, "--with-1024": args.with_1024, **dict.fromkeys(extra[:1], True)}
+    for option in (name for name, value in given.items() if value):
+        raise InputError(f"{option}: goes with --grid or --preset")
+    sweeps = read_jobs(runs)
+    if not sweeps:
+        raise InputError(f"--status: no sweep is written down in {runs}; give its --grid or --preset")
+    for sweep in sweeps:
+        print(f"# {sweep.started}  {sweep.command}")
+    return [job for sweep in sweeps for job in sweep.jobs]
+
+
+def tell_end(statuses: list[str], before: int) -> None:
+    """How many runs are in which state, all of them; `before`: how many of them had finished before."""
+    counts = Counter(statuses)
+    line = f"{counts['finished']} of {len(statuses)} runs finished" + f" ({before} of them before)" * (before > 0)
+    print(", ".join([line, *(f"{counts[s]} {s}" for s in STATES if counts[s] and s != "finished")]))
 
 
 def print_status(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> None:
@@ -76,7 +99,7 @@ def parser() -> options.Parser:
         prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False
     )
     g = p.add_argument_group("what to run")
-    what = g.add_mutually_exclusive_group(required=True)
+    what = g.add_mutually_exclusive_group()
     what.add_argument(
         "--preset", choices=list(PRESETS), help="; ".join(f"{k}: parts {', '.join(v)}" for k, v in PRESETS.items())
     )
@@ -114,7 +137,11 @@ def parser() -> options.Parser:
         action="store_true",
         help="print a command line for each run that is not finished, for job arrays",
     )
-    g.add_argument("--status", action="store_true", help="print a table of all runs")
+    g.add_argument(
+        "--status",
+        action="store_true",
+        help="print a table of all runs; without --grid or --preset of every sweep that was started in --runs",
+    )
     return p
 
 
@@ -127,10 +154,17 @@ def run(args, extra: list[str]) -> int:
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
-    jobs = jobs_of(args, extra)
+    if args.grid is None and args.preset is None:
+        if not args.status:
+            raise InputError("give --preset or --grid (--status alone shows the sweeps that were started in --runs)")
+        jobs = written_jobs(args, extra, runs)
+    else:
+        jobs = jobs_of(args, extra)
     done: dict[str, list[dict]] = {}
     for r in (r for path in args.done for r in results.read_export(Path(path)) if r.finished):
         done.setdefault(r.name, []).append(r.options)
+    find_earlier(jobs, runs, done)
+    jobs = list({job.name: job for job in jobs}.values())
     if args.status:
         print_status(jobs, runs, done)
         return 0
@@ -165,36 +199,37 @@ def run(args, extra: list[str]) -> int:
         print(f"# {len(queue)} of {len(jobs)} runs to do ({', '.join(f'{n} {s}' for s, n in counts.items())}), {where}")
         return 0
     skipped = len(jobs) - len(queue)
+    write_jobs(runs, jobs, args.words)
     if args.ray:
         if size > 1 and args.per_gpu > 1:
             raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {size} has whole GPUs")
         share = 0 if place.accelerator == "cpu" else size / args.per_gpu
         where = Request(args.ray, share, size, threads, args.jobs, args.retries)
-        ended = run_on_ray(queue, runs, where, done, skipped, again)
+        ended, interrupted = run_on_ray(queue, runs, where, done, skipped, again)
     else:
         slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
-        ended = run_here(queue, runs, slots, threads, done, skipped, again)
-    interrupted = ended.pop("interrupted")
-    before = Counter(states[name][0] for name in states.keys() - {job.name for job in queue})
-    failed = sum(counts[status] for counts in (before, ended) for status in ("failed", "other"))
-    unfinished = sum(n for status, n in ended.items() if status not in ("finished", "failed", "other"))
-    print(
-        f"{before['finished']} were finished, "
-        + ", ".join(f"{n} {s}" for s, n in ended.items() if n)
-        + f"; {failed} failed"
-    )
-    return 3 if interrupted or unfinished else 1 if failed else 0
+        ended, interrupted = run_here(queue, runs, slots, threads, done, skipped, again)
+    # a run that was never started is looked at again: another process may have it
+    statuses = [
+        ended.get(job.name) or (state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs
+    ]
+    tell_end(statuses, sum(status == "finished" for status, _ in states.values()))
+    if interrupted or not set(statuses) <= {"finished", "failed", "other"}:
+        return 3
+    return 1 if set(statuses) - {"finished"} else 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Bad input becomes one line and status 2; 1 if a run failed, 3 if stopped by a signal or a run is not finished."""
     try:
-        args, extra = parser().parse_known_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        args, extra = parser().parse_known_args(words)
+        args.words = words
         return run(args, extra)
     except InputError as e:
         print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
-    except OSError as e:  # RUNS is lost or full; the runs have been stopped
+    except (OSError, CannotWrite) as e:  # RUNS is lost or full; the runs have been stopped
         print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
 

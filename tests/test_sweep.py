@@ -48,7 +48,7 @@ def started(tmp_path) -> list[str]:
 def test_a_grid_is_every_combination_once():
     jobs = grids.expand(["noise=0,0.5 bs=16,64 sched=onecycle", "noise=0.5 bs=64,128 sched=onecycle"], [], "--grid")
     assert [(j.args.noise, j.args.bs) for j in jobs] == [(0, 16), (0, 64), (0.5, 16), (0.5, 64), (0.5, 128)]
-    assert jobs[0].name == "bs16_sched-onecycle" and jobs[0].argv == "--noise 0 --bs 16 --sched onecycle".split()
+    assert jobs[0].name == "noise0_bs16_sched-onecycle" and jobs[0].argv == "--noise 0 --bs 16 --sched onecycle".split()
 
 
 def test_a_sweep_of_several_grids():
@@ -249,7 +249,7 @@ def test_everything_runs_once_and_only_once(fake, tmp_path, capsys):
     assert all(words[2:4] == ["0", "3"] for words in history(tmp_path))
     assert fake(*argv) == 0
     assert len(started(tmp_path)) == 3
-    assert "3 were finished" in capsys.readouterr().out
+    assert capsys.readouterr().out.splitlines() == ["3 of 3 runs finished", "3 of 3 runs finished (3 of them before)"]
 
 
 def test_jobs_at_a_time_and_their_share_of_the_cores(fake, tmp_path, monkeypatch):
@@ -382,7 +382,7 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
     monkeypatch.setattr(sweep, "state", state)
     assert fake("--grid", "noise=0,0.9 epochs=1") == 1
     assert "noise0.9_epochs1: failed: elsewhere" in capsys.readouterr().err
-    assert started(tmp_path) == ["epochs1"]
+    assert started(tmp_path) == ["noise0_epochs1"]
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])

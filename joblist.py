@@ -1,0 +1,96 @@
+"""The jobs of a sweep as RUNS remembers them: written down when a sweep starts, read by `--status` and by later sweeps."""
+
+import hashlib
+import json
+import re
+import shlex
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import options
+import results
+from data import InputError
+from grids import Job
+from outputs import whole_file
+from processes import LOGS, make_folder, state
+
+FORMAT = "label-noise sweep 1"
+
+
+@dataclass
+class Sweep:
+    """A sweep that was started in some folder of runs."""
+
+    command: str  # as it was typed
+    started: str  # local time, 2026-01-31 12:00:00
+    jobs: list[Job]
+
+
+def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
+    """Write a sweep's jobs to RUNS/.sweep/jobs-HASH.json, one file for each set of jobs.
+
+    Raises `InputError` if RUNS cannot be written, `CannotWrite` if the file cannot.
+    """
+    make_folder(runs)
+    listed = [{"name": job.name, "argv": job.argv, "options": vars(job.args)} for job in jobs]
+    which = hashlib.sha256(json.dumps(sorted(job.name for job in jobs)).encode()).hexdigest()[:12]
+    about = {"format": FORMAT, "command": shlex.join(["sweep.py", *argv]), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with whole_file(runs / LOGS / f"jobs-{which}.json", "--runs") as path:
+        path.write_text(json.dumps(about | {"jobs": listed}, indent=1) + "\n")
+
+
+def read_jobs(runs: Path) -> list[Sweep]:
+    """Every sweep written down in RUNS, the oldest first. One that cannot be read is left out with a warning."""
+    found = []
+    for path in sorted((runs / LOGS).glob("jobs-*.json")):
+        try:
+            content = results.read_json(path) if path.is_file() else {}
+            if content.get("format") != FORMAT:
+                raise ValueError
+            jobs = [checked(**entry) for entry in content["jobs"]]
+            found.append(Sweep(str(content["command"]), str(content["started"]), jobs))
+        except (InputError, ValueError, KeyError, TypeError):
+            print(f"warning: {path}: not a list of a sweep's jobs, left out", file=sys.stderr)
+    return sorted(found, key=lambda sweep: sweep.started)
+
+
+def checked(name: str, argv: list[str], options: dict) -> Job:
+    """A job from its entry in a file. Raises `ValueError` or `TypeError`."""
+    known = defaults()
+    same = all(key not in known or known[key] is None or type(v) in (type(known[key]), int) for key, v in options.items())
+    if not same or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..") or not all(isinstance(w, str) for w in argv):
+        raise ValueError
+    return Job(argv, Namespace(**known | options | {"name": name}))
+
+
+def defaults() -> dict:
+    return vars(options.parser().parse_args([]))
+
+
+def identity(given: dict) -> str:
+    """What tells a run from others: every option that decides what it computes, files included."""
+    given = defaults() | given
+    files = {key: given.get(key) for key in options.FILES}
+    return json.dumps(options.compared(given) | files, sort_keys=True, default=str)
+
+
+def find_earlier(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> None:
+    """Give each job the name under which its run is there already, if it is not there under its own.
+
+    That is a name from an earlier sweep with other axes, or the one that train.py gives. `done`: see `processes.state`.
+    """
+    known: dict[str, list[str]] = {}
+    for sweep in read_jobs(runs):
+        for job in sweep.jobs:
+            known.setdefault(identity(vars(job.args)), []).append(job.name)
+    for job in jobs:
+        own = job.name
+        names = [own, *(known.get(identity(vars(job.args)), []) if known else []), options.run_name(job.args)]
+        for job.args.name in dict.fromkeys(names):
+            if state(runs, job, done)[0] not in ("waiting", "other"):
+                break
+        else:
+            job.args.name = own
