@@ -49,7 +49,8 @@ def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
     """(line, warning or None) on what `span` found: `lr` is the largest rate, `last_lr` that of the run's last update."""
 
     def length(of: str) -> str:
-        return f"{seen[f'{of}_steps']:,} steps ({seen[f'{of}_epochs']:g} epochs)"
+        epochs = seen[f"{of}_epochs"]
+        return f"{seen[f'{of}_steps']:,} steps ({epochs:g} epoch{'s' * (epochs != 1)})"
 
     if seen["name"] == "constant":
         return f"schedule: constant, lr {lr:g} for all {length('run')}", None

@@ -117,7 +117,8 @@ def describe_split(job) -> str:
         masks = f"{args.permutations} random mask{'s' * (args.permutations > 1)} every {args.measure_every * args.null_every}"
     line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {nulls.counted_share(args):.1%} of the steps, counted"
     if probe:
-        return f"{line}; probe every {probe} epochs, back from the end, {job.state['plan']['share']:.1%} of the run"
+        often = "epoch" if probe == 1 else f"{probe} epochs, back from the end"
+        return f"{line}; probe every {often}, {job.state['plan']['share']:.1%} of the run"
     return f"{line}; probe left out (raise --measure-budget)" if job.train.noisy.any() else line
 
 
