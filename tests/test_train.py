@@ -27,7 +27,11 @@ SERIES = {  # interface.md, at measured steps
 def test_a_run_leaves_what_the_contract_says(go):
     folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2")
     found = series(folder)
-    assert found.keys() == SERIES | {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    ends = {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    masks = {"null/permuted_cos_clean_all", "null/permuted_cos_clean_noisy"}
+    assert found.keys() == SERIES | ends | masks
+    for tag in masks:
+        assert [step for step, _ in found[tag]] == [0, 4, 8], tag
     for tag in SERIES:
         assert [step for step, _ in found[tag]] == [0, 2, 4, 6, 8], tag
     assert [step for step, _ in found["val/acc"]] == [step for step, _ in found["val/loss"]] == [0, 5, 10]
