@@ -115,10 +115,14 @@ def prepare(
         scaler,
         auto=auto,
     )
-    if args.measure == "full":
-        P, n_probe = sum(p.numel() for p in job.parameters), sum(map(len, measure.probe_indices(job)))
+    if args.measure != "off":
+        noisy, clean = measure.probe_indices(job)
+        P, n_probe = sum(p.numel() for p in job.parameters), len(noisy) + len(clean)
         sizes = job.total_steps, steps_per_epoch, len(train), len(held)
-        job.state["plan"] = measure.schedule_full(args, P, n_probe, *sizes)
+        if args.measure == "full":
+            job.state["plan"] = measure.schedule_full(args, P, n_probe, *sizes)
+        elif len(noisy):
+            job.state["plan"] = measure.schedule_probe(args, n_probe, *sizes)
     return job
 
 

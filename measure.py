@@ -8,6 +8,7 @@ Shapes: B examples of the global batch, b of them on this process, K classes, P 
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
@@ -182,22 +183,39 @@ def make_forward(job, batch: Batch) -> Forward:
     return Forward(job, batch, [~batch.noisy, batch.noisy] if separate else None)
 
 
-def split_rows(job, batch: Batch, ahead: Forward, free: bool = True) -> list[list[Tensor]]:
-    """Gradients of the loss of C and of N, each (1/B) sum over the set and the global batch; empty sets left out.
+def split_rows(
+    job, batch: Batch, ahead: Forward, free: bool = True, masks: Sequence[Tensor] = ()
+) -> list[list[Tensor]]:
+    """Gradients of the loss of C and of N, each (1/B) sum over the set and the global batch, empty sets left out; after
+    them those of `masks`, R more sets (b,) bool. With `free` they are the last rows of `ahead`.
 
     All carry the `loss_scale`, without which float16 would lose them.
     """
     sets = [s for s, size in ((~batch.noisy, batch.size - batch.n_noisy), (batch.noisy, batch.n_noisy)) if size]
-    return over_ranks(job, ahead.rows(batch.y, sets, free))
+    rows = ahead.rows(batch.y, [*sets, *masks], free)
+    if not masks:
+        return over_ranks(job, rows)
+    # Two collectives: the order in which one adds up the processes depends on its length, and masks leave no trace.
+    return over_ranks(job, rows[: len(sets)]) + over_ranks(job, rows[len(sets) :])
 
 
-def split_values(rows: list[list[Tensor]], own: list[Tensor] | None, batch: Batch, scale: Tensor | float) -> dict:
-    """`grad/*` from the rows of `split_rows`, and a g that is not their sum if there is one; all times `scale`."""
+def split_values(
+    rows: list[list[Tensor]],
+    own: list[Tensor] | None,
+    batch: Batch,
+    scale: Tensor | float,
+    of_masks: Sequence[list[Tensor]] = (),
+) -> dict:
+    """`grad/*` from the rows of `split_rows`, and a g that is not their sum if there is one; all times `scale`. With the
+    rows of random masks, and g the sum, `null/permuted_*` too."""
     f = 1 - batch.n_noisy / batch.size
-    G = metrics.gram(rows + [own] if own is not None and len(rows) == 2 else rows) / scale**2
+    known = [*rows, own] if own is not None and len(rows) == 2 else rows
+    G = metrics.gram([*known, *of_masks]) / scale**2
     measured = metrics.one_sided_measures(G[0, 0], batch.n_noisy)
     if len(rows) == 2:
-        measured = metrics.split_measures(metrics.set_means(G, f))
+        measured = metrics.split_measures(metrics.set_means(G[: len(known), : len(known)], f))
+    if of_masks:
+        measured |= metrics.permuted_measures(G)
     return {"grad/clean_fraction": f, **measured}
 
 
@@ -539,6 +557,19 @@ def kept_plan(first: dict, now: dict) -> dict:
     `now` is the plan for the length it has now, and gives the spacing of what did not fit into the first one at all.
     """
     return {key: first.get(key) or value for key, value in now.items()}
+
+
+def schedule_probe(args, n_probe: int, total_steps: int, steps_per_epoch: int, n_train: int, n_eval: int) -> dict:
+    """How many epochs apart the probe of `--measure split` is made so that it costs at most `--measure-budget` of the run:
+    {"probe": epochs, "share": counted share}, as of `schedule_full`; {} where not even one fits."""
+    epochs = total_steps / steps_per_epoch
+    slots = math.ceil(epochs) + 1
+    run = 3.0 * epochs * n_train + slots * n_eval
+    affordable = math.floor(args.measure_budget * run / n_probe) if n_probe else 0
+    if not affordable:
+        return {}
+    every = math.ceil(slots / affordable)
+    return {"probe": every, "share": math.ceil(slots / every) * n_probe / run}
 
 
 def due(every: int | None, at: int, last: int) -> bool:

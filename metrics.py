@@ -110,6 +110,20 @@ def split_measures(G: Tensor) -> dict[str, Tensor]:
     }
 
 
+def permuted_measures(G: Tensor) -> dict[str, Tensor]:
+    """`null/permuted_*` of R random masks, 0-d, from the Gram matrix (2 + R, 2 + R) of the rows of C, of N (g is their sum)
+    and of the R sets that stand in for C: mean and, of two or more, standard deviation of both cosines. Nothing is read."""
+    s = G[2:]  # (R, 2 + R); the stand-in's complement is g - s
+    gg, sg, ss = G[:2, :2].sum(), s[:, :2].sum(1), G.diagonal()[2:]
+    sq, qq = sg - ss, gg - 2 * sg + ss
+    values = {}
+    for name, cosines in (("all", sg / (ss * gg).sqrt()), ("noisy", sq / (ss * qq).sqrt())):
+        values[f"null/permuted_cos_clean_{name}"] = cosines.mean()
+        if len(cosines) > 1:
+            values[f"null/permuted_cos_clean_{name}_std"] = cosines.std()
+    return values
+
+
 def one_sided_measures(square: Tensor, n_noisy: int) -> dict[str, Tensor]:
     """`grad/norm_*` of a batch all clean or all noisy, from |g|^2. Cosines are undefined there and left out."""
     norm = square.sqrt()

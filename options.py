@@ -31,6 +31,12 @@ KNOWN = {  # checked here and not by the parser, for under `fabric run` they do 
 }
 # Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
 FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
+# Defaults that follow from --measure. Without `full` these options leave no trace in training: `compared` skips them.
+MEASURE_DEFAULTS = {
+    "off": {"permutations": 0, "null_every": None, "measure_budget": 0.0},
+    "split": {"permutations": 1, "null_every": 2, "measure_budget": 0.01},
+    "full": {"permutations": 4, "null_every": None, "measure_budget": 0.05},
+}
 HARDWARE = (*FABRIC, "threads", "compile", "graph")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
@@ -159,14 +165,19 @@ def parser() -> Parser:
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
     g.add_argument("--measure-bn", choices=["train", "eval", "separate"], default="train", help="BatchNorm's mode")
     g.add_argument(
-        "--measure-budget", type=positive, default=0.05, metavar="X", help="full: cost, as a share of the run's"
+        "--measure-budget",
+        type=not_negative,
+        metavar="X",
+        help="cost as a share of the run's, full: of all (0.05); split: of its probe (0.01)",
     )
     g.add_argument(
         "--permutations",
         type=number(0, 1000, "a whole number from 0 to 1000", int),
-        default=4,
         metavar="R",
-        help="random masks",
+        help="random masks of a measurement, the null (full: 4, split: 1)",
+    )
+    g.add_argument(
+        "--null-every", type=count, metavar="N", help="split: measured steps between those with random masks (2)"
     )
     g.add_argument("--stratify", action="store_true", help="random masks keep each class's share of noisy examples")
     g.add_argument(
@@ -247,6 +258,11 @@ def check(args: argparse.Namespace) -> None:
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
+    if args.null_every and args.measure != "split":
+        wrong.append(f"--null-every {args.null_every}: only --measure split spaces its masks so, not {args.measure}")
+    for name, default in MEASURE_DEFAULTS[args.measure].items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     lengths = [f"--sched-{unit}" for unit in ("steps", "epochs", "examples") if getattr(args, f"sched_{unit}")]
     if len(lengths) > 1:
         wrong.append(f"{' and '.join(lengths)}: give the schedule's length once")
@@ -316,7 +332,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
         args.sched_steps = args.sched_steps or 5000
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
-    defaults["image_size"] = 32  # of a folder
+    defaults |= {"image_size": 32} | MEASURE_DEFAULTS[args.measure]  # the size is that of a folder's images
     parts = []
     for key, value in vars(args).items():
         default = value in (None, defaults[key]) or (key == "noise" and value == 0)
@@ -350,9 +366,10 @@ def path_hash(path: str) -> str:
 def compared(given: dict) -> dict:
     """Options that decide what a run computes, in one spelling each, for two runs to be compared.
 
-    Without `PLACE`, and without `FILES`: their labels are compared instead.
+    Without `PLACE`, and without `FILES`: their labels are compared instead. What only `full` measures by counts only there.
     """
-    found = {key: value for key, value in given.items() if key not in (*PLACE, *FILES)}
+    left_out = (*PLACE, *FILES, *(MEASURE_DEFAULTS["split"] if given.get("measure") != "full" else ()))
+    found = {key: value for key, value in given.items() if key not in left_out}
     if "noise" in found:
         found["noise"] = found["noise"] or 0
     if "sched_steps" in found and not (found.get("sched_epochs") or found.get("sched_examples")):
@@ -381,13 +398,29 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
     if args.precision == "auto":
         args.precision = first["precision"]
     args.threads = args.threads or first["threads"]
-    wrong = []
+    wrong = keep_masks(args, config["options"])
     for key, said in differences(first, vars(args)).items():
         grows = key in ("epochs", "max_steps")
         if not grows or (getattr(args, key) or math.inf) < (first[key] or math.inf):
             wrong.append(said + " (it may only grow)" * grows)
     if wrong:
         raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
+
+
+def keep_masks(args: argparse.Namespace, first: dict) -> list[str]:
+    """Without `--measure full`: take over a resumed run's masks and probe, unless others than the default are asked for;
+    returns what is wrong. A run started by a version without them goes on without."""
+    if args.measure == "full" or first.get("measure") != args.measure:
+        return []
+    if "null_every" not in first:
+        first = {"permutations": 0, "measure_budget": 0.0}
+    wrong = []
+    for name, default in MEASURE_DEFAULTS[args.measure].items():
+        was, now = first.get(name, default), getattr(args, name)
+        if now not in (was, default):
+            wrong.append(f"--{name.replace('_', '-')} was {was} and is {now} now")
+        setattr(args, name, was)
+    return wrong
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:

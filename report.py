@@ -23,6 +23,7 @@ from markup import literal
 from outputs import CannotWrite, whole_folder
 from page import Page
 from results import Run, Setting, last
+from schedules import percent
 
 KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10, on Fashion-MNIST
     ("val/acc", "validation accuracy", True, 4, 15),
@@ -159,6 +160,7 @@ def write_cells(page: Page, setting: Setting) -> None:
         rows.append(
             [
                 sched,
+                schedule_seen(same),
                 f"{cell.noise:g}" + (f" (A/A {fake:g})" if fake else ""),
                 str(cell.B),
                 f"{cell.lr:g}, {cell.momentum:g}",
@@ -169,6 +171,7 @@ def write_cells(page: Page, setting: Setting) -> None:
     if rows:
         header = [
             "schedule",
+            "seen of it",
             "noise",
             "B",
             "lr, momentum",
@@ -181,8 +184,17 @@ def write_cells(page: Page, setting: Setting) -> None:
         ]
         page.table(header, rows)
         page.text(
-            "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard deviation over seeds."
+            "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard deviation over seeds. Seen of it: the part of "
+            "the schedule that the run lasts for, and what share of the run then stands at the schedule's last value."
         )
+
+
+def schedule_seen(runs: list[Run]) -> str:
+    """What the runs of a cell see of their schedule, in words; empty for a constant rate."""
+    seen = {results.schedule_seen(r) for r in runs} - {None}
+    return "; ".join(
+        percent(fraction) + (f", then {percent(held)} at its end" if held else "") for fraction, held in sorted(seen)
+    )
 
 
 def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import options
+import schedules
 import schema
 from data import InputError
 from events import scalars
@@ -34,6 +35,7 @@ NOT_SETTING = {
     "measure_every",
     "measure_budget",
     "permutations",
+    "null_every",
     "precision",
     "resume",
     "compile",
@@ -310,6 +312,16 @@ def read_curves(path: Path) -> list[Run]:
 
 
 # ----------------------------------------------------------------------------------------- one row per finished run
+
+
+def schedule_seen(run: Run) -> tuple[float, float] | None:
+    """(fraction of the schedule that the run sees, share of the run that stands at the schedule's last value); None for a
+    constant rate, or where it is not known."""
+    seen = run.resolved.get("schedule")
+    if seen is None and {"sched_steps", "total_steps", "steps_per_epoch"} <= run.resolved.keys():  # a run of an older version
+        lengths = (run.resolved[name] for name in ("sched_steps", "total_steps", "steps_per_epoch"))
+        seen = schedules.span(run.options["sched"], *lengths)
+    return (seen["fraction_seen"], seen["share_at_end"]) if seen and "fraction_seen" in seen else None
 
 
 def last(run: Run, tag: str) -> float | None:

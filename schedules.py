@@ -1,4 +1,5 @@
-"""Learning rate and momentum as pure functions of the step, so that nothing about them needs saving."""
+"""Learning rate and momentum as pure functions of the step, so that nothing about them needs saving; and how much of a
+schedule a run sees."""
 
 import math
 
@@ -25,3 +26,50 @@ def schedule(name: str, step: int, sched_steps: int, lr: float, momentum: float)
         part = (step - top) / (last - top)
         return anneal(lr, lr / 25e4, part), anneal(0.85, 0.95, part)
     return lr, momentum
+
+
+def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) -> dict:
+    """What a run of `total_steps` updates sees of its schedule, with the units in the names.
+
+    `fraction_seen` of the schedule's `sched_steps` (1 where the run is at least as long), and `share_at_end`, the share
+    of the run's updates made after the schedule has ended, at its last value. A constant rate has no length.
+    """
+    run = {"name": name, "run_steps": total_steps, "run_epochs": round(total_steps / steps_per_epoch, 4)}
+    if name == "constant":
+        return run
+    return run | {
+        "sched_steps": sched_steps,
+        "sched_epochs": round(sched_steps / steps_per_epoch, 4),
+        "fraction_seen": min(1.0, total_steps / sched_steps),
+        "share_at_end": max(0.0, (total_steps - sched_steps) / total_steps),
+    }
+
+
+def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
+    """(line, warning or None) on what `span` found: `lr` is the largest rate, `last_lr` that of the run's last update."""
+
+    def length(of: str) -> str:
+        epochs = seen[f"{of}_epochs"]
+        return f"{seen[f'{of}_steps']:,} steps ({epochs:g} epoch{'s' * (epochs != 1)})"
+
+    if seen["name"] == "constant":
+        return f"schedule: constant, lr {lr:g} for all {length('run')}", None
+    line, warning = f"schedule: {seen['name']} over {length('sched')}; the run makes {length('run')}: ", None
+    if seen["fraction_seen"] < 1:
+        line += f"{percent(seen['fraction_seen'])} of the schedule"
+        epochs = seen["run_epochs"]
+        fits = f"--sched-epochs {epochs:g}" if epochs == int(epochs) else f"--sched-steps {seen['run_steps']}"
+        warning = (
+            f"warning: --sched {seen['name']} is cut short: the run ends after {percent(seen['fraction_seen'])} of the "
+            f"schedule, at lr {last_lr:.3g} ({percent(last_lr / lr)} of the largest); {fits} fits the run"
+        )
+    elif seen["share_at_end"] > 0:
+        line += f"all of the schedule, then {percent(seen['share_at_end'])} of the run at its last lr, {last_lr:.3g}"
+    else:
+        line += "exactly the schedule"
+    return line, warning
+
+
+def percent(share: float) -> str:
+    """A share in whole percents, in tenths where whole ones would read 0 % or 100 %."""
+    return f"{share:.0%}" if 0.01 <= share < 0.995 or share in (0, 1) else f"{min(share, 0.999):.1%}"

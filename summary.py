@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 import data
-from hardware import peak_memory_mb
+import nulls
+import pace
+import schedules
+from hardware import cpu_features, peak_memory_mb
 from record import Record, versions
 
 
@@ -18,8 +21,10 @@ def describe(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
     machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
     resolved = {
         "device": machine,
+        "cpu_features": cpu_features(),
         "world_size": job.fabric.world_size,
         "sched_steps": job.sched_steps,
+        "schedule": schedules.span(job.args.sched, job.sched_steps, job.total_steps, job.steps_per_epoch),
         "steps_per_epoch": job.steps_per_epoch,
         "total_steps": job.total_steps,
         "parameters": sum(p.numel() for p in job.parameters),
@@ -52,6 +57,8 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
     }
     if job.fast_error is not None:
         content["fast_gradient"] = job.fast_error | {"used": not job.refused}
+    if job.args.measure == "split" and job.state["plan"]:
+        content["half_memorized_step"] = state["half_memorized_step"]
     if job.args.measure == "full":
         content["half_memorized_step"] = state["half_memorized_step"]
         content["not_resolved"] = state["not_resolved"]
@@ -65,17 +72,28 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
 def announce(job, record: Record, label_noise: str) -> None:
     """The lines before the progress bar: what will run, and on which labels."""
     if record.active:
-        args = job.args
+        args, device = job.args, str(job.fabric.device)
+        if device == "cpu":
+            device += f" ({', '.join(cpu_features()[:1]) or 'no AVX2'})"
         print(
             f"{args.model} on {args.dataset}: {len(job.train)} training examples, {job.total_steps} steps of {args.bs}, "
-            f"{args.precision} on {job.fabric.device} with {args.threads} threads -> {record.folder}\n{label_noise}",
+            f"{args.precision} on {device} with {args.threads} threads -> {record.folder}\n{label_noise}",
             flush=True,
         )
         fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
+        last_lr, _ = schedules.schedule(args.sched, job.total_steps - 1, job.sched_steps, args.lr, args.momentum)
+        line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
+        print(line, flush=True)
+        here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
+        for warning in (cut_short, pace.crowded(here) if device.startswith("cpu") else None):
+            if warning:
+                record.say(warning)
+        if args.measure == "split":
+            print(describe_split(job), flush=True)
         plan = job.state["plan"]
-        if plan:
+        if plan and args.measure == "full":
             said = [
                 f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
                 for name, unit in (
@@ -89,6 +107,19 @@ def announce(job, record: Record, label_noise: str) -> None:
                 f"full measurements, back from the end: {', '.join(said)}; {plan['share']:.1%} of the run, counted",
                 flush=True,
             )
+
+
+def describe_split(job) -> str:
+    """The line on what `--measure split` measures when, and what that costs, counted."""
+    args, probe = job.args, job.state["plan"].get("probe")
+    masks = "no random masks"
+    if args.permutations:
+        masks = f"{args.permutations} random mask{'s' * (args.permutations > 1)} every {args.measure_every * args.null_every}"
+    line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {nulls.counted_share(args):.1%} of the steps, counted"
+    if probe:
+        often = "epoch" if probe == 1 else f"{probe} epochs, back from the end"
+        return f"{line}; probe every {often}, {job.state['plan']['share']:.1%} of the run"
+    return f"{line}; probe left out (raise --measure-budget)" if job.train.noisy.any() else line
 
 
 def print_table(ledger: dict, summary: dict, folder: Path) -> None:

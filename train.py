@@ -33,7 +33,9 @@ import memory
 import metrics
 import noise
 import noisefile
+import nulls
 import options
+import pace
 import schema
 import sources
 from data import Batch, Images, InputError
@@ -88,8 +90,8 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
     controls = full and measure.controls_due(job, step)
 
     def measure_with(ahead: measure.Forward, own: list[Tensor] | None = None) -> list[list[Tensor]]:
-        rows = measure.split_rows(job, batch, ahead, free=not controls)
-        values.update(measure.split_values(rows, own, batch, measure.loss_scale(job)))
+        rows, found = nulls.measure_split(job, batch, step, ahead, own, free=not controls)
+        values.update(found)
         if controls:
             values.update(measure.full_values(job, batch, step, ahead, rows, own))
         return rows
@@ -151,7 +153,7 @@ def validate(job: Job, record: Record) -> None:
     record.log(step, {"val/loss": loss, "val/acc": acc})
     record.flush()
     job.state["best_val_acc"] = max(acc, job.state["best_val_acc"])
-    if job.args.measure == "full":
+    if job.state["plan"]:
         epoch, rest = divmod(step, job.steps_per_epoch)
         record.log(step, measure.after_epoch(job, epoch + bool(rest)))
         record.flush()
@@ -218,6 +220,7 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
         job.refused = True
     profile = fast.profiler(args.profile, record.folder, record.active, WARMUP, device.type == "cuda")
     clock, images, plan = time.perf_counter(), 0, None
+    speed = pace.Pace(args.threads, watch=record.active and device.type == "cpu")
     with bar, profile as tracing:
         if state["step"] == 0:
             if "val/acc" not in record.latest:  # else a signal stopped the run here
@@ -229,14 +232,17 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                 plan = job.train.epoch(args.seed, epoch)
                 clock, images = time.perf_counter(), 0
+                speed.go_on()
             if step == warmup:
                 synchronize(device)
                 clock, images = time.perf_counter(), 0
+                speed.restart()
 
             batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
             values = train_step(job, batch, step, measured=step % args.measure_every == 0)
             state["step"] += 1
             images += batch.size
+            speed.step(batch.size)
             bar.update()
             if tracing:
                 tracing.step()
@@ -246,10 +252,14 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 if step % flush_every == 0:
                     record.flush()  # here the host waits for the device
                     show(bar, record)
+                    slow = speed.check() if step > warmup else None
+                    if slow:
+                        record.say(slow)
             epoch_ended = number + 1 == job.steps_per_epoch
             if epoch_ended or state["step"] == job.total_steps:
                 record.flush()
                 synchronize(device)
+                speed.pause()
                 if state["step"] > warmup:
                     state["steps_seconds"] += time.perf_counter() - clock
                     state["steps_images"] += images
@@ -259,9 +269,11 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 checkpoint(job, record)
             if agree(job, record, signals) and not epoch_ended:
                 synchronize(device)
+                speed.pause()
                 paused = time.perf_counter()
                 checkpoint(job, record)
                 clock += time.perf_counter() - paused
+                speed.go_on()
         if state["step"] % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
             validate(job, record)
@@ -363,8 +375,9 @@ def run(args, signals: Signals) -> int:
             "step": job.state["step"],
             **{k: config["options"][k] for k in options.HARDWARE},
             **config["versions"],
+            **{k: config["resolved"][k] for k in ("device", "cpu_features")},
         }
-        config["segments"] = [*earlier.get("segments", []), {**segment, "device": config["resolved"]["device"]}]
+        config["segments"] = [*earlier.get("segments", []), segment]
         record.configure(config)
         record.open_events(state["events"] if saved else {})
         if not saved:

@@ -79,14 +79,15 @@ def make_job(*words: str, images: int = 2000) -> train.Job:
     return job
 
 
-def step_of(job: train.Job, measured: bool = False):
-    """A whole step as the loop makes it, with its batch; `measured` with the split."""
+def step_of(job: train.Job, measured: bool = False, masks: bool = False):
+    """A whole step as the loop makes it, with its batch; `measured` with the split, with `masks` one that takes random masks."""
+    at = 0 if masks else job.args.measure_every  # every second measured step takes some, from the first on
     plan, steps = job.train.epoch(0, 0), len(job.train) // job.args.bs
     number = iter(range(1 << 60))
 
     def step() -> None:
         batch = job.train.batch(plan, next(number) % steps, job.args.bs)
-        train.train_step(job, batch, 1, measured)
+        train.train_step(job, batch, at, measured)
 
     return step
 
@@ -159,7 +160,7 @@ COLUMNS = {  # of the table of steps: what `cell` prints
 
 def part_steps(mine) -> str:
     """Plain and measured step by model, batch size, precision and way; each model and precision in its own process."""
-    precisions = mine.precisions or (["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_has_bf16() else ["32-true"])
+    precisions = mine.precisions or (["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_prefers_bf16() else ["32-true"])
     cells = []
     for model in mine.models:
         for precision in precisions:
@@ -249,18 +250,19 @@ def reports_way(job: train.Job):
 
 
 def part_measured(mine) -> str:
-    """The measured step beside the plain one and beside the report's way."""
+    """The measured step, without and with a random mask, beside the plain one and beside the report's way."""
     rows = []
     for model in [m for m in mine.models if m.startswith("resnet18")]:
         for B in [B for B in mine.batches if B in (16, 128)]:
             job = make_job(*model_options(model), "--bs", B, "--compile", "off")
-            acts = [step_of(job), step_of(job, measured=True), reports_way(job)]
-            plain, measured, theirs = in_turn(acts, 3 * mine.seconds)
-            found = (measured, plain), (theirs, plain), (measured, theirs)
+            acts = [step_of(job), step_of(job, True), step_of(job, True, masks=True), reports_way(job)]
+            plain, measured, masked, theirs = in_turn(acts, 4 * mine.seconds)
+            found = (measured, plain), (masked, plain), (theirs, plain), (measured, theirs)
             rows.append(
                 [model, job.args.precision, str(B), spread(plain, 1, 1e3), *(spread(ratios(*f)) for f in found)]
             )
-    head = ["model", "precision", "B", "plain step, ms", "measured / plain", "report's way / plain"]
+    head = ["model", "precision", "B", "plain step, ms", "measured / plain", "with a random mask / plain"]
+    head += ["report's way / plain"]
     return table([*head, "measured / report's way"], rows)
 
 
@@ -341,28 +343,33 @@ def part_data(mine) -> str:
 
 
 def part_run(mine) -> str:
-    """Whole commands in turn: train.py with its defaults, and benchmarks/plain_loop.py, on as many examples."""
-    rows = []
+    """Whole commands in turn: train.py in 32-true and in bf16-mixed, otherwise with its defaults, and
+    benchmarks/plain_loop.py (float32), on as many examples."""
+    rows, precisions = [], mine.precisions or ["32-true", "bf16-mixed"]
+    resolved = parsed()
+    hardware.resolve(resolved)
     for model in [m for m in mine.models if m.startswith("resnet18")]:
         narrow = model == "resnet18-16"
         steps, train_images = (1500 if ON_GPU else 150, 25_600) if narrow or ON_GPU else (30, 5_120)
         base = [*model_options(model), "--bs", "128", "--synthetic-train", str(train_images), "--synthetic-test", "100"]
-        ours, theirs = [], []
+        ours, theirs = {precision: [] for precision in precisions}, []
         for _ in range(mine.repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.01", "--max-steps", str(steps)]
-                ours.append(run_train([*base, *own, "--runs", folder, "--name", "r"], Path(folder) / "r"))
+            for precision, runs in ours.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.01", "--max-steps", str(steps)]
+                    own += ["--precision", precision, "--runs", folder, "--name", "r"]
+                    runs.append(run_train([*base, *own], Path(folder) / "r"))
             theirs.append(run_plain([*base, "--steps", str(steps), "--workers", str(min(hardware.cores(), 8))]))
-        speed = [[run["images_per_second"] for run in runs] for runs in (ours, theirs)]
-        whole = [[run["command_seconds"] for run in runs] for runs in (ours, theirs)]
-        memory = [statistics.median(run["peak_memory_mb"] for run in runs) for runs in (ours, theirs)]
-        row = [model, str(steps), spread(speed[0], 0), spread(speed[1], 0), spread(ratios(*speed))]
-        row += [
-            f"{statistics.median(whole[0]):.0f}, {statistics.median(whole[1]):.0f}",
-            "{:.0f}, {:.0f}".format(*memory),
-        ]
-        rows.append(row)
-    head = ["model, B = 128", "steps", "train.py, images/s", "plain loop, images/s", "times"]
+        for precision, runs in ours.items():
+            speed, whole, memory = (
+                [[run[name] for run in some] for some in (runs, theirs)]
+                for name in ("images_per_second", "command_seconds", "peak_memory_mb")
+            )
+            row = [model, precision + " (auto)" * (precision == resolved.precision), str(steps)]
+            row += [spread(speed[0], 0), spread(speed[1], 0), spread(ratios(*speed))]
+            row += [", ".join(f"{statistics.median(some):.0f}" for some in both) for both in (whole, memory)]
+            rows.append(row)
+    head = ["model, B = 128", "precision", "steps", "train.py, images/s", "plain loop, images/s", "times"]
     return table([*head, "whole command, s (ours, plain)", "peak memory, MB (ours, plain)"], rows)
 
 
@@ -466,7 +473,7 @@ def where() -> str:
         with contextlib.suppress(OSError):
             found = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
         name = f"{found[0] if found else platform.processor() or platform.machine()}, {hardware.cores()} cores"
-        name += " with bf16" * hardware.cpu_has_bf16()
+        name += f" with {(hardware.cpu_features() or ['no AVX2'])[0]}"  # each feature implies those below it
     return f"{name}; torch {torch.__version__}"
 
 

@@ -27,18 +27,23 @@ MAKES = {"tensor", "as_tensor", "new_tensor"}
 class PretendedGPU(TorchFunctionMode):
     """Whatever names the GPU, or takes tensors from there, is done on fakes, which refuse to meet tensors of the CPU.
 
-    `waits` names the calls that read from it (they get ones) or copy to it, which from pageable memory waits as well.
+    `waits` names the calls that read from it (they get ones) or copy to it, which waits as well unless it is from pinned
+    memory and asked not to block.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fakes, self.waits = FakeTensorMode(allow_non_fake_inputs=True), []
+        self.pinned: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name, kwargs = getattr(func, "__name__", str(func)), kwargs or {}
         given = tree_leaves((args, kwargs))
         tensors = [a for a in given if isinstance(a, torch.Tensor)]
         fakes = [a for a in tensors if isinstance(a, FakeTensor)]
+        if name == "pin_memory":
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
         if fakes and name in READS:
             self.waits.append(name)
             if name == "nonzero":  # as if half of the mask were set
@@ -50,7 +55,8 @@ class PretendedGPU(TorchFunctionMode):
             if name == "_fused_sgd_":  # has no shape function
                 assert len(fakes) == len(tensors)
                 return None
-            if name in MAKES or any(t.dim() for t in tensors if not isinstance(t, FakeTensor)):
+            pinned = name == "to" and kwargs.get("non_blocking") and any(args[0] is t for t in self.pinned)
+            if name in MAKES or any(t.dim() for t in tensors if not isinstance(t, FakeTensor)) and not pinned:
                 self.waits.append(f"{name} of values on the CPU")
             with self.fakes:
                 return func(*args, **kwargs)

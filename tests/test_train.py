@@ -27,7 +27,11 @@ SERIES = {  # interface.md, at measured steps
 def test_a_run_leaves_what_the_contract_says(go):
     folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2")
     found = series(folder)
-    assert found.keys() == SERIES | {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    ends = {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    masks = {"null/permuted_cos_clean_all", "null/permuted_cos_clean_noisy"}
+    assert found.keys() == SERIES | ends | masks
+    for tag in masks:
+        assert [step for step, _ in found[tag]] == [0, 4, 8], tag
     for tag in SERIES:
         assert [step for step, _ in found[tag]] == [0, 2, 4, 6, 8], tag
     assert [step for step, _ in found["val/acc"]] == [step for step, _ in found["val/loss"]] == [0, 5, 10]
@@ -193,7 +197,7 @@ def test_fabric_run_is_the_same_run(go, tmp_path):
     a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
     assert same_weights(a, b) and series(a) == series(b)
     precision = [json.loads((f / "config.json").read_text())["options"]["precision"] for f in (a, b)]
-    assert precision[0] == precision[1] == ("bf16-mixed" if hardware.cpu_has_bf16() else "32-true")
+    assert precision[0] == precision[1] == ("bf16-mixed" if hardware.cpu_prefers_bf16() else "32-true")
 
 
 def test_fashion_mnist_in_one_channel(go, real_data):
