@@ -178,15 +178,15 @@ def keep_best(job: Job, record: Record) -> None:
     record.guard(BEST, replace)
 
 
-def drop_later_best(record: Record, step: int) -> None:
-    """Remove best weights of steps that a run resumed at `step` has yet to make: it comes to them again, or, where it
-    did not validate in mid-epoch the first time (--max-steps), it does not."""
+def drop_later_best(job: Job, record: Record) -> None:
+    """Remove best weights that a resumed run does not know of yet. Those of an epoch's end it comes to again; those of a
+    validation in mid-epoch, where --max-steps ended it, it does not if it is longer now."""
     if not record.active:
         return
 
     def later(name: str) -> bool:
         try:
-            return load_state(record.folder / name)["step"] > step
+            return load_state(record.folder / name)["val_acc"] > job.state["best_val_acc"]
         except FileNotFoundError:
             return False
         except Exception:  # damaged: worth nothing

@@ -76,6 +76,8 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     if group in ("null", "corrected"):
         return controls and noisy
     if group in ("probe", "isotropy", "curvature"):
+        if group == "isotropy" and given["fake_mask"] is not None:  # there is no label noise
+            return False
         return bool(plan.get(group, full)) and (noisy or group == "curvature")
     return True
 
@@ -172,13 +174,13 @@ def hparams_end(status: str):
 BLACK, RED, GREY, DARK = (0, 0, 0), (200, 0, 0), (200, 200, 200), (8, 48, 107)
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's font, which knows more alphabets than Pillow's own, found without importing matplotlib."""
     found = importlib.util.find_spec("matplotlib")
     try:
         return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
     except (AttributeError, OSError, ImportError):
-        return ImageFont.load_default()
+        return ImageFont.load_default(size)
 
 
 def shortened(draw: ImageDraw.ImageDraw, text: str, width: float, letters) -> str:
@@ -226,7 +228,8 @@ def matrix_picture(matrix: list[list[float]], classes: tuple[str, ...]) -> Tenso
     K = len(matrix)
     side = max(6, 560 // K)  # pixels of a square
     letters, small = font(16), font(min(16, max(8, side // 3)))
-    names = small if K > 20 else letters
+    every = 1 if K <= 40 else 10
+    names = letters if K <= 20 else small if every == 1 else font(11)
     sheet = Image.new("RGB", (1, 1))
     draw = ImageDraw.Draw(sheet)
     labels = [shortened(draw, name, 150, names) for name in classes]
@@ -234,10 +237,9 @@ def matrix_picture(matrix: list[list[float]], classes: tuple[str, ...]) -> Tenso
     sheet = Image.new("RGB", (edge + K * side + 12, 12 + K * side + edge), "white")
     sheet.paste(squares(matrix, side), (edge, 12))
     draw = ImageDraw.Draw(sheet)
-    every = 1 if K <= 40 else 10
     for i in range(0, K, every):
         middle = i * side + side // 2
-        draw.text((edge - 6, 12 + middle), labels[i], BLACK, names, anchor="rm" if names is not None else None)
+        draw.text((edge - 6, 12 + middle), labels[i], BLACK, names, anchor="rm")
         sheet.paste(upright(labels[i], names), (edge + middle - (names.size + 4) // 2, 12 + K * side + 6))
     if K <= 20:
         for i, row in enumerate(matrix):
@@ -262,8 +264,7 @@ def squares(matrix: list[list[float]], side: int) -> Image.Image:
 
 def upright(text: str, letters) -> Image.Image:
     """`text` in black on white, read from below."""
-    left, top, right, bottom = letters.getbbox(text)
-    line = Image.new("RGB", (max(1, math.ceil(right)) + 2, letters.size + 4), "white")
+    line = Image.new("RGB", (math.ceil(letters.getlength(text)) + 2, letters.size + 4), "white")
     ImageDraw.Draw(line).text((1, (letters.size + 4) // 2), text, BLACK, letters, anchor="lm")
     return line.rotate(90, expand=True)
 

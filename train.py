@@ -333,7 +333,7 @@ def run(args, signals: Signals) -> int:
             record.say(f"{folder} has finished already: {job.state['step']} steps")
             record.close()
             return 0
-        drop_later_best(record, job.state["step"])
+        drop_later_best(job, record)
         record.say(f"resuming {args.name} at step {job.state['step']} of {job.total_steps}")
 
     status, reason, summary = "failed", None, {}
