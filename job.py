@@ -1,6 +1,7 @@
 """What a run consists of: data, network and optimizer on their device, and the counters; made, saved, restored."""
 
 import math
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ import options
 from data import Images, TrainSet
 from hardware import average_buffers
 from measure import synchronised
-from record import NotFinite, Record
+from record import NotFinite, Record, load_state, written
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Job:
     state: dict = field(
         default_factory=lambda: {
             "step": 0,  # updates made
-            "best_val_acc": 0.0,
+            "best_val_acc": 0.0,  # of the trained network
             "seconds": 0.0,  # of earlier segments
             "steps_seconds": 0.0,  # training steps alone, after warm-up
             "steps_images": 0,  # in that time
@@ -151,6 +152,59 @@ def checkpoint(job: Job, record: Record, name: str = "last.ckpt") -> None:
     now = {"seconds": job.state["seconds"] + time.perf_counter() - record.began}
     record.checkpoint(state | job.state | now, name)
     record.saved = time.monotonic()
+
+
+BEST, BEST_BEFORE = "best.ckpt", "best-before.ckpt"
+
+
+def keep_best(job: Job, record: Record) -> None:
+    """Write the weights of the best validation accuracy so far as best.ckpt, whole or not at all. The one before stays
+    as best-before.ckpt, for a run that is resumed from an earlier step.
+
+    All is finite, for the validation loss is. `evaluate` has averaged the buffers over the processes.
+    """
+    if not record.active:
+        return
+    content = {
+        "model": job.module.state_dict(),
+        "step": job.state["step"],
+        "val_acc": job.state["best_val_acc"],
+        "config": record.config,
+    }
+
+    def replace() -> None:
+        best = record.folder / BEST
+        temporary = written(best, lambda f: torch.save(content, f))
+        if best.exists():
+            os.replace(best, record.folder / BEST_BEFORE)
+        os.replace(temporary, best)
+
+    record.guard(BEST, replace)
+
+
+def drop_later_best(job: Job, record: Record) -> None:
+    """Remove best weights that a resumed run does not know of yet. Those of an epoch's end it comes to again; those of a
+    validation in mid-epoch, where --max-steps ended it, it does not if it is longer now."""
+    if not record.active:
+        return
+
+    def later(name: str) -> bool:
+        try:
+            return load_state(record.folder / name)["val_acc"] > job.state["best_val_acc"]
+        except FileNotFoundError:
+            return False
+        except Exception:  # damaged: worth nothing
+            return True
+
+    def drop() -> None:
+        for name in (BEST_BEFORE, BEST):
+            if later(name):
+                (record.folder / name).unlink()
+        best, before = record.folder / BEST, record.folder / BEST_BEFORE
+        if before.exists() and not best.exists():
+            os.replace(before, best)
+
+    record.guard(BEST, drop)
 
 
 def restore(job: Job, record: Record, state: dict) -> None:

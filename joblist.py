@@ -10,8 +10,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+import jsonfiles
 import options
-import results
 from data import InputError
 from grids import Job
 from outputs import whole_file
@@ -47,7 +47,7 @@ def read_jobs(runs: Path) -> list[Sweep]:
     found = []
     for path in sorted((runs / LOGS).glob("jobs-*.json")):
         try:
-            content = results.read_json(path) if path.is_file() else {}
+            content = jsonfiles.read_json(path) or {}
             if content.get("format") != FORMAT:
                 raise ValueError
             jobs = [checked(**entry) for entry in content["jobs"]]

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
+import startfrom
 from data import InputError
 from models import DEFAULT_MODEL, GROUP, MODELS
 from noise import FROM_FILE, TYPES
@@ -20,7 +21,7 @@ from sources import DATASETS
 SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.
 PLACE = (
-    *("data_dir", "runs", "name", "resume", "checkpoint_minutes"),
+    *("data_dir", "runs", "name", "resume", "checkpoint_minutes", "config", "best"),
     *("accelerator", "devices", "strategy", "num_nodes", "threads", "compile", "graph", "profile"),
 )
 FILES = ("noise_file", "noise_matrix")  # may lie elsewhere when a run is resumed: its labels are compared instead
@@ -41,8 +42,22 @@ HARDWARE = (*FABRIC, "threads", "compile", "graph")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
+class Help(argparse.HelpFormatter):
+    """Adds each option's default to its help, where the help does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if not action.option_strings or action.required or action.default is argparse.SUPPRESS or "default:" in text:
+            return action.help
+        default = "off" if action.default is False else "none" if action.default is None else "%(default)s"
+        return f"{text} (default: {default})".lstrip()
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and an exception: no usage text, no exit."""
+    """argparse, but an error is one line and an exception: no usage text, no exit. Its help shows the defaults."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**{"formatter_class": Help} | settings)
 
     def parse_known_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else list(args)
@@ -120,7 +135,7 @@ def data_options(p: Parser):
         help=f"{', '.join(DATASETS)}, a path to an .npz or a folder",
     )
     g.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where torchvision's folders lie or go")
-    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (32)")
+    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (default: 32)")
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
@@ -131,7 +146,7 @@ def data_options(p: Parser):
 def noise_options(p: Parser) -> None:
     """Add the options that choose the label noise, but for its seed."""
     g = p.add_argument_group("noise")
-    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (0)")
+    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (default: 0, or the file's own)")
     g.add_argument("--noise-type", choices=TYPES, default="uniform", help="law of a selected example's label")
     g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
     g.add_argument(
@@ -152,12 +167,12 @@ def parser() -> Parser:
     g = p.add_argument_group("optimization")
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
-    g.add_argument("--momentum", type=below_one, default=0.9)
+    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
     g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
-    g.add_argument("--epochs", type=count, default=64)
+    g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
     g.add_argument("--sched", choices=SCHEDULES, default="constant", help="cosine: lr; onecycle: lr and momentum")
-    g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (5000)")
+    g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
     g = p.add_argument_group("measurement")
@@ -198,20 +213,20 @@ def parser() -> Parser:
     g.add_argument("--noise-seed", type=seed, default=0, help="label noise")
     g.add_argument("--split-seed", type=seed, default=0, help="validation split (and --subset)")
     g = p.add_argument_group("hardware (under `fabric run`, Fabric's own options of these names decide)")
-    g.add_argument("--precision", help="auto, 32-true, bf16-mixed, 16-mixed or 64-true (auto)")
-    g.add_argument("--accelerator", help="auto, cpu, gpu or cuda (auto)")
-    g.add_argument("--devices", type=devices, metavar="N", help="processes on this machine (1)")
-    g.add_argument("--strategy", help="auto or ddp (auto)")
-    g.add_argument("--num-nodes", type=count, metavar="N", help="machines (1)")
+    g.add_argument("--precision", help="auto, 32-true, bf16-mixed, 16-mixed or 64-true (default: auto)")
+    g.add_argument("--accelerator", help="auto, cpu, gpu or cuda (default: auto)")
+    g.add_argument("--devices", type=devices, metavar="N", help="processes on this machine (default: 1)")
+    g.add_argument("--strategy", help="auto or ddp (default: auto)")
+    g.add_argument("--num-nodes", type=count, metavar="N", help="machines (default: 1)")
     g.add_argument("--sync-bn", choices=["on", "off"], default="on", help="one BatchNorm over all GPUs")
-    g.add_argument("--threads", type=few, metavar="N", help="CPU threads a process (cores / processes here)")
+    g.add_argument("--threads", type=few, metavar="N", help="CPU threads a process (default: cores / processes here)")
     g = p.add_argument_group("speed")
     choice = {"choices": ["auto", "on", "off"], "default": "auto"}
     g.add_argument("--compile", nargs="?", const="on", **choice, help="torch.compile for plain steps")
     g.add_argument("--graph", nargs="?", const="on", **choice, help="replay plain steps as a CUDA graph (one GPU)")
     g.add_argument("--profile", type=count, metavar="STEPS", help="write a trace of so many steps")
     g = p.add_argument_group("run folder")
-    g.add_argument("--runs", type=path, default="runs", metavar="DIR")
+    g.add_argument("--runs", type=path, default="runs", metavar="DIR", help="the run is written to DIR/NAME")
     g.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     g.add_argument(
         "--checkpoint-minutes",
@@ -219,6 +234,14 @@ def parser() -> Parser:
         default=10.0,
         metavar="MIN",
         help="time between checkpoints in an epoch",
+    )
+    g.add_argument("--best", action="store_true", help="also keep the weights of the best validation, as best.ckpt")
+    g.add_argument(
+        "--config",
+        type=path,
+        metavar="FILE",
+        help="a run's config.json: its options hold where the command line gives none, but for those of hardware, speed "
+        "and run folder",
     )
     g.add_argument("--name", help="default: made from the options that change the result and are not default")
     return p
@@ -228,6 +251,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked options. Raises `InputError`."""
     words = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(words)
+    if args.config:
+        args = parser().parse_args([*startfrom.arguments(args.config, parser(), words), *words])
     for name, default in FABRIC.items():
         given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
         setattr(args, name, given or getattr(args, name) or default)

@@ -16,6 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import files
+import jsonfiles
 import options
 import schema
 from data import InputError
@@ -49,7 +50,7 @@ def read(reader, path: Path) -> dict:
     """
     try:
         return reader(path) or {}
-    except schema.Unreadable:
+    except jsonfiles.Unreadable:
         return {}
 
 

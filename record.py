@@ -20,45 +20,16 @@ import torch
 from torch import Tensor
 
 import files
+import jsonfiles
 import memory
 import noisefile
 import schema
+import tensorboard_views
 from data import InputError, Source
 from files import written
 from schema import EVENTS
+from tensorboard_views import encodable
 
-LAYOUT = {  # TensorBoard's custom scalars: the report's figures
-    "the report": {
-        "validation accuracy (figures 4-6, 13-15)": ["Multiline", ["val/acc"]],
-        "cosine of clean and all (figures 7-9, 16)": ["Multiline", ["grad/cos_clean_all"]],
-        "training accuracy on noisy examples (figures 10-12, 17)": ["Multiline", ["train/acc_noisy"]],
-        "learning rate (figure 3)": ["Multiline", ["optim/lr"]],
-        "momentum (figure 3)": ["Multiline", ["optim/momentum"]],
-    },
-    "gradients": {
-        "cosines": ["Multiline", ["grad/cos_clean_all", "grad/cos_clean_noisy"]],
-        "norms": ["Multiline", ["grad/norm_clean", "grad/norm_noisy", "grad/norm_all"]],
-        "accuracy, clean and noisy": ["Multiline", ["train/acc_clean", "train/acc_noisy"]],
-    },
-    "beside their nulls": {
-        "cos(clean, all) and random masks": [
-            "Multiline",
-            ["grad/cos_clean_all", "null/cos_clean_all", "null/permuted_cos_clean_all$", "corrected/cos_clean_all"],
-        ],
-        "cos(clean, noisy) and random masks": [
-            "Multiline",
-            [
-                "grad/cos_clean_noisy",
-                "null/cos_clean_noisy",
-                "null/permuted_cos_clean_noisy$",
-                "corrected/cos_clean_noisy",
-            ],
-        ],
-        "memorized, recovered, other": ["Multiline", ["probe/memorized", "probe/recovered", "probe/other"]],
-        "participation ratio and isotropic": ["Multiline", ["isotropy/participation", "isotropy/isotropic"]],
-        "sharpness and 2/lr": ["Multiline", ["curvature/top$", "curvature/two_over_lr"]],
-    },
-}
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
 FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
@@ -94,46 +65,11 @@ def versions() -> dict:
     }
 
 
-def picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...]):
-    """A matplotlib figure of up to 32 uint8 images (m, H, W, C), titled with the true label and, if changed, the given."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 7.5))  # fixed margins: matplotlib takes as long to find its own as to draw
-    margins = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 0.94, "wspace": 0.05, "hspace": 0.35}
-    for i, axis in enumerate(figure.subplots(4, 8, gridspec_kw=margins).flat):
-        axis.set_axis_off()
-        if i >= len(images):
-            continue
-        axis.imshow(images[i].squeeze(-1).numpy(), cmap="gray" if images.shape[-1] == 1 else None)
-        t, y = int(true[i]), int(given[i])
-        axis.set_title(
-            encodable(classes[t] if t == y else f"{classes[t]}\n-> {classes[y]}"),
-            fontsize=8,
-            color="k" if t == y else "r",
-            parse_math=False,  # a class may be called $5_$
-        )
-    return figure
-
-
-def matrix_picture(matrix: list[list[float]]) -> Tensor:
-    """A transition matrix (K rows of K shares by true class) as squares (3, h, w) uint8: white is 0, dark blue 1.
-
-    Made by hand, for a run's start waits for it: matplotlib takes a third of a second.
-    """
-    share = torch.tensor(matrix, dtype=torch.float64).sqrt()  # the root, for rare transitions to be seen
-    side = max(4, 480 // len(matrix))  # pixels
-    dark = torch.tensor([8.0, 48.0, 107.0], dtype=torch.float64)[:, None, None]
-    squares = (255 + share * (dark - 255)).round().to(torch.uint8)  # (3, K, K)
-    squares = squares.repeat_interleave(side, 1).repeat_interleave(side, 2)
-    squares[:, ::side], squares[:, :, ::side] = 200, 200  # grey lines between
-    return squares
-
-
 def read_config(folder: Path) -> dict | None:
     """A run's config.json, None if it is lost. Raises `InputError` where it has a wrong field."""
     try:
         return schema.read_config(folder / "config.json", resume=True)
-    except schema.Unreadable:
+    except jsonfiles.Unreadable:
         return None
 
 
@@ -141,7 +77,7 @@ def read_status(folder: Path) -> str | None:
     """The status in a run's summary.json, None if it is lost. Raises `InputError` where it has a wrong field."""
     try:
         return (schema.read_summary(folder / "summary.json") or {}).get("status")
-    except schema.Unreadable:
+    except jsonfiles.Unreadable:
         return None
 
 
@@ -303,8 +239,9 @@ class Record:
             self.thread_hook(args)
 
     def event_sizes(self) -> dict[str, int]:
-        """Bytes of every event file."""
-        return {path.name: path.stat().st_size for path in self.folder.glob(EVENTS)}
+        """Bytes of every event file that holds series."""
+        files = [path for path in self.folder.glob(EVENTS) if path.suffix != tensorboard_views.HPARAMS_SUFFIX]
+        return {path.name: path.stat().st_size for path in files}
 
     def sync_events(self) -> dict[str, int]:
         """Bytes of every event file once all that was logged is on the disk."""
@@ -321,22 +258,26 @@ class Record:
         if self.active:
             self.guard("config.json", write_json, self.folder / "config.json", config)
 
-    def start(self, ledger: dict, index: Tensor, true: Tensor, label: Tensor, source: Source) -> None:
-        """Write what is known before the first step: noise.npz, configuration and ledger as text beside a picture.
+    def start(self, ledger: dict, index: Tensor, true: Tensor, label: Tensor, source: Source, plan: dict) -> None:
+        """Write what is known before the first step: noise.npz, charts, configuration and ledger as text, pictures.
 
-        `index`, `true`, `label` (n,) are those of the training split of `source`.
+        `index`, `true`, `label` (n,) are those of the training split of `source`, `plan` is that of `will_log`.
         """
         if not self.active:
             return
         self.guard("noise.npz", noisefile.save, self.folder / "noise.npz", index, true, label, ledger["dynamic"])
-        self.write("add_custom_scalars", LAYOUT)
+        given = self.config["options"]
+        noisy = bool(ledger["changed"] or ledger["dynamic"] or given["fake_mask"])
+        self.write("add_custom_scalars", tensorboard_views.chart_layout(given, noisy, plan))
         self.write("add_text", "config", encodable(as_table(self.config["options"] | self.config["resolved"])))
         table = as_table({k: v for k, v in ledger.items() if k != "matrix"})
         matrix = noisefile.describe(ledger, source.classes)
         self.write("add_text", "noise", encodable(f"{table}\n\n```\n{matrix}\n```"))
         if ledger["matrix"]:
-            self.write("add_image", "noise/matrix", matrix_picture(ledger["matrix"]))
-        self.write("add_figure", "data/labels", picture(source.x_train[index[:32]], true, label, source.classes))
+            matrix = tensorboard_views.matrix_picture(ledger["matrix"], source.classes)
+            self.write("add_image", "noise/matrix", matrix)
+        labels = tensorboard_views.label_picture(source.x_train[index[:20]], true, label, source.classes)
+        self.write("add_image", "data/labels", labels)
         self.write("flush")
 
     def log(self, step: int, values: dict) -> None:
@@ -418,18 +359,28 @@ class Record:
         """Take over what `checkpoint` added of the record's own."""
         self.latest, self.recent_noisy = state["latest"], state["recent_noisy"]
 
-    def hyperparameters(self, metrics: dict[str, float]) -> None:
-        """TensorBoard's hparams table, under the tags that the series have already: no false point, no subfolder."""
+    def session_started(self) -> None:
+        """List the run in TensorBoard's hparams table, with the options of `config`.
+
+        They stand in an event file of their own, which checkpoints do not know: a resumed run, whose options may have
+        grown, writes it again.
+        """
         if not self.active:
             return
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard import SummaryWriter
 
-        given = self.config["options"].items()
-        plain = {k: v if isinstance(v, (bool, int, float)) else encodable(str(v)) for k, v in given}
-        plain["noise"] = self.config["noise"]["nominal"]
-        for proto in hparams(plain, metrics) if self.writer else ():
-            self.guard("the event file", self.writer.file_writer.add_summary, proto)
-        self.write("flush")
+        def write() -> None:
+            with SummaryWriter(str(self.folder), filename_suffix=tensorboard_views.HPARAMS_SUFFIX) as writer:
+                for summary in tensorboard_views.hparams_start(self.config):
+                    writer.file_writer.add_summary(summary)
+
+        self.guard("the event file", write)
+
+    def session_ended(self, status: str) -> None:
+        """Give the run its status in the hparams table: `finished` or `failed`."""
+        if self.writer:
+            self.guard("the event file", self.writer.file_writer.add_summary, tensorboard_views.hparams_end(status))
+            self.write("flush")
 
     def close_events(self) -> None:
         """Close the event file: nothing is logged any more."""
@@ -448,11 +399,6 @@ class Record:
 def why(e: BaseException) -> str:
     """What an exception says, in one line."""
     return getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
-
-
-def encodable(text: str) -> str:
-    """`text` with what UTF-8 cannot say, odd bytes of a path, spelled out: event files and pictures take no others."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def as_table(rows: dict) -> str:

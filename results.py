@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+import jsonfiles
 import options
 import schedules
 import schema
@@ -225,11 +226,11 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
     """
     try:
         with np.load(path, allow_pickle=False) as z:
-            listed = schema.parse(z["runs"].tobytes(), path)
+            listed = jsonfiles.parse(z["runs"].tobytes(), path)
             values = z["values"].astype(np.float64)
             grids = {k: schema.check_steps(k, z[k], path) for k in z.files if k.startswith("steps_")}
         if listed.get("format") != FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
-            raise ValueError(f"format {schema.shown(listed.get('format'))}, not '{FORMAT}'")
+            raise ValueError(f"format {jsonfiles.shown(listed.get('format'))}, not '{FORMAT}'")
     except InputError:
         raise
     except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything

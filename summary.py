@@ -44,7 +44,7 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
         "status": status,
         "reason": reason,
         "val_acc": record.latest.get("val/acc"),
-        "best_val_acc": state["best_val_acc"],
+        "best_val_acc": state["best_val_acc"] or None,  # none before the first validation of a trained network
         "test_acc": record.latest.get("test/acc"),
         "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
         "steps": state["step"],
@@ -124,8 +124,9 @@ def describe_split(job) -> str:
 
 def print_table(ledger: dict, summary: dict, folder: Path) -> None:
     """What was reached."""
+    best = summary["best_val_acc"] or 0.0
     shown = {
-        "validation accuracy": f"{summary['val_acc']:.4f} (best {summary['best_val_acc']:.4f})",
+        "validation accuracy": f"{summary['val_acc']:.4f} (best {best:.4f})",
         "test accuracy": f"{summary['test_acc']:.4f}",
         "noise, nominal / realised": f"{ledger['nominal']:.4f} / {ledger['realised']:.4f}",
     }

@@ -41,7 +41,7 @@ import sources
 from data import Batch, Images, InputError
 from hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from interrupts import Interrupted, Signals, say_ended
-from job import Job, checkpoint, prepare, restore
+from job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
 from measure import EVAL_BATCH, forward
 from record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
 from schedules import schedule
@@ -152,7 +152,10 @@ def validate(job: Job, record: Record) -> None:
     step, (loss, acc) = job.state["step"], evaluate(job, *job.val)
     record.log(step, {"val/loss": loss, "val/acc": acc})
     record.flush()
-    job.state["best_val_acc"] = max(acc, job.state["best_val_acc"])
+    if step and acc > job.state["best_val_acc"]:  # an untrained network's is chance
+        job.state["best_val_acc"] = acc
+        if job.args.best:
+            keep_best(job, record)
     if job.state["plan"]:
         epoch, rest = divmod(step, job.steps_per_epoch)
         record.log(step, measure.after_epoch(job, epoch + bool(rest)))
@@ -367,6 +370,8 @@ def run(args, signals: Signals) -> int:
             record.say(f"{folder} has finished already: {job.state['step']} steps")
             record.close()
             return 0
+        drop_later_best(job, record)
+        record.say(f"resuming {args.name} at step {job.state['step']} of {job.total_steps}")
 
     status, reason, summary = "failed", None, {}
     try:
@@ -380,8 +385,9 @@ def run(args, signals: Signals) -> int:
         config["segments"] = [*earlier.get("segments", []), segment]
         record.configure(config)
         record.open_events(state["events"] if saved else {})
+        record.session_started()
         if not saved:
-            record.start(ledger, index, source.y_train[index], labels, source)
+            record.start(ledger, index, source.y_train[index], labels, source, job.state["plan"])
             record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         summarize(job, record, "running")
         stand(job, record)
@@ -390,7 +396,7 @@ def run(args, signals: Signals) -> int:
         _, acc = evaluate(job, *job.test)
         record.log(job.state["step"], {"test/acc": acc})
         record.flush()
-        record.hyperparameters({tag: record.latest[tag] for tag in ("val/acc", "test/acc")})
+        record.session_ended("finished")
         stand(job, record)  # a signal comes too late now, a full disk does not
         status = "finished"
     except Stopped as e:
@@ -408,6 +414,8 @@ def run(args, signals: Signals) -> int:
             raise
         complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))
     finally:
+        if status == "failed":
+            record.session_ended("failed")
         record.close_events()
         summary = summarize(job, record, status, reason)
         late = fault_anywhere(job, record) if status != "failed" else None  # in the last that was written

@@ -84,6 +84,21 @@ def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
 
 
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def fabric_run(*options: str) -> list[str]:
+    """The command `fabric run` with a free port and these options; the test is skipped where there is no `fabric`."""
+    program = Path(sys.executable).parent / "fabric"
+    if not program.exists():
+        pytest.skip("no `fabric` script in this environment: lightning_fabric came with pytorch-lightning")
+    return [str(program), "run", "--accelerator=cpu", f"--main-port={free_port()}", *options, "train.py"]
+
+
 ZYGOTE = """
 import json, os, sys
 sys.path.insert(0, {root!r})
@@ -132,10 +147,7 @@ class Zygote:
             pytest.skip(f"needs {ranks} GPUs")
         environments = [{}]
         if ranks > 1:
-            with socket.socket() as s:
-                s.bind(("127.0.0.1", 0))
-                port = str(s.getsockname()[1])
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "t", "GROUP_RANK": "0"}
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "t", "GROUP_RANK": "0"}
             shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             environments = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
         ask = {"environments": environments, "log": str(self.log)} | ({"argv": argv} if argv else {"code": code})

@@ -15,7 +15,7 @@ from torch import nn
 import measure
 import metrics
 import train
-from conftest import ROOT, TINY, series, summary, weights
+from conftest import ROOT, TINY, fabric_run, free_port, series, summary, weights
 from test_metrics import job_for, warm
 
 # Training amplifies the last bit, by how much depends on the trajectory: seed 2's is a calm one.
@@ -177,15 +177,10 @@ def test_all_launchers_start_the_same_run(tmp_path):
     commands = {
         "python": [sys.executable, "train.py", *argv, "--devices", "2"],
         "fabric": [
-            str(bin / "fabric"),
-            "run",
-            "--accelerator=cpu",
-            "--devices=2",
-            "--precision=32-true",
-            "train.py",
+            *fabric_run("--devices=2", "--precision=32-true"),
             *plain,
         ],
-        "torchrun": [str(bin / "torchrun"), "--nproc_per_node", "2", "--master_port", "29611", "train.py", *argv],
+        "torchrun": [str(bin / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), "train.py", *argv],
     }
     for name, command in commands.items():
         result = launch([*command, "--name", name], tmp_path)
@@ -201,7 +196,7 @@ def test_all_launchers_start_the_same_run(tmp_path):
 
 def test_bad_input_is_said_once(tmp_path):
     argv = [*TINY, "--noise", "2", "--runs", str(tmp_path / "runs")]
-    fabric = [str(Path(sys.executable).parent / "fabric"), "run", "--accelerator=cpu", "--devices=2", "train.py"]
+    fabric = fabric_run("--devices=2")
     at = argv.index("--accelerator")
     result = launch([*fabric, *argv[:at], *argv[at + 2 :]], tmp_path)
     assert result.returncode == 1 and not (tmp_path / "runs").exists()  # the launcher's status

@@ -150,9 +150,13 @@ def test_a_home_directory_in_any_path(monkeypatch):
     assert (args.dataset, args.noise_matrix) == ("/home/me/own.npz", "/home/me/T.csv")
 
 
-def test_every_option_says_what_it_is():
-    for action in options.parser()._actions:
-        assert action.help or action.dest in ("lr", "momentum", "epochs", "runs"), action.dest
+def test_every_option_says_what_it_is_and_its_default():
+    parser = options.parser()
+    for action in parser._actions:
+        if action.dest != "help":
+            shown = parser._get_formatter()._expand_help(action)
+            assert "default: " in shown and not shown.startswith("(default"), action.dest
+            assert action.default in (None, False) or f"default: {action.default})" in shown, shown
 
 
 def test_a_gpu_that_is_not_there(capsys, tmp_path, monkeypatch):

@@ -15,7 +15,6 @@ import noise
 import noisefile
 import options
 import sources
-import record
 from conftest import ROOT, TINY, same_weights, series
 from test_inputs import LONG, refuse
 
@@ -152,15 +151,6 @@ def test_the_ledger_is_on_screen_in_the_config_and_in_tensorboard(go, capsys):
     assert "noise/matrix" in events.Tags()["images"]
     text = events.Tensors("noise/text_summary")[0].tensor_proto.string_val[0].decode()
     assert ledger["labels_sha256"] in text and "per_class" in text and "per cent" in text
-
-
-def test_picture_of_a_matrix():
-    squares = record.matrix_picture([[1.0, 0.0], [0.25, 0.75]])
-    assert squares.dtype == torch.uint8 and squares.shape == (3, 480, 480)
-    inside = squares[:, 120::240, 120::240]  # the middle of each square: rows are true classes
-    assert inside[:, 0, 0].tolist() == [8, 48, 107] and inside[:, 0, 1].tolist() == [255, 255, 255]
-    assert inside[:, 1, 0].tolist() == [132, 152, 181]  # half way, the root of a quarter
-    assert record.matrix_picture([[0.01] * 100] * 100).shape == (3, 400, 400)
 
 
 def test_unset_noise_is_none_for_a_generator(go):

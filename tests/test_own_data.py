@@ -16,7 +16,6 @@ from PIL import Image
 from torchvision.datasets import CIFAR100
 
 import data
-import record
 import sources
 from test_inputs import refuse
 
@@ -144,14 +143,6 @@ def test_classes_of_any_name(photos, go, monkeypatch):
     monkeypatch.setattr("sys.stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
     go("--dataset", str(photos), "--bs", "8", "--noise", "0.5", "--epochs", "1")
     assert b"$5_$" in screen.getvalue() and b"\\xe9migr\\xe9" in screen.getvalue()
-
-
-def test_names_of_odd_bytes_are_spelled_out():
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    assert record.encodable("é \udcfe") == "é \\udcfe"
-    x, y = torch.zeros(2, 28, 28, 1, dtype=torch.uint8), torch.arange(2)
-    FigureCanvasAgg(record.picture(x, y, y.flip(0), ("a\udcfe", "$x_$"))).draw()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""`--config FILE`: the options of another run, from its config.json, as words for the command line's own parser."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+from data import InputError
+from jsonfiles import Unreadable, read_json
+from noise import FROM_FILE
+
+# Options that say where, on what and how fast the other run ran, or what it was called: not taken over.
+LEFT_BEHIND = {
+    *("runs", "name", "resume", "checkpoint_minutes", "config", "best", "profile", "compile", "graph"),
+    *("accelerator", "devices", "strategy", "num_nodes", "threads"),
+}
+# An option of the command line on the left replaces these of the file as well: they belong together.
+TOGETHER = {
+    "dataset": ("model", "width", "norm", "image_size"),
+    "model": ("width", "norm"),
+    "noise_type": ("noise_file", "noise_labels", "noise_matrix"),
+    "sched_steps": ("sched_epochs", "sched_examples"),
+    "sched_epochs": ("sched_steps", "sched_examples"),
+    "sched_examples": ("sched_steps", "sched_epochs"),
+}
+
+
+def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
+    """The options of config.json `file`, each as `--option=value`, to stand before the command line's own, `given`.
+
+    Options that `given` replaces are left out. Raises `InputError` naming the file if it cannot be read, holds an
+    option that is not known here (it may decide what is computed), or a value that the option does not take.
+    """
+    actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest != "help"}
+    named = {word.split("=")[0] for word in given}
+    replaced = {key for key, action in actions.items() if named & set(action.option_strings)}
+    replaced |= {other for key in replaced for other in TOGETHER.get(key, ())}
+    if parser.parse_args(given).noise_type in FROM_FILE:
+        replaced.add("noise")  # the rate is the file's
+    words = []
+    for key, value in options_in(Path(file)).items():
+        if key in LEFT_BEHIND or value is None and (key not in actions or actions[key].default is None):
+            continue
+        if key not in actions:
+            raise InputError(f"--config {file}: holds an option '{key}', which is not one of this version")
+        option = actions[key].option_strings[0]
+        if actions[key].nargs == 0:
+            if not isinstance(value, bool):
+                raise InputError(f"--config {file}: {option}: '{value!s:.80}' is not true or false")
+            word = [option] * value
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            word = [f"{option}={value}"]
+        else:
+            raise InputError(f"--config {file}: {option}: '{value!s:.80}' is neither a text nor a number")
+        try:
+            parser.parse_args(word)
+        except InputError as e:
+            raise InputError(f"--config {file}: {e}") from e
+        words += word if key not in replaced else []
+    return words
+
+
+def options_in(file: Path) -> dict:
+    """The options in a config.json. Raises `InputError` if there are none that can be read."""
+    try:
+        content = read_json(file)
+    except Unreadable as e:
+        raise InputError(f"--config {e}") from e
+    if content is None:
+        raise InputError(f"--config {file}: there is no such file")
+    if not isinstance(content.get("options"), dict):
+        raise InputError(f"--config {file}: not a run's config.json, which holds an object 'options'")
+    return content["options"]
