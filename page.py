@@ -3,6 +3,8 @@
 import base64
 import html
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +14,7 @@ class Page:
     """A report under construction: headings, paragraphs, lists, tables and figures, for Markdown and HTML alike."""
 
     out: Path
+    picture: str = "png"  # the format of the figures that are shown, png or svg
 
     def __post_init__(self) -> None:
         self.markdown: list[str] = []
@@ -40,11 +43,22 @@ class Page:
         )
         self.html.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in body) + "</table>")
 
+    @contextmanager
+    def folded(self, summary: str) -> Iterator[None]:
+        """What is added inside is hidden behind one line until the reader opens it."""
+        for lines in (self.markdown, self.html):
+            lines.append(f"<details><summary>{html.escape(summary, quote=False)}</summary>")
+        yield
+        for lines in (self.markdown, self.html):
+            lines.append("</details>")
+
     def figure(self, stem: str, caption: str) -> None:
-        """A figure that `styled` has saved as STEM.png and STEM.svg."""
-        image = base64.b64encode((self.out / f"{stem}.png").read_bytes()).decode()
-        self.markdown.append(f"![{caption}]({stem}.png)")
-        self.html.append(f'<p><img alt="{html.escape(caption)}" src="data:image/png;base64,{image}"></p>')
+        """A figure that `styled` has saved as STEM.png or STEM.svg."""
+        name = f"{stem}.{self.picture}"
+        kind = {"png": "image/png", "svg": "image/svg+xml"}[self.picture]
+        image = base64.b64encode((self.out / name).read_bytes()).decode()
+        self.markdown.append(f"![{caption}]({name})")
+        self.html.append(f'<p><img alt="{html.escape(caption)}" src="data:{kind};base64,{image}"></p>')
 
     def write(self, title: str) -> None:
         style = (

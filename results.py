@@ -11,7 +11,7 @@ import math
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,8 +151,8 @@ def read_json(path: Path) -> dict:
         raise InputError(f"{path}: cannot be read ({str(e).splitlines()[0]})") from e
 
 
-def read_folder(folder: Path) -> Run:
-    """A run from its folder. Raises `InputError` where config.json or summary.json cannot be read."""
+def read_folder(folder: Path, with_series: bool = True) -> Run:
+    """A run from its folder, or all but its series, which take nearly all of the time and memory. Raises `InputError` where config.json or summary.json cannot be read."""
     config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
     opts = vars(options.parser().parse_args([])) | config.get("options", {})
     opts["model"] = opts["model"] or "resnet18"
@@ -162,7 +162,7 @@ def read_folder(folder: Path) -> Run:
         opts,
         config.get("resolved", {}),
         summary,
-        read_events(folder),
+        read_events(folder) if with_series else {},
         str(folder),
         config.get("versions", {}),
     )
@@ -178,6 +178,14 @@ def load(paths: list[str], progress: bool = True) -> list[Run]:
     Of two runs with the same name and options the one further on counts, a folder before a file. Raises `InputError` for a path
     that is none of these.
     """
+    return list(each(paths, progress))
+
+
+def each(paths: list[str], progress: bool = True) -> Iterator[Run]:
+    """The runs of `load`, one at a time: the series of a folder are read when it is that run's turn.
+
+    A grid of folders that is larger than the memory can be gone through like this. Raises as `load` does.
+    """
     runs: list[Run] = []
     folders: list[Path] = []
     for path in map(Path, paths):
@@ -192,18 +200,20 @@ def load(paths: list[str], progress: bool = True) -> list[Run]:
             folders += inside
         else:
             raise InputError(f"{path}: neither a folder of runs nor an exported .npz nor a .csv of curves")
-    for folder in tqdm(folders, unit="run", desc="reading", disable=not progress or len(folders) < 4):
-        runs.append(read_folder(folder))
-    best: dict[tuple, Run] = {}
-    for run in runs:
+    candidates = [(run, None) for run in runs] + [(read_folder(f, with_series=False), f) for f in folders]
+    best: dict[tuple, tuple[Run, Path | None]] = {}
+    for run, folder in candidates:
         what = (run.name, run.setting, run.cell, run.seed, run.budget, run.length, run.fake)
         have = best.get(what)
-        if have is None or (run.finished, run.summary.get("steps") or 0) >= (
-            have.finished,
-            have.summary.get("steps") or 0,
-        ):
-            best[what] = run
-    return list(best.values())
+        if have is None or progress_of(run) >= progress_of(have[0]):
+            best[what] = (run, folder)
+    for run, folder in tqdm(best.values(), unit="run", desc="reading", disable=not progress or len(folders) < 4):
+        yield read_folder(folder) if folder else run
+
+
+def progress_of(run: Run) -> tuple[bool, int]:
+    """How far a run has come, to be compared."""
+    return run.finished, run.summary.get("steps") or 0
 
 
 # --------------------------------------------------------------------------------------------------- exported files
@@ -303,12 +313,15 @@ def read_curves(path: Path) -> list[Run]:
         raise InputError(f"{path}: not a table of the report's curves ({type(e).__name__}: {str(e)[:80]})") from e
     if not points:
         raise InputError(f"{path}: not a table of the report's curves (it is empty)")
-    runs = []
+    runs, left_out = [], {}  # {schedule: {"noise, batch size": why}} of curves that are not among their neighbours
     for key, series in points.items():
         ratio, sched, noise, B, lr = key
         spe = math.ceil(40_000 / int(B))
         if not ratio and max(s for s, _ in series.get("val/acc", [(0, 0.0)])) > 64 * spe:
-            continue  # figure 4's batch 128 without noise is a run of figure 13, and stands there
+            # figure 4's batch 128 without noise is a run of figure 13, and is drawn there
+            why = f"the report's curve is its figure 13's run of {RATIO_EPOCHS} epochs"
+            left_out.setdefault(sched, {})[f"{float(noise):g}, {B}"] = why
+            continue
         name = f"report{'-ratio' if ratio else ''}_sched-{sched}_noise{noise}_bs{B}_lr{lr}"
         opts = vars(options.parser().parse_args([])) | {
             **{k: about[key][k] for k in ("dataset", "model")},
@@ -323,6 +336,9 @@ def read_curves(path: Path) -> list[Run]:
         summary = {"status": "finished", "steps": max(int(s[-1]) for s, _ in found.values())}
         resolved = {"steps_per_epoch": spe, "train_examples": 40_000}
         runs.append(Run(name, opts, resolved, summary, found, str(path)))
+    for run in runs:
+        if run.options["epochs"] != RATIO_EPOCHS and run.cell.sched in left_out:
+            run.resolved["left_out"] = left_out[run.cell.sched]
     return runs
 
 
