@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from results import Run
 
@@ -44,7 +44,7 @@ FILLS = ("full", "none", "left", "bottom")  # of markers, by rate or momentum
 
 def colour(B: int):
     """The colour of a batch size, dark at 16 to light at 1024, the same in every figure."""
-    return colormaps["viridis"](0.82 * min(max((math.log2(B) - 4) / 6, 0), 1))[:3]
+    return colormaps["plasma"](0.86 * min(max((math.log2(B) - 4) / 6, 0), 1))[:3]
 
 
 def marker_of(B: int) -> str:
@@ -211,25 +211,33 @@ def panels(
     return figure, axes
 
 
-def log_axis(axis) -> None:
-    """A logarithmic x axis that keeps step 0: linear from 0 to the smallest positive x of its lines."""
-    xs = np.concatenate([np.asarray(line.get_xdata(), float) for line in axis.get_lines()] or [np.zeros(0)])
-    xs = xs[xs > 0]
-    if len(xs):
-        least = float(xs.min())
+def log_axes(axes: list) -> None:
+    """Logarithmic x axes, one scale for all of them, that keep step 0: linear from 0 to the smallest positive x drawn."""
+    drawn = [np.asarray(line.get_xdata(), float) for axis in axes for line in axis.get_lines()]
+    xs = np.unique(np.concatenate(drawn or [np.zeros(0)]))
+    positive = xs[xs > 0]
+    if not len(positive):
+        return
+    least, most = float(positive[0]), float(positive[-1])
+    decades = math.log10(most / least)
+    within = (1,) if decades > 2.5 else (1, 3) if decades > 1 else (1, 2, 5)
+    first, end = math.floor(math.log10(least)), math.ceil(math.log10(most))
+    ticks = [k * 10.0**e for e in range(first, end + 1) for k in within]
+    ticks = [t for t in ticks if 1.5 * least < t <= 1.2 * most]  # what lies closer to 0 would be written over it
+    for axis in axes:
         axis.set_xscale("symlog", linthresh=least, linscale=0.3)
-        decades = math.log10(xs.max() / least)
-        subs = (1,) if decades > 2.5 else (1, 3) if decades > 1 else (1, 2, 5)
-        axis.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=least, subs=subs))
+        axis.xaxis.set_major_locator(FixedLocator([xs[0] if xs[0] > 0 else 0.0, *ticks]))
+        axis.xaxis.set_minor_locator(NullLocator())
         axis.xaxis.set_major_formatter(FuncFormatter(short))
-        axis.set_xlim(left=0 if any(0 in line.get_xdata() for line in axis.get_lines()) else 0.9 * least)
+        axis.set_xlim(0.95 * xs[0], 1.15 * most)
 
 
 def finish_axes(axes: Iterable, look: Look, absent: str) -> None:
-    """Scale the x axes of a figure that is drawn; an axis without a line says what is `absent`."""
+    """Scale the x axes of panels that are drawn; a panel without a line says what is `absent`."""
+    axes = list(axes)
+    if look.log_x:
+        log_axes(axes)
     for axis in axes:
-        if look.log_x:
-            log_axis(axis)
         if not axis.get_lines():
             axis.text(0.5, 0.5, absent, ha="center", transform=axis.transAxes, color="0.4", fontsize=8)
 

@@ -27,7 +27,7 @@ from drawing import (
     drawable,
     foot,
     headline,
-    log_axis,
+    log_axes,
     settled,
     short,
     styled,
@@ -137,7 +137,7 @@ def single(run: Run, look: Look) -> Figure | None:
         if name == "accuracy" and classes:
             axis.axhline(1 / len(classes), color=GREY, ls=":", lw=1, label=f"a random guess, 1/{len(classes)}")
         if look.log_x:
-            log_axis(axis)
+            log_axes([axis])
         axis.legend(fontsize=7)
     foot(figure, "; ".join(explained(figure, run, here, alphas, look, groups)))
     return figure

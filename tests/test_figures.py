@@ -5,6 +5,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 import figures
+import onerun
 import options
 import report
 from figures import Look
@@ -117,7 +118,7 @@ def test_a_line_begins_where_every_seed_has_a_value():
 @pytest.mark.parametrize("look", [Look(), Look(bands="window")])
 def test_bands_and_what_the_caption_says_of_them(look):
     probe = lambda s: {f"probe/{k}": {0: 0.1, 100: 0.2 + 0.1 * s} for k in ("memorized", "recovered", "other")}  # noqa: E731
-    runs = [made(f"{s}", probe(s) | accuracy(0.1 + s, 0.5 + s), noise=0.2, seed=s) for s in range(3)]
+    runs = [made(f"{s}", probe(s) | accuracy(*[0.1 + 0.2 * s] * 12, *[0.5 + 0.2 * s] * 12), noise=0.2, seed=s) for s in range(3)]
     figure = figures.probes("t", runs, look)  # not smoothed: there is no window
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert sorted(set(band[band[:, 0] == 100][:, 1])) == pytest.approx([0.2, 0.4])
@@ -125,9 +126,9 @@ def test_bands_and_what_the_caption_says_of_them(look):
     figure = figures.curves("t", "y", runs, "val/acc", look, True)
     half = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     if look.bands == "window":
-        assert "bands: standard deviation within" in caption(figure) and half.max() < 2
+        assert "bands: standard deviation within" in caption(figure) and half.max() < 0.85
     else:
-        assert "bands: one standard deviation over seeds" in caption(figure) and half.max() > 2
+        assert "bands: one standard deviation over seeds" in caption(figure) and half.max() > 0.88
     lone = [r for r in runs if r.seed == "0/0/0"]
     assert "bands" not in caption(figures.probes("t", lone, look))
 
@@ -137,11 +138,17 @@ def test_an_a_a_run_meets_its_null_on_its_own_page():
     cosine = lambda s: 0.2 + 0.6 * np.exp(-s / 4000)  # noqa: E731
     often, rarely = ({s: cosine(s) for s in range(0, 20000, every)} for every in (50, 1000))
     run = made("aa", {"grad/cos_clean_noisy": often, "null/cos_clean_noisy": rarely})
-    raw, null = lines(figures.single(run, Look()).axes[2])
+    drawn = [line for line in onerun.single(run, Look()).axes[0].get_lines() if len(line.get_xdata())]
+    raw, null = ((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in drawn)
     assert raw == null and null[0] == list(rarely) and null[1] == list(rarely.values())
+    assert [line.get_linestyle() for line in drawn] == ["-", "--"]
     alone = made("split", {"grad/cos_clean_noisy": often})  # no null to meet: smoothed as before
-    ((x, y),) = lines(figures.single(alone, Look()).axes[2])
+    ((x, y),) = lines(onerun.single(alone, Look()).axes[0])
     assert len(x) == 400 and y[200] > cosine(x[200]) + 0.005
+    both = made("masks", {"grad/cos_clean_noisy": often, "null/permuted_cos_clean_noisy": often})
+    figure = onerun.single(both, Look())  # at the same, many steps: both smoothed, and alike
+    raw, null = (line.get_ydata().tolist() for line in figure.axes[0].get_lines() if line.get_zorder() == 3)
+    assert raw == null == y and "its null (random masks)" in [t.get_text() for t in figure.axes[0].legend_.get_texts()]
 
 
 # ------------------------------------------------------------------------------------------------ what is told apart

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+import drawing
 import figures
 import options
 import report
@@ -164,18 +165,18 @@ def test_it_says_where_the_report_goes(tmp_path, capsys):
 
 
 def test_smoothing_by_hand():
-    mean, spread = figures.smooth(np.array([1.0, 2.0, 4.0]), 0.5)
+    mean, spread = drawing.smooth(np.array([1.0, 2.0, 4.0]), 0.5)
     assert mean == pytest.approx([1.0, (2 + 0.5) / 1.5, (4 + 1 + 0.25) / 1.75])
     assert spread[0] == 0 and spread[1] == pytest.approx(math.sqrt((4 + 0.5) / 1.5 - (2.5 / 1.5) ** 2))
-    assert figures.alpha_of("val/acc") == 0.5 and figures.alpha_of("grad/cos_clean_all") == 0.05
-    assert figures.smooth(np.arange(4.0), 1.0)[0].tolist() == [0, 1, 2, 3]
+    assert drawing.alpha_of("val/acc") == 0.5 and drawing.alpha_of("grad/cos_clean_all") == 0.05
+    assert drawing.smooth(np.arange(4.0), 1.0)[0].tolist() == [0, 1, 2, 3]
 
 
 def test_smoothing_is_that_of_pandas():
     pandas = pytest.importorskip("pandas")
     values = np.random.default_rng(0).normal(size=300)
     for alpha in (0.5, 0.05):
-        mean, spread = figures.smooth(values, alpha)
+        mean, spread = drawing.smooth(values, alpha)
         assert mean == pytest.approx(pandas.Series(values).ewm(alpha=alpha).mean().to_numpy())
         assert spread == pytest.approx(pandas.Series(values).ewm(alpha=alpha).std(bias=True).to_numpy(), abs=1e-7)
 
@@ -398,7 +399,7 @@ def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
     (run,) = results.load([str(tmp_path)])
     steps = run.series["val/acc"][0]
-    assert [figures.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
+    assert [drawing.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
         [0, 50, 100],
         [0, 1, 2],
         [0, 1600, 3200],
