@@ -204,7 +204,7 @@ def panels(
     axes = figure.subplots(rows, n, sharey="row", sharex=True, squeeze=False)
     headline(figure, title)
     for row in axes:
-        row[0].set_ylabel(ylabel)
+        row[0].set_ylabel(textwrap.fill(ylabel, int(9 * height)))
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_formatter(FuncFormatter(short))
@@ -248,7 +248,7 @@ def headline(figure: Figure, title: str) -> None:
 
 
 def wrapped(title: str, width: int) -> str:
-    """A title in lines of at most `width` characters, not broken inside an option: neither at a hyphen nor between its name
+    """A title or caption in lines of at most `width` characters, not broken inside an option: neither at a hyphen nor between its name
     and its value, which are the short parts between commas."""
     parts = re.split(r"(?<=[,;:(])", title)
     bound = [part[:1] + part[1:].replace(" ", "\N{NO-BREAK SPACE}") if len(part) <= 32 else part for part in parts]
@@ -280,7 +280,7 @@ def bands(figure: Figure, look: Look, smoothed: bool) -> list[str]:
 
 
 def foot(figure: Figure, text: str) -> None:
-    figure.supxlabel(textwrap.fill(text, int(17 * figure.get_figwidth())), fontsize=7, color="0.35")
+    figure.supxlabel(wrapped(text, int(17 * figure.get_figwidth())), fontsize=7, color="0.35")
 
 
 def noise_title(noise: float) -> str:

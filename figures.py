@@ -209,7 +209,7 @@ def schedules(runs: list[Run]) -> Figure | None:
             axis.plot(steps, values, COLOURS[sched], ls=styles[sched], lw=2, marker="o" * points, label=SCHED_NAMES[sched])
         axis.set_xlim(0, max(ends) or 1)
     axes[0].legend()
-    foot(figure, "one run for each schedule: " + ", ".join(r.name for r in chosen.values()))
+    foot(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()))
     return figure
 
 

@@ -154,6 +154,8 @@ def explained(figure: Figure, run: Run, here: dict, alphas: dict, look: Look, gr
     if alphas:
         parts.append("a cosine means something only beside its null, dashed: below it, noisy gradients pull elsewhere")
         parts += ["both at the null's steps, neither smoothed"] * (set(alphas.values()) == {1.0})
+    elif any(tag.startswith("grad/cos") for tag in drawn):
+        parts.append("a raw cosine means something only beside its null, which this run did not measure")
     absent = [name for name in groups if name not in here]
     if absent:
         parts.append(f"no values in this run for: {', '.join(absent)}")

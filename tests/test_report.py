@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import options
 import report
 import results
 from conftest import SHARED, series
+from page import Page
 
 EVERY = ("steps", "epochs")
 
@@ -270,13 +272,14 @@ def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"
-    assert report.main([str(curves), "--out", str(out), "--reference", str(curves)]) == 0
+    assert report.main([str(curves), "--out", str(out), "--format", "png", "--reference", str(curves)]) == 0
     said = (out / "report.md").read_text()
     rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
     assert len(rows) == 17 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
-    assert {"figure-04.png", "figure-07.svg", "figure-10.png", "figure-13.svg"} <= {p.name for p in out.iterdir()}
+    assert {"figure-04.png", "figure-07.png", "figure-10.png", "figure-13.png"} <= {p.name for p in out.iterdir()}
     verdicts = capsys.readouterr().out
     assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")
+    assert "No run here speaks of 7 findings" in said and "no run speaks of: 1a raw" in verdicts
     assert "0.6958" in said  # figure 4, batch 16, no noise: the last value
 
 
@@ -315,6 +318,30 @@ def test_a_report_from_planted_runs(made):
     assert "excludes 0 in the claimed direction" in said  # the rule beside the verdict
 
 
+def test_a_page_begins_with_the_cells(made):
+    """Cells, then figures, then findings; what no run speaks of is one line, closed until it is opened."""
+    text, page = (made / "report.md").read_text(), (made / "report.html").read_text()
+    places = [text.index(part) for part in ("| schedule | noise | B |", "## Figures", "![", "## Findings", "**1b** (")]
+    assert places == sorted(places) and text.index("# Label noise") == 0
+    row = re.search(r"^\| onecycle, 5000 steps \| 0.5 \| 64 \| 0.1, 0.9 \| 3 \| (\S+) ± \d", text, re.M)
+    assert float(row[1]) == pytest.approx(0.1 + 0.8 - 0.15, abs=0.02)  # planted: B = 64 is the best at this noise
+    folds = re.findall(r"<details><summary>([^<]*)</summary>", page)
+    assert folds == re.findall(r"<details><summary>([^<]*)</summary>", text) and page.count("</details>") == len(folds)
+    assert [f.split(":")[0] for f in folds if "speaks" in f] == ["No run here speaks of 3 findings"]
+    inside = text[text.index("No run here speaks") :]
+    assert "| 5c. " in inside[: inside.index("</details>")] and "**5c**" not in text
+
+
+def test_long_lists_of_runs_are_folded():
+    runs = [finished(f"r{i}", status="stopped", bs=16, seed=i) for i in range(12)]
+    page = Page(Path())
+    report.write_unfinished(page, runs)
+    assert "<summary>12 runs are not finished</summary>" in page.html[0] and page.markdown[-1] == "</details>"
+    page = Page(Path())
+    report.write_unfinished(page, runs[:2])
+    assert not any("details" in part for part in page.html) and "r1" in page.html[0]
+
+
 def test_figures_are_whole_and_the_page_stands_alone(made):
     stems = {p.stem for p in made.glob("*.png")}
     assert {"figure-03", "figure-04", "figure-04-epochs", "figure-07", "figure-10", "probes-onecycle-steps"} <= stems
@@ -331,7 +358,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     """Runs with validation accuracy alone: figures of the rest are named as absent, findings as not resolved."""
     for B in (16, 64):
         plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
     for tag in (
         "grad/cos_clean_all",
@@ -346,10 +373,13 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
 
 
 def test_a_single_run_gives_one_page(planted, tmp_path):
-    folder = sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0]
-    assert report.main([str(folder), "--out", str(tmp_path)]) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert said.startswith(f"# {folder.name}") and "| finished |" in said and "run.png" in said
+    folder = Path(shutil.copytree(sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0], tmp_path / "bs16"))
+    assert report.main([str(folder), "--format", "svg,pdf"]) == 0  # in the run's own folder, where none is given
+    said = (folder / "report" / "report.md").read_text()
+    assert {p.name for p in (folder / "report").iterdir()} == {"report.md", "report.html", "run.svg", "run.pdf"}
+    assert "data:image/svg+xml;base64," in (folder / "report" / "report.html").read_text()
+    assert [r.name for r in results.load([str(tmp_path)])] == ["bs16"]  # the report is no run
+    assert said.startswith(f"# {folder.name}") and "| finished |" in said and said.index("run.svg") < said.index("| finished |")
     number = float(re.search(r"minus its null \| (\S+) \|", said)[1])
     assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
 
@@ -415,7 +445,7 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
                     f"--bs {B} --lr {lr} --noise {noise} --sched constant --epochs 2 --seed {seed} --noise-seed {seed}"
                 )
                 plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
     assert (
         "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
