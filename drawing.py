@@ -324,6 +324,7 @@ def save(figure: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) ->
     for name in formats:
         date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(name)
         figure.savefig(stem.with_name(f"{stem.name}.{name}"), dpi=150, metadata=date)
+        figure.set_layout_engine("none")  # every format has the first one's layout, which takes a third of the time
 
 
 def styled(

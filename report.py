@@ -348,7 +348,7 @@ def run(args) -> int:
                 print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
         silent = dict.fromkeys(result.finding.id for _, result in judged if not speaks(result))
         if silent:
-            print(f"no run speaks of: {', '.join(silent)}")
+            print(f"these runs cannot judge: {', '.join(silent)}")
         page.write("Label noise and SGD")
     print(f"-> {Path(args.out) / 'report.md'}, report.html")
     return 0

@@ -1,6 +1,7 @@
 """The findings' part of a report: what these runs say about each claim, and by which rules.
 
-A finding that no run speaks of, because nothing it needs was measured, has a line in a folded table and nothing else.
+A finding whose statistic these runs do not give, because something it needs was not measured or has not run, has a line in a
+folded table and nothing else.
 """
 
 import math
@@ -41,12 +42,12 @@ def judge(settings: list[Setting], margins: dict[str, float], tuned: bool) -> Ju
 
 
 def speaks(result: findings.Result) -> bool:
-    """Whether any run has what the finding's statistic needs."""
+    """Whether the finding's statistic can be computed from the runs, under any budget."""
     return any(result.intervals.values())
 
 
 def write_findings(page: Page, judged: Judged) -> None:
-    """Verdicts with their intervals; what is missing and what no run speaks of is folded."""
+    """Verdicts with their intervals; what is missing and what cannot be judged is folded."""
     speaking = [(setting, r) for setting, r in judged if speaks(r)]
     if speaking:
         header = ["finding", "setting", "verdict", *findings.BUDGETS.values(), "margin"]
@@ -64,7 +65,7 @@ def write_findings(page: Page, judged: Judged) -> None:
     silent = [(setting, r) for setting, r in judged if not speaks(r)]
     if silent:
         ids = ", ".join(dict.fromkeys(r.finding.id for _, r in silent))
-        with page.folded(f"No run here speaks of {len(silent)} finding{'s' * (len(silent) > 1)}: {ids}"):
+        with page.folded(f"{len(silent)} finding{'s' * (len(silent) > 1)} these runs cannot judge: {ids}"):
             rows = [
                 [f"{r.finding.id}. {r.finding.title}", setting, f"**{r.verdict}**", "; ".join(r.missing)]
                 for setting, r in silent
