@@ -2,6 +2,8 @@
 
 import base64
 import html
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ class Page:
     """
 
     out: Path
+    picture: str = "png"  # the format of the figures that are shown, png or svg
 
     def __post_init__(self) -> None:
         self.markdown: list[str] = []
@@ -42,11 +45,22 @@ class Page:
         )
         self.html.append(f"<table><tr>{head}</tr>" + "".join(f"<tr>{line}</tr>" for line in body) + "</table>")
 
+    @contextmanager
+    def folded(self, summary: str) -> Iterator[None]:
+        """What is added inside is hidden behind one line until the reader opens it."""
+        for lines in (self.markdown, self.html):
+            lines.append(f"<details><summary>{html.escape(printable(summary), quote=False)}</summary>")
+        yield
+        for lines in (self.markdown, self.html):
+            lines.append("</details>")
+
     def figure(self, stem: str, caption: str) -> None:
-        """A figure that `styled` has saved as STEM.png and STEM.svg."""
-        image = base64.b64encode((self.out / f"{stem}.png").read_bytes()).decode()
-        self.markdown.append(f"![{to_markdown(literal(caption))}]({stem}.png)")
-        self.html.append(f'<p><img alt="{html.escape(printable(caption))}" src="data:image/png;base64,{image}"></p>')
+        """A figure that `styled` has saved as STEM.png or STEM.svg."""
+        name = f"{stem}.{self.picture}"
+        kind = {"png": "image/png", "svg": "image/svg+xml"}[self.picture]
+        image = base64.b64encode((self.out / name).read_bytes()).decode()
+        self.markdown.append(f"![{to_markdown(literal(caption))}]({name})")
+        self.html.append(f'<p><img alt="{html.escape(printable(caption))}" src="data:{kind};base64,{image}"></p>')
 
     def write(self, title: str) -> None:
         style = (

@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,8 +117,11 @@ def as_series(points: dict[int, float]) -> Series:
     return steps, np.array([points[s] for s in steps.tolist()], dtype=np.float64)
 
 
-def read_folder(folder: Path) -> Run:
-    """A run from its folder. Raises `InputError` where config.json or summary.json is damaged or has a wrong field."""
+def read_folder(folder: Path, with_series: bool = True) -> Run:
+    """A run from its folder, or all but its series, which take nearly all of the time and memory.
+
+    Raises `InputError` where config.json or summary.json is damaged or has a wrong field.
+    """
     config, summary = schema.read_config(folder / "config.json"), schema.read_summary(folder / "summary.json") or {}
     if config is None:
         raise InputError(f"{folder}: no config.json in it")
@@ -129,7 +133,7 @@ def read_folder(folder: Path) -> Run:
         opts,
         config.get("resolved", {}),
         summary,
-        read_events(folder),
+        read_events(folder) if with_series else {},
         str(folder),
         config.get("versions", {}),
     )
@@ -145,6 +149,14 @@ def load(paths: list[str], progress: bool = True, left_out: list[str] | None = N
     Of two runs with the same name and options the one further on counts, a folder before a file. Raises `InputError` for a path
     that is none of these. A run that cannot be read is added to `left_out`, as "NAME: reason"; without it, it raises too.
     """
+    return list(each(paths, progress, left_out))
+
+
+def each(paths: list[str], progress: bool = True, left_out: list[str] | None = None) -> Iterator[Run]:
+    """The runs of `load`, one at a time: the series of a folder are read when it is that run's turn.
+
+    Folders that hold more than the memory does can be gone through like this. Raises as `load` does.
+    """
     runs: list[Run] = []
     folders: list[Path] = []
     for path in map(Path, paths):
@@ -159,23 +171,27 @@ def load(paths: list[str], progress: bool = True, left_out: list[str] | None = N
             folders += inside
         else:
             raise InputError(f"{path}: neither a folder of runs nor an exported .npz nor a .csv of curves")
-    for folder in tqdm(folders, unit="run", desc="reading", disable=not progress or len(folders) < 4):
+    found: list[tuple[Run, Path | None]] = [(run, None) for run in runs]
+    for folder in folders:
         try:
-            runs.append(read_folder(folder))
+            found.append((read_folder(folder, with_series=False), folder))
         except InputError as e:
             if left_out is None:
                 raise
             left_out.append(f"{folder.name}: {e}")
-    best: dict[tuple, Run] = {}
-    for run in runs:
+    best: dict[tuple, tuple[Run, Path | None]] = {}
+    for run, folder in found:
         what = (run.name, run.setting, run.cell, run.seed, run.budget, run.length, run.fake)
         have = best.get(what)
-        if have is None or (run.finished, run.summary.get("steps") or 0) >= (
-            have.finished,
-            have.summary.get("steps") or 0,
-        ):
-            best[what] = run
-    return list(best.values())
+        if have is None or how_far(run) >= how_far(have[0]):
+            best[what] = (run, folder)
+    for run, folder in tqdm(best.values(), unit="run", desc="reading", disable=not progress or len(folders) < 4):
+        yield read_folder(folder) if folder else run
+
+
+def how_far(run: Run) -> tuple[bool, int]:
+    """How far a run has come, to be compared."""
+    return run.finished, run.summary.get("steps") or 0
 
 
 # --------------------------------------------------------------------------------------------------- exported files
@@ -289,12 +305,15 @@ def read_curves(path: Path) -> list[Run]:
         raise InputError(f"{path}: not a table of the report's curves ({type(e).__name__}: {str(e)[:80]})") from e
     if not points:
         raise InputError(f"{path}: not a table of the report's curves (it is empty)")
-    runs = []
+    runs, left_out = [], {}  # {schedule: {"noise, batch size": why}} of curves that are not among their neighbours
     for key, series in points.items():
         ratio, sched, noise, B, lr = key
         spe = math.ceil(40_000 / int(B))
         if not ratio and max(s for s, _ in series.get("val/acc", [(0, 0.0)])) > 64 * spe:
-            continue  # figure 4's batch 128 without noise is a run of figure 13, and stands there
+            # figure 4's batch 128 without noise is a run of figure 13, and is drawn there
+            why = f"the report's curve is its figure 13's run of {RATIO_EPOCHS} epochs"
+            left_out.setdefault(sched, {})[f"{float(noise):g}, {B}"] = why
+            continue
         name = f"report{'-ratio' if ratio else ''}_sched-{sched}_noise{noise}_bs{B}_lr{lr}"
         opts = vars(options.parser().parse_args([])) | {
             **{k: about[key][k] for k in ("dataset", "model")},
@@ -309,6 +328,9 @@ def read_curves(path: Path) -> list[Run]:
         summary = {"status": "finished", "steps": max(int(s[-1]) for s, _ in found.values())}
         resolved = {"steps_per_epoch": spe, "train_examples": 40_000}
         runs.append(Run(name, opts, resolved, summary, found, str(path)))
+    for run in runs:
+        if run.options["epochs"] != RATIO_EPOCHS and run.cell.sched in left_out:
+            run.resolved["left_out"] = left_out[run.cell.sched]
     return runs
 
 

@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+import drawing
 import figures
+import onerun
 import options
 import report
-from figures import Look
+from conftest import SHARED
+from drawing import Look
 from page import Page
-from results import Run, settings
+from results import Run, export, read_curves, settings
 
 PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0, "precision": "bf16-mixed"}
 
@@ -117,7 +120,7 @@ def test_a_line_begins_where_every_seed_has_a_value():
 @pytest.mark.parametrize("look", [Look(), Look(bands="window")])
 def test_bands_and_what_the_caption_says_of_them(look):
     probe = lambda s: {f"probe/{k}": {0: 0.1, 100: 0.2 + 0.1 * s} for k in ("memorized", "recovered", "other")}  # noqa: E731
-    runs = [made(f"{s}", probe(s) | accuracy(0.1 + s, 0.5 + s), noise=0.2, seed=s) for s in range(3)]
+    runs = [made(f"{s}", probe(s) | accuracy(*[0.1 + 0.2 * s] * 12, *[0.5 + 0.2 * s] * 12), noise=0.2, seed=s) for s in range(3)]
     figure = figures.probes("t", runs, look)  # not smoothed: there is no window
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert sorted(set(band[band[:, 0] == 100][:, 1])) == pytest.approx([0.2, 0.4])
@@ -125,9 +128,9 @@ def test_bands_and_what_the_caption_says_of_them(look):
     figure = figures.curves("t", "y", runs, "val/acc", look, True)
     half = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     if look.bands == "window":
-        assert "bands: standard deviation within" in caption(figure) and half.max() < 2
+        assert "bands: standard deviation within" in caption(figure) and half.max() < 0.85
     else:
-        assert "bands: one standard deviation over seeds" in caption(figure) and half.max() > 2
+        assert "bands: one standard deviation over seeds" in caption(figure) and half.max() > 0.88
     lone = [r for r in runs if r.seed == "0/0/0"]
     assert "bands" not in caption(figures.probes("t", lone, look))
 
@@ -137,11 +140,17 @@ def test_an_a_a_run_meets_its_null_on_its_own_page():
     cosine = lambda s: 0.2 + 0.6 * np.exp(-s / 4000)  # noqa: E731
     often, rarely = ({s: cosine(s) for s in range(0, 20000, every)} for every in (50, 1000))
     run = made("aa", {"grad/cos_clean_noisy": often, "null/cos_clean_noisy": rarely})
-    raw, null = lines(figures.single(run, Look()).axes[2])
+    drawn = [line for line in onerun.single(run, Look()).axes[0].get_lines() if len(line.get_xdata())]
+    raw, null = ((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in drawn)
     assert raw == null and null[0] == list(rarely) and null[1] == list(rarely.values())
+    assert [line.get_linestyle() for line in drawn] == ["-", "--"]
     alone = made("split", {"grad/cos_clean_noisy": often})  # no null to meet: smoothed as before
-    ((x, y),) = lines(figures.single(alone, Look()).axes[2])
+    ((x, y),) = lines(onerun.single(alone, Look()).axes[0])
     assert len(x) == 400 and y[200] > cosine(x[200]) + 0.005
+    both = made("masks", {"grad/cos_clean_noisy": often, "null/permuted_cos_clean_noisy": often})
+    figure = onerun.single(both, Look())  # at the same, many steps: both smoothed, and alike
+    raw, null = (line.get_ydata().tolist() for line in figure.axes[0].get_lines() if line.get_zorder() == 3)
+    assert raw == null == y and "its null (random masks)" in [t.get_text() for t in figure.axes[0].legend_.get_texts()]
 
 
 # ------------------------------------------------------------------------------------------------ what is told apart
@@ -219,3 +228,108 @@ def test_which_grids_are_the_reports_ratio_pairs():
     assert not figures.ratio_pairs(grid((16, 64, 128), (0.05, 0.1)))
     assert not figures.ratio_pairs(grid((64, 128), (0.1,)))
     assert settings(grid((16, 64, 128), (0.05, 0.1)))[0].ratio  # equal lr/B somewhere is not enough for figure 13
+
+
+# -------------------------------------------------------------------------------------- what short and long runs look like
+
+
+def test_a_series_of_one_point_is_seen():
+    tags = ("val/acc", "grad/cos_clean_noisy", "probe/memorized", "optim/lr", "train/loss")
+    run = made("one", {tag: {0: 0.3} for tag in tags}, noise=0.5)
+    for axis in onerun.single(run, Look()).axes:
+        (line,) = [x for x in axis.get_lines() if len(x.get_xdata()) and x.get_linewidth() > 1.5]
+        assert line.get_marker() not in ("", "None", None) and line.get_markevery() == [0], axis.get_title()
+    assert onerun.single(made("none", {}), Look()) is None
+    figure = figures.probes("t", [made("a", {"probe/memorized": {0: 0.1}}, noise=0.5)], Look())
+    assert [[t.get_text() for t in axis.texts] for axis in figure.axes] == [[], ["no probe/recovered"], ["no probe/other"]]
+
+
+def test_averages_are_for_series_of_some_points():
+    for n, averaged in ((19, False), (20, True)):
+        values = [0.0] * (n - 1) + [1.0]
+        figure = figures.curves("t", "y", [made("a", accuracy(*values))], "val/acc", Look(), True)
+        ((_, y),) = lines(figure.axes[0])
+        assert y[-1] == pytest.approx(1 / (2 - 2.0 ** (1 - n)) if averaged else 1)  # weights 1, 1/2, 1/4, ...
+        assert ("exponential average" in caption(figure)) == averaged
+
+
+def test_bands_of_shares_stay_between_0_and_1():
+    runs = [made(f"{v}", accuracy(v, 1 - v), seed=i) for i, v in enumerate((0.0, 0.0, 0.9))]
+    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == 0 and band.max() == 1
+
+
+@pytest.mark.parametrize("argv, scale, x", [
+    ("", "symlog", "steps"), ("--x steps", "linear", "steps"), ("--x log-epochs", "symlog", "epochs"), ("--x epochs", "linear", "epochs"),
+    ("--x steps --log-x", "symlog", "steps")])  # fmt: skip
+def test_no_batch_size_is_a_sliver(argv, scale, x):
+    """16 and 1024 at one number of epochs: lines whose lengths are 64 apart; step 0 is kept on a logarithmic axis."""
+    look = report.look_of(report.parser().parse_args(["runs", *argv.split()]), [])
+    runs = [made(f"{B}", {"val/acc": {s: 0.1 + s / 1e5 for s in (0, 10240 // B, 20480 // B)}}, bs=B) for B in (16, 1024)]
+    axis = figures.curves("t", "y", runs, "val/acc", look, True).axes[0]
+    assert (axis.get_xscale(), look.x) == (scale, x) and all(0 in line[0] for line in lines(axis))
+    if scale == "symlog":
+        assert axis.get_xlim()[0] == 0 and axis.get_xticks()[0] == 0
+    near = [made(f"{B}", accuracy(0.1, 0.2, 0.3), bs=B) for B in (16, 32)]
+    if not argv:
+        assert figures.curves("t", "y", near, "val/acc", look, True).axes[0].get_xscale() == "linear"
+
+
+def test_what_a_grid_lacks_is_named_below_its_figure():
+    runs = [made(f"{B}-{n}", accuracy(0.1, 0.2), bs=B, noise=n) for B, n in ((16, 0.0), (64, 0.0), (16, 0.5))]
+    runs.append(made("64-0.5", {}, bs=64, noise=0.5))
+    text = caption(figures.curves("t", "y", runs, "val/acc", Look(), True))
+    assert "not drawn at 50% label noise: batch 64 (no val/acc)" in text
+    assert "batch 64 (no run)" in caption(figures.curves("t", "y", runs[:3], "val/acc", Look(), True))
+    assert "not drawn" not in caption(figures.curves("t", "y", runs[:2], "val/acc", Look(), True))
+
+
+def test_the_reports_missing_curve_is_named():
+    path = SHARED / "report" / "curves.csv"
+    if not path.is_file():
+        pytest.skip("no ../shared/report/curves.csv beside the repository")
+    theirs = read_curves(path)
+    why = "(the report's curve is its figure 13's run of 80 epochs)"
+    runs = [r for r in theirs if r.options["epochs"] == 64]
+    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    assert f"not drawn at 0% label noise: batch 128 {why}" in caption(figure) and figure.axes[0].get_xscale() == "symlog"
+    ours = [made(f"{B}", accuracy(0.1, 0.4), sched="onecycle", bs=B) for B in (64, 128)]
+    text = caption(figures.curves("t", "y", ours, "val/acc", Look(reference=theirs), True))
+    assert f"no dashed curve at 0% label noise for batch 128 {why}" in text
+
+
+def lightness(color) -> float:
+    """CIE L* of an sRGB colour, 0 to 100."""
+    linear = np.where((c := np.array(color)) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    Y = linear @ [0.2126, 0.7152, 0.0722]
+    return float(116 * np.cbrt(Y) - 16) if Y > (6 / 29) ** 3 else float(Y * (29 / 3) ** 3)
+
+
+def test_batch_sizes_are_told_apart_without_colour():
+    sizes = (16, 32, 64, 128, 256, 512, 1024)
+    steps = np.diff([lightness(drawing.colour(B)) for B in sizes])
+    assert steps.min() > 8 and lightness(drawing.colour(1024)) < 82  # in order, and seen on white
+    assert len({drawing.marker_of(B) for B in sizes}) == len(sizes)
+    figure = figures.curves("t", "y", [made(f"{B}", accuracy(0.1, 0.5), bs=B) for B in sizes], "val/acc", Look(), True)
+    assert [h.get_marker() for h in figure.legends[0].legend_handles] == [drawing.marker_of(B) for B in sizes]
+
+
+def test_titles_are_not_broken_inside_an_option():
+    options_ = ("no-augment", "subset 2000", "val-frac 0.5", "width 8", "measure-bn eval", "noise-type symmetric")
+    title = f"Figure 4: validation accuracy, one-cycle (cifar10, resnet18, 20 epochs, {', '.join(options_)})"
+    for width in range(24, 110):
+        broken = drawing.wrapped(title, width).splitlines()
+        assert " ".join(broken) == title and max(map(len, broken)) <= width
+        assert all(any(o in part for part in broken) for o in options_), width
+
+
+@pytest.mark.parametrize("argv", ["--format jpg", "--format png,", "--x days", "--csv runs.txt", "--csv nowhere/a.csv", "--csv ."])
+def test_a_wrong_option_is_one_line(argv, tmp_path, capsys):
+    export([made("a", accuracy(0.1))], tmp_path / "a.npz")
+    try:
+        status = report.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / "out"), *argv.split()])
+    except SystemExit as e:
+        status = e.code
+    err = capsys.readouterr().err
+    assert status == 2 and argv.split()[0] in err and len(err.splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+import drawing
 import figures
 import options
 import report
 import results
 from conftest import SHARED, series
+from page import Page
 
 EVERY = ("steps", "epochs")
 
@@ -164,18 +167,18 @@ def test_it_says_where_the_report_goes(tmp_path, capsys):
 
 
 def test_smoothing_by_hand():
-    mean, spread = figures.smooth(np.array([1.0, 2.0, 4.0]), 0.5)
+    mean, spread = drawing.smooth(np.array([1.0, 2.0, 4.0]), 0.5)
     assert mean == pytest.approx([1.0, (2 + 0.5) / 1.5, (4 + 1 + 0.25) / 1.75])
     assert spread[0] == 0 and spread[1] == pytest.approx(math.sqrt((4 + 0.5) / 1.5 - (2.5 / 1.5) ** 2))
-    assert figures.alpha_of("val/acc") == 0.5 and figures.alpha_of("grad/cos_clean_all") == 0.05
-    assert figures.smooth(np.arange(4.0), 1.0)[0].tolist() == [0, 1, 2, 3]
+    assert drawing.alpha_of("val/acc") == 0.5 and drawing.alpha_of("grad/cos_clean_all") == 0.05
+    assert drawing.smooth(np.arange(4.0), 1.0)[0].tolist() == [0, 1, 2, 3]
 
 
 def test_smoothing_is_that_of_pandas():
     pandas = pytest.importorskip("pandas")
     values = np.random.default_rng(0).normal(size=300)
     for alpha in (0.5, 0.05):
-        mean, spread = figures.smooth(values, alpha)
+        mean, spread = drawing.smooth(values, alpha)
         assert mean == pytest.approx(pandas.Series(values).ewm(alpha=alpha).mean().to_numpy())
         assert spread == pytest.approx(pandas.Series(values).ewm(alpha=alpha).std(bias=True).to_numpy(), abs=1e-7)
 
@@ -269,13 +272,14 @@ def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"
-    assert report.main([str(curves), "--out", str(out), "--reference", str(curves)]) == 0
+    assert report.main([str(curves), "--out", str(out), "--format", "png", "--reference", str(curves)]) == 0
     said = (out / "report.md").read_text()
     rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
     assert len(rows) == 17 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
-    assert {"figure-04.png", "figure-07.svg", "figure-10.png", "figure-13.svg"} <= {p.name for p in out.iterdir()}
+    assert {"figure-04.png", "figure-07.png", "figure-10.png", "figure-13.png"} <= {p.name for p in out.iterdir()}
     verdicts = capsys.readouterr().out
     assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")
+    assert "7 findings these runs cannot judge" in said and "these runs cannot judge: 1a raw" in verdicts
     assert "0.6958" in said  # figure 4, batch 16, no noise: the last value
 
 
@@ -299,7 +303,7 @@ def planted(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def made(planted, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("out")
-    assert report.main([str(planted), "--out", str(out), "--x", "epochs"]) == 0
+    assert report.main([str(planted), "--out", str(out), "--x", "epochs", "--format", "png"]) == 0
     return out
 
 
@@ -314,6 +318,31 @@ def test_a_report_from_planted_runs(made):
     assert "excludes 0 in the claimed direction" in said  # the rule beside the verdict
 
 
+def test_a_page_begins_with_the_cells(made):
+    """Cells, then figures, then findings; what no run speaks of is one line, closed until it is opened."""
+    text, page = (made / "report.md").read_text(), (made / "report.html").read_text()
+    places = [text.index(part) for part in ("| schedule | noise | B |", "## Figures", "![", "## Findings", "**1b** (")]
+    assert places == sorted(places) and text.index("# Label noise") == 0
+    row = re.search(r"^\| onecycle, 5000 steps \| 0.5 \| 64 \| 0.1, 0.9 \| 3 \| (\S+) ± \d", text, re.M)
+    assert float(row[1]) == pytest.approx(0.1 + 0.8 - 0.15, abs=0.02)  # planted: B = 64 is the best at this noise
+    folds = re.findall(r"<details><summary>([^<]*)</summary>", page)
+    assert folds == re.findall(r"<details><summary>([^<]*)</summary>", text) and page.count("</details>") == len(folds)
+    (fold,) = [f for f in folds if "cannot judge" in f]
+    assert fold == "5 findings these runs cannot judge: 3, 4, 4m, 5, 5c"  # of 3 and 5 the failed run is missing
+    inside = text[text.index(fold) :]
+    assert "| 5c. " in inside[: inside.index("</details>")] and "**5c**" not in text
+
+
+def test_long_lists_of_runs_are_folded():
+    runs = [finished(f"r{i}", status="stopped", bs=16, seed=i) for i in range(12)]
+    page = Page(Path())
+    report.write_unfinished(page, runs)
+    assert "<summary>12 runs are not finished</summary>" in page.html[0] and page.markdown[-1] == "</details>"
+    page = Page(Path())
+    report.write_unfinished(page, runs[:2])
+    assert not any("details" in part for part in page.html) and "r1" in page.html[0]
+
+
 def test_figures_are_whole_and_the_page_stands_alone(made):
     stems = {p.stem for p in made.glob("*.png")}
     assert {"figure-03", "figure-04", "figure-04-epochs", "figure-07", "figure-10", "probes-onecycle-steps"} <= stems
@@ -323,14 +352,13 @@ def test_figures_are_whole_and_the_page_stands_alone(made):
     assert not re.search(r'src="(?!data:)|href=', page)
     for stem in stems:
         assert (made / f"{stem}.png").read_bytes()[:4] == b"\x89PNG" and f"]({stem}.png)" in text
-        ET.parse(made / f"{stem}.svg")
 
 
 def test_what_is_not_there_is_said(tmp_path, capsys):
     """Runs with validation accuracy alone: figures of the rest are named as absent, findings as not resolved."""
     for B in (16, 64):
         plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
     for tag in (
         "grad/cos_clean_all",
@@ -345,10 +373,14 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
 
 
 def test_a_single_run_gives_one_page(planted, tmp_path):
-    folder = sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0]
-    assert report.main([str(folder), "--out", str(tmp_path)]) == 0
-    said = (tmp_path / "report.md").read_text()
-    assert said.startswith(f"# {folder.name}") and "| finished |" in said and "run.png" in said
+    folder = Path(shutil.copytree(sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0], tmp_path / "bs16"))
+    assert report.main([str(folder), "--format", "svg,pdf"]) == 0  # in the run's own folder, where none is given
+    said = (folder / "report" / "report.md").read_text()
+    assert {p.name for p in (folder / "report").iterdir()} == {"report.md", "report.html", "run.svg", "run.pdf"}
+    ET.parse(folder / "report" / "run.svg")
+    assert "data:image/svg+xml;base64," in (folder / "report" / "report.html").read_text()
+    assert [r.name for r in results.load([str(tmp_path)])] == ["bs16"]  # the report is no run
+    assert said.startswith(f"# {folder.name}") and "| finished |" in said and said.index("run.svg") < said.index("| finished |")
     number = float(re.search(r"minus its null \| (\S+) \|", said)[1])
     assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
 
@@ -398,7 +430,7 @@ def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
     (run,) = results.load([str(tmp_path)])
     steps = run.series["val/acc"][0]
-    assert [figures.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
+    assert [drawing.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
         [0, 50, 100],
         [0, 1, 2],
         [0, 1600, 3200],
@@ -414,7 +446,7 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
                     f"--bs {B} --lr {lr} --noise {noise} --sched constant --epochs 2 --seed {seed} --noise-seed {seed}"
                 )
                 plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     said = (tmp_path / "out" / "report.md").read_text()
     assert (
         "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()

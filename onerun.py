@@ -1,0 +1,184 @@
+"""The report on a single run: one picture, and tables of what it reached.
+
+The picture is what a first run is looked at for: cosines beside their nulls, and accuracy on the noisy examples.
+"""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import findings
+import results
+from drawing import (
+    BATCH_ALPHA,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    VERMILION,
+    X_LABEL,
+    Look,
+    alpha_of,
+    bands,
+    draw_line,
+    drawable,
+    foot,
+    headline,
+    log_axes,
+    settled,
+    short,
+    styled,
+)
+from markup import literal
+from page import Page
+from results import Run, null_of
+
+PAIRS = ("cos_clean_noisy", "cos_clean_all")
+SMOOTHED_PAIRS = 100  # a cosine and its null are smoothed, both alike, from this many common steps on
+WORDS = {
+    "train/loss": "training",
+    "val/loss": "validation",
+    "train/acc_clean": "training, clean examples",
+    "train/acc_noisy": "training, noisy examples",
+    "val/acc": "validation",
+    "grad/cos_clean_noisy": "clean and noisy",
+    "grad/cos_clean_all": "clean and all",
+    "corrected/cos_clean_noisy": "clean and noisy, corrected",
+    "grad/norm_clean": "clean",
+    "grad/norm_noisy": "noisy",
+    "grad/norm_all": "all",
+    "probe/memorized": "memorized",
+    "probe/recovered": "recovered",
+    "probe/other": "other",
+    "optim/lr": "learning rate",
+}
+
+
+def label_of(tag: str) -> str:
+    """A series in a legend. A null says of which kind it is: random masks, or the closed form."""
+    if tag.startswith("null/"):
+        kind = "random masks" if "permuted_" in tag else "closed form"
+        return f"its null ({kind})"
+    return WORDS.get(tag, tag)
+
+
+def paired(run: Run) -> tuple[Run, dict[str, float]]:
+    """The run with every raw cosine and its null at the steps that both have, and the smoothing {tag: alpha} of these.
+
+    Nulls may be rarer: an average over the same number of points would reach back much further for one than for the other.
+    """
+    found, alphas = {}, {}
+    for pair in PAIRS:
+        raw, null = f"grad/{pair}", null_of(run, pair)
+        (steps, values), (rare, nulls) = (run.series.get(tag, ((), ())) for tag in (raw, null))
+        both, i, j = np.intersect1d(steps, rare, return_indices=True)
+        if len(both):
+            found |= {raw: (both, values[i]), null: (both, nulls[j])}
+            alphas |= dict.fromkeys((raw, null), BATCH_ALPHA if len(both) >= SMOOTHED_PAIRS else 1.0)
+    return replace(run, series=run.series | found), alphas
+
+
+def groups_of(run: Run) -> dict[str, list[tuple]]:
+    """Panels {title: [(tag, colour, marker, line style), ...]}, those that a first look is for first."""
+    cosines = []
+    for pair, color, marker in zip(PAIRS, (VERMILION, BLUE), "so", strict=True):
+        cosines += [(f"grad/{pair}", color, marker, "-"), (null_of(run, pair), color, marker, "--")]
+    return {
+        "cosine of gradients": [*cosines, ("corrected/cos_clean_noisy", PURPLE, "^", "-")],
+        "accuracy": [
+            ("train/acc_noisy", VERMILION, "s", "-"),
+            ("train/acc_clean", BLUE, "o", "-"),
+            ("val/acc", GREEN, "^", "-"),
+        ],
+        "probed noisy examples, share": [
+            ("probe/memorized", VERMILION, "s", "-"),
+            ("probe/recovered", GREEN, "^", "-"),
+            ("probe/other", GREY, "D", "-"),
+        ],
+        "loss": [("train/loss", BLUE, "o", "-"), ("val/loss", GREEN, "^", "-")],
+        "gradient norm": [
+            ("grad/norm_noisy", VERMILION, "s", "-"),
+            ("grad/norm_clean", BLUE, "o", "-"),
+            ("grad/norm_all", GREY, "D", "-"),
+        ],
+        "learning rate": [("optim/lr", ORANGE, "o", "-")],
+    }
+
+
+def single(run: Run, look: Look) -> Figure | None:
+    """One run on a page: cosines with their nulls, accuracies, probes, losses, norms, learning rate; what the run has.
+
+    None where it has nothing that can be drawn.
+    """
+    run, alphas = paired(run)
+    groups = groups_of(run)
+    here = {name: [row for row in rows if drawable(run, row[0], look)] for name, rows in groups.items()}
+    here = {name: rows for name, rows in here.items() if rows}
+    if not here:
+        return None
+    look = settled(look, [run], [tag for rows in here.values() for tag, *_ in rows])
+    across = min(len(here), 3)
+    down = math.ceil(len(here) / across)
+    figure = Figure(figsize=(max(3.7 * across, 6), 3.1 * down), layout="constrained")
+    headline(figure, run.name.replace("_", ", "))
+    axes = list(figure.subplots(down, across, squeeze=False).flat)
+    for axis in axes[len(here) :]:
+        axis.remove()
+    for axis, (name, rows) in zip(axes, here.items(), strict=False):
+        axis.set_title(name)
+        axis.set_xlabel(X_LABEL[look.x])
+        axis.xaxis.set_major_formatter(short)
+        for tag, color, marker, style in rows:
+            draw_line(axis, [run], tag, look, color, style, alphas.get(tag), marker)
+            axis.plot([], [], color=color, ls=style, marker=marker if style == "-" else "", ms=4, label=label_of(tag))
+        classes = run.resolved.get("classes") or ()
+        if name == "accuracy" and classes:
+            axis.axhline(1 / len(classes), color=GREY, ls=":", lw=1, label=f"a random guess, 1/{len(classes)}")
+        if look.log_x:
+            log_axes([axis])
+        axis.legend(fontsize=7)
+    foot(figure, "; ".join(explained(figure, run, here, alphas, look, groups)))
+    return figure
+
+
+def explained(figure: Figure, run: Run, here: dict, alphas: dict, look: Look, groups: dict) -> list[str]:
+    """The line under the picture: smoothing, how to read a cosine, what the run has no series for."""
+    drawn = [tag for rows in here.values() for tag, *_ in rows]
+    averages = any(alphas.get(t, alpha_of(t, len(run.series[t][0]))) < 1 for t in drawn)
+    parts = []
+    if averages:
+        parts.append("faint: raw values; lines: exponential average, alpha 0.05 (validation accuracy and loss 0.5)")
+    parts += bands(figure, look, averages)
+    if alphas:
+        parts.append("a cosine means something only beside its null, dashed: below it, noisy gradients pull elsewhere")
+        parts += ["both at the null's steps, neither smoothed"] * (set(alphas.values()) == {1.0})
+    elif any(tag.startswith("grad/cos") for tag in drawn):
+        parts.append("a raw cosine means something only beside its null, which this run did not measure")
+    absent = [name for name in groups if name not in here]
+    if absent:
+        parts.append(f"no values in this run for: {', '.join(absent)}")
+    return parts
+
+
+def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png", "svg")) -> None:
+    """The report on a single run: its picture first, then what it reached and the options it was made with."""
+    page.heading(1, run.name)
+    if styled(single, run, look, stem=page.out / "run", formats=formats):
+        page.figure("run", run.name)
+    else:
+        page.text("Nothing to draw: the run has no values yet.")
+    values = results.values_of(run)
+    means = {"cos_minus_null": "cosine of clean and noisy minus its null", "corrected_minus_1": "corrected cosine minus 1",
+             "participation_minus_1": "participation ratio over its isotropic value, minus 1"}  # fmt: skip
+    page.table(
+        ["mean over the run", ""],
+        [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()],
+    )
+    shown = {k: f"{v:.4f}" if isinstance(v, float) else literal(v) for k, v in run.summary.items() if v is not None}
+    rows = [[literal(k), v] for k, v in shown.items()]
+    page.table(["summary", ""], rows or [["status", "no summary.json"]])
+    with page.folded("Options"):
+        page.table(["option", "value"], [[literal(k), literal(v)] for k, v in run.options.items()])
