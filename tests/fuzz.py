@@ -107,8 +107,7 @@ def invalid_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list
     made = sorted(p.name for p in cwd.iterdir())
     if made:
         problems.append(f"created {made}")
-    shown = result.shell if len(result.shell) < 1500 else result.shell[:700] + " ... " + result.shell[-700:]
-    return kind, [f"{p}: {shown}: {result.err[0][:500]}" for p in problems]
+    return kind, [f"{p}: {result.shell}: {result.err[0][:500]}" for p in problems]
 
 
 PARTS = {  # name: (a case, cases of a whole run)

@@ -69,18 +69,18 @@ for line in sys.stdin:
             child(ask, rank)
         waiting[pid] = rank
         statuses.append(None)
-    pids, deadline, late = list(waiting), time.monotonic() + ask["timeout"], 0
+    pids, began, limit, late = list(waiting), time.monotonic(), ask["timeout"], 0
     while waiting:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in waiting:
             status = os.waitstatus_to_exitcode(status)
             statuses[waiting.pop(pid)] = status
             if status < 0:  # as a launcher does: a process of the run is lost
-                deadline = min(deadline, time.monotonic() + ask["grace"])
+                limit = min(limit, time.monotonic() - began + ask["grace"])
             continue
-        if time.monotonic() > deadline:
+        if time.monotonic() - began > limit * max(1, os.getloadavg()[0] / os.cpu_count()):  # others' work is not lateness
             late += 1
-            deadline = time.monotonic() + 5
+            limit += 5
             for pid in waiting:
                 end(pid, signal.SIGABRT if late == 1 else signal.SIGKILL)
         time.sleep(0.005)
@@ -114,7 +114,8 @@ class Result:
     @property
     def shell(self) -> str:
         ranks = f"  # on {len(self.statuses)} processes" if len(self.statuses) > 1 else ""
-        return shlex.join([f"{self.program}.py", *self.argv]).encode("utf-8", "backslashreplace").decode() + ranks
+        words = [w if len(w) <= 200 else f"{w[:60]}...{len(w)} characters" for w in self.argv]
+        return shlex.join([f"{self.program}.py", *words]).encode("utf-8", "backslashreplace").decode() + ranks
 
     def problems(self, allowed: set[int]) -> list[str]:
         """What no call may do: end late, by a signal, with a traceback or with a status that is not in `allowed`."""
@@ -172,7 +173,8 @@ class Children:
     ) -> Result:
         """`program`.main(argv) in a process of its own (`ranks` of them) in folder `cwd`; `before` is code that runs first.
 
-        After `timeout` seconds, or `grace` seconds after one of them was lost, the processes are killed.
+        After `timeout` seconds, or `grace` seconds after one of them was lost, the processes are killed; on a busy
+        machine later, in proportion to its load.
         """
         process = self.process()
         ask = {"program": program, "argv": argv, "cwd": str(cwd), "log": self.local.log, "timeout": timeout}

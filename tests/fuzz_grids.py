@@ -107,5 +107,4 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     elif not problems and len(result.err[0]) > 1000:
         problems = [f"a line of {len(result.err[0])} characters"]
     problems += [f"created {sorted(p.name for p in cwd.iterdir())}"] * any(cwd.iterdir())
-    shown = result.shell[:1500]
-    return ("valid" if good else "invalid") + " " + what, [p if "sweep.py" in p else f"{p}: {shown}" for p in problems]
+    return ("valid" if good else "invalid") + " " + what, [p if "sweep.py" in p else f"{p}: {result.shell}" for p in problems]

@@ -4,7 +4,6 @@ An option without a generator is an error that names it: whoever adds an option 
 """
 
 import math
-import os
 import random
 import string
 from collections.abc import Callable
@@ -415,13 +414,7 @@ def invalid(rng: random.Random, inputs: Inputs) -> tuple[str, list[str]]:
         if "--dataset" in given:
             first = first[1:]
         return kind, [*first, *plain, "--accelerator=cpu", "--threads=1", *spoilt]
-    argv = c.argv()
-    return kind, [*argv, *spoilt] if spoilt[0].startswith("--") and "=" not in spoilt[0] else [*spoilt, *argv]
-
-
-def undecodable(words: list[str]) -> bool:
-    """Whether a command line holds bytes that are no UTF-8."""
-    return any(word != word.encode("utf-8", "ignore").decode() for word in words) or os.name == "nt"
+    return kind, [*c.argv(), *spoilt]  # behind, for of an option given twice the last one counts
 
 
 def case_folder(parent: Path, name: str) -> Path:
