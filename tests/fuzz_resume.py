@@ -93,8 +93,7 @@ def everything(folder: Path) -> dict[str, list]:
             for value in event.summary.value:
                 if value.tag.startswith("_hparams_") or value.tag.startswith("config"):
                     continue  # these hold names and folders, which differ
-                array = tensor_util.make_ndarray(value.tensor)
-                found.setdefault(value.tag, []).append((event.step, array.tobytes()))
+                found.setdefault(value.tag, []).append((event.step, tensor_util.make_ndarray(value.tensor).tolist()))
     return found
 
 
