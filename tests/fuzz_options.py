@@ -126,6 +126,8 @@ def noise_type(c: Command) -> object:
         return c.rng.choice(kinds) if c.chance(0.3) else None
     if c.set.flips:
         kinds.append("asymmetric")
+    if not c.set.files:
+        kinds.remove("matrix")
     if not c.set.files or (c.set.name == "synthetic" and c.value("synthetic_train") != c.set.size):
         kinds = [k for k in kinds if k not in ("human", "file", "matched")]
     return c.rng.choice(kinds) if c.chance(0.7) else None
