@@ -385,7 +385,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
 
 def path_hash(path: str) -> str:
     """Six digits that tell a path from others of the same last part."""
-    return hashlib.sha256(os.fsencode(Path(path).resolve())).hexdigest()[:6]
+    return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:6]
 
 
 def compared(given: dict) -> dict:
@@ -400,7 +400,7 @@ def compared(given: dict) -> dict:
     if "sched_steps" in found and not (found.get("sched_epochs") or found.get("sched_examples")):
         found["sched_steps"] = found["sched_steps"] or 5000
     if found.get("dataset", "cifar10") not in DATASETS:
-        found["dataset"] = str(Path(found["dataset"]).resolve())
+        found["dataset"] = os.path.realpath(found["dataset"])
     return found
 
 

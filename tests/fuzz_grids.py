@@ -1,0 +1,110 @@
+"""Random sweeps, looked at and not run: valid grids list their runs, invalid ones are refused in one line."""
+
+import random
+import shlex
+from pathlib import Path
+
+import grids
+import options
+
+VALUES = {  # axes that go together in any combination
+    "bs": ["1", "7", "16", "32", "512"],
+    "noise": ["0", "0.2", "0.5", "1", "default"],
+    "seed": ["0", "1", "2", str(2**63 - 1)],
+    "noise-seed": ["0", "3"],
+    "lr": ["0.1", "1e-3", ".5"],
+    "momentum": ["0", "0.9"],
+    "wd": ["0", "5e-4"],
+    "epochs": ["1", "64"],
+    "max-steps": ["5", "default"],
+    "sched": ["constant", "cosine", "onecycle"],
+    "width": ["4", "7", "64", "default"],
+    "measure": ["off", "split", "full"],
+    "measure-every": ["1", "50"],
+    "measure-bn": ["train", "eval", "separate"],
+    "measure-budget": ["0.05", "2"],
+    "permutations": ["0", "4"],
+    "stratify": ["on", "off", "default"],
+    "no-augment": ["on", "off"],
+    "noise-type": ["uniform", "pair", "symmetric", "dynamic", "instance"],
+    "dataset": ["cifar10", "fmnist", "synthetic"],
+    "subset": ["100", "default"],
+    "split-seed": ["0", "1"],
+    "precision": ["auto", "32-true", "64-true"],
+}
+WORDS = ("bs", "bs=", "=1", "bs=1,,2", "bs=x", "nosuch=1", "bs=0", "threads=1,2", "runs=a", "name=b", "resume=on")
+WORDS += ("stratify=yes", "seed+noise-seed=0:1:2", "seed+noise-seed=:", "bs+bs", "help=on", "sched=linear", "h=1")
+WORDS += ("noise=nan", "noise=0.5,-1", "=", "+", "+=", "a+b=1", "seed=٣", "bs=1_0", "lr=" + "9" * 5000, "\udcff=1")
+WORDS += ("dataset=cifar11", "norm=gn width=7", "model=vgg16 width=8", "sched-steps=1 sched-epochs=2", "val-frac=2")
+OPTIONS = (["--part", "nosuch"], ["--jobs", "0"], ["--name", "x"], ["--resume"], ["--nosuch", "1"], ["--bs", "x"])
+OPTIONS += (["--seeds", "0,x"], ["--done", "absent.npz"], ["--jobs", "1_0"], ["--retries", "-1"], ["--epochs=0"])
+
+
+def grid(rng: random.Random) -> tuple[str, int]:
+    """A valid grid and an upper bound on its number of runs."""
+    words, runs = [], 1
+    names = rng.sample(list(VALUES), rng.randint(1, 5))
+    for name in names:
+        values = rng.sample(VALUES[name], rng.randint(1, len(VALUES[name])))
+        if runs * len(values) > 60:
+            continue
+        runs *= len(values)
+        words.append(f"{name}={','.join(values)}")
+    if "seed" not in names and "noise-seed" not in names and rng.random() < 0.3:
+        words.append(rng.choice(["seed+noise-seed=0,1", "seed+noise-seed=0:1,1:0"]))
+        runs *= 2
+    return " ".join(words), runs
+
+
+def valid(rng: random.Random) -> tuple[list[str], int]:
+    """Arguments that name runs, and an upper bound on their number."""
+    if rng.random() < 0.15:
+        preset = rng.choice(list(grids.PRESETS))
+        part = ["--part", rng.choice(list(grids.PRESETS[preset]))] if rng.random() < 0.5 else []
+        return ["--preset", preset, *part], 10_000
+    chosen = [grid(rng) for _ in range(rng.choice([1, 1, 2]))]
+    argv = [word for text, _ in chosen for word in ("--grid", text)]
+    return argv, sum(n for _, n in chosen)
+
+
+def printed(text: str, what: str, bound: int) -> list[str]:
+    """What is wrong with a list of runs on standard output."""
+    lines = text.splitlines()
+    if not lines or len(lines) > bound + 1:
+        return [f"{len(lines)} lines for at most {bound} runs"]
+    if what == "--status":
+        return [] if lines[-1].endswith(f"of {len(lines) - 1}") else ["the last line does not count the others"]
+    names = set()
+    for line in lines:
+        if not line.startswith("#"):
+            argv = shlex.split(line)[2:]
+            names.add(options.parse(argv).name)
+    n = len(lines) - (what == "--dry-run")
+    return [] if len(names) == n else [f"{len(names)} names of {n} runs"]
+
+
+def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
+    """One sweep, valid or not: status 0 and every run listed, or status 2 and one line; nothing created."""
+    argv, bound = valid(rng)
+    what = rng.choice(["--dry-run", "--print-commands", "--status"])
+    good = rng.random() < 0.5
+    if not good and "--grid" in argv and rng.random() < 0.7:
+        at = argv.index("--grid") + 1
+        words = argv[at].split()
+        words.insert(rng.randint(0, len(words)), rng.choice(WORDS))
+        argv[at] = " ".join(words)
+    elif not good:
+        argv += rng.choice(OPTIONS)
+    if not (not good and "--jobs" in argv) and rng.random() < 0.3:
+        argv += ["--jobs", str(rng.randint(1, 4))]
+    argv += [what, "--accelerator", "cpu", "--runs", rng.choice(["runs", "ü x"])]
+    result = world.children.call("sweep", argv, cwd, timeout=120)
+    problems = result.problems({0} if good else {2})
+    if not problems and good:
+        problems = printed(result.out[0], what, bound)
+    elif not problems and len(result.err[0].splitlines()) != 1:
+        problems = [f"{len(result.err[0].splitlines())} lines on standard error"]
+    elif not problems and len(result.err[0]) > 1000:
+        problems = [f"a line of {len(result.err[0])} characters"]
+    problems += [f"created {sorted(p.name for p in cwd.iterdir())}"] * any(cwd.iterdir())
+    return ("valid" if good else "invalid") + " " + what, [p if "sweep.py" in p else f"{p}: {result.shell}" for p in problems]

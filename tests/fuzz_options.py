@@ -1,0 +1,426 @@
+"""Random command lines of train.py: one generator for each option of its parser, and ways to make a valid line invalid.
+
+An option without a generator is an error that names it: whoever adds an option says here what it may be.
+"""
+
+import math
+import random
+import string
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import options
+from fuzz_inputs import Inputs, Set
+
+
+@dataclass
+class Command:
+    """A valid command line in the making: what is chosen so far, and what that allows."""
+
+    rng: random.Random
+    inputs: Inputs
+    ranks: int = 1
+    chosen: dict[str, object] = field(default_factory=dict)
+
+    def chance(self, p: float) -> bool:
+        return self.rng.random() < p
+
+    def value(self, name: str, default: object = None) -> object:
+        """What was chosen for an option, `default` if it was left out."""
+        got = self.chosen.get(name)
+        return default if got is None else got
+
+    @property
+    def set(self) -> Set:
+        return self.inputs.sets[self.chosen["dataset"]]
+
+    @property
+    def drawn(self) -> int:
+        """Training examples before the split."""
+        whole = self.value("synthetic_train") if self.set.name == "synthetic" else self.set.size
+        return self.value("subset", whole)
+
+    @property
+    def n_train(self) -> int:
+        return self.drawn - round(self.value("val_frac", 0.2) * self.drawn)
+
+    @property
+    def vgg(self) -> bool:
+        return str(self.value("model", "resnet18")).startswith("vgg")
+
+    @property
+    def half(self) -> bool:
+        """Half precision, which most CPUs compute very slowly."""
+        return str(self.value("precision", "")).startswith(("16", "bf16"))
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.value("epochs", 64) * math.ceil(self.n_train / self.value("bs", 128))
+        return min(whole, self.value("max_steps", whole))
+
+    def argv(self) -> list[str]:
+        """The words of the command line, in random order and either spelling."""
+        words = []
+        for name, value in self.chosen.items():
+            option = f"--{name.replace('_', '-')}"
+            if value is None or value is False:
+                continue
+            if name == "dataset":
+                value = self.set.path
+            text = str(value)
+            if value is True:
+                words.append([option])
+            elif text.startswith("-") or self.chance(0.3):
+                words.append([f"{option}={text}"])
+            else:
+                words.append([option, text])
+        self.rng.shuffle(words)
+        return [word for some in words for word in some]
+
+
+Generator = Callable[[Command], object]
+
+
+def sometimes(p: float, *values: object) -> Generator:
+    """One of `values` with probability `p`, else the option is left out."""
+    return lambda c: c.rng.choice(values) if c.chance(p) else None
+
+
+def switch(p: float) -> Generator:
+    return lambda c: c.chance(p)
+
+
+def between(p: float, low: int, high: int) -> Generator:
+    return lambda c: c.rng.randint(low, high) if c.chance(p) else None
+
+
+def real(p: float, low: float, high: float) -> Generator:
+    """A number in low..high, in one of several spellings."""
+
+    def make(c: Command) -> object:
+        x = c.rng.uniform(low, high)
+        return c.rng.choice([repr(x), f"{x:.3f}", f"{x:.2e}"]) if c.chance(p) else None
+
+    return make
+
+
+def dataset(c: Command) -> str:
+    names = list(c.inputs.sets)
+    return c.rng.choices(names, [c.inputs.sets[name].weight for name in names])[0]
+
+
+def precision(c: Command) -> object:
+    half = ["bf16-mixed", "16-mixed", "16", "bf16"]
+    return c.rng.choice(half if c.chance(0.15) else ["auto", "32-true", "64-true", "32", "64"]) if c.chance(0.8) else None
+
+
+def val_frac(c: Command) -> object:
+    return c.rng.choice([0.1, 0.2, 0.35, 0.5]) if c.chance(0.4) else None
+
+
+def noise_type(c: Command) -> object:
+    kinds = ["uniform", "symmetric", "pair", "matrix", "instance", "dynamic", "human", "file", "matched"]
+    if c.set.given:  # the set's own labels: only a file may replace them
+        kinds = ["human", "file", "matched"]
+        return c.rng.choice(kinds) if c.chance(0.3) else None
+    if c.set.flips:
+        kinds.append("asymmetric")
+    if not c.set.files:
+        kinds.remove("matrix")
+    if not c.set.files or (c.set.name == "synthetic" and c.value("synthetic_train") != c.set.size):
+        kinds = [k for k in kinds if k not in ("human", "file", "matched")]
+    return c.rng.choice(kinds) if c.chance(0.7) else None
+
+
+def noise(c: Command) -> object:
+    if c.set.given or c.value("noise_type") in ("human", "file", "matched"):
+        return None
+    return c.rng.choice([0, 0.0, 0.1, 0.3, 0.5, 0.77, "1e-3", 0.999]) if c.chance(0.8) else None
+
+
+def noise_file(c: Command) -> object:
+    kind = c.value("noise_type")
+    if kind == "human":
+        return c.set.file("human.pt")
+    if kind in ("file", "matched"):
+        same_split = not (c.value("val_frac") or c.value("subset") or c.value("split_seed"))
+        choices = ["noise.npz", "human.pt"] + ["dynamic.npz"] * (same_split and kind == "file")
+        return c.set.file(c.rng.choice(choices))
+    return None
+
+
+def noise_labels(c: Command) -> object:
+    return c.rng.choice(["worse_label", "aggre_label"]) if str(c.value("noise_file", "")).endswith(".pt") else None
+
+
+def noise_matrix(c: Command) -> object:
+    return c.set.file(c.rng.choice(["T.npy", "T.csv"])) if c.value("noise_type") == "matrix" else None
+
+
+def model(c: Command) -> object:
+    if c.set.side >= 32 and c.chance(0.02):
+        return "vgg16-linear"
+    return "resnet18" if c.set.grown or c.chance(0.3) else None
+
+
+def width(c: Command) -> object:
+    return None if c.vgg else c.rng.choice([1, 3, 4, 8] if c.half else [1, 3, 4, 5, 7, 8, 8, 9, 12, 15, 16])
+
+
+def norm(c: Command) -> object:
+    if c.vgg:
+        return None
+    return c.rng.choice(["bn", "gn"] if c.value("width") % 8 == 0 else ["bn"]) if c.chance(0.5) else None
+
+
+def bs(c: Command) -> int:
+    top = min(c.n_train, 8 if c.vgg or c.half else 64)
+    return min(c.rng.choice([1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 33, 48, 63, 64, c.n_train]), top)
+
+
+def max_steps(c: Command) -> object:
+    limit = 3 if c.vgg or c.half else 12 if c.value("measure") == "full" else 30
+    longer = c.value("epochs") * math.ceil(c.n_train / c.value("bs")) > limit
+    return c.rng.randint(1, limit) if longer or c.chance(0.2) else None
+
+
+def sched_length(unit: str, *values: int) -> Generator:
+    def make(c: Command) -> object:
+        given = any(c.value(f"sched_{other}") for other in ("steps", "epochs", "examples"))
+        return c.rng.choice(values) if not given and c.chance(0.3) else None
+
+    return make
+
+
+def fake_mask(c: Command) -> object:
+    clean = not c.set.given and not float(c.value("noise", 0)) and c.value("noise_type") in (None, "uniform", "pair")
+    return c.rng.choice([0, 0.2, 0.5, 1]) if clean and c.chance(0.5) else None
+
+
+def compile_(c: Command) -> object:
+    return "on" if c.chance(0.003) and c.ranks == 1 else c.rng.choice(["off", "auto"]) if c.chance(0.2) else None
+
+
+def devices(c: Command) -> object:
+    return (2 if c.chance(0.1) else c.rng.choice([1, "auto"])) if c.ranks == 1 and c.chance(0.1) else None
+
+
+def name(c: Command) -> object:
+    odd = ["r", "-x", "ü ß", "a=b,c;d", ".hidden", "x" * 200, "'quoted\"", "$HOME", "100%", "r.npz", "[a]*?"]
+    return c.rng.choice(odd) if c.chance(0.5) else None
+
+
+# In the order in which they are chosen: a later one looks at what was chosen before it. True is a switch that is given.
+GENERATORS: dict[str, Generator] = {
+    "precision": precision,
+    "dataset": dataset,
+    "data_dir": lambda c: c.set.data_dir or ("nowhere" if c.chance(0.1) else None),
+    "image_size": lambda c: c.rng.choice([28, 32, 33, 40]) if c.set.folder and c.chance(0.6) else None,
+    "synthetic_train": lambda c: c.rng.choice([64] if c.half else [200, 200, 200, 101, 64]) if c.set.name == "synthetic" else None,
+    "synthetic_test": lambda c: c.rng.choice([1, 20, 33]) if c.set.name == "synthetic" else None,
+    "subset": lambda c: (
+        c.rng.randint(50, 64) if c.set.grown or c.half or c.chance(0.15) and c.set.size > 64 else None
+    ),
+    "val_frac": val_frac,
+    "split_seed": sometimes(0.2, 1, 2**63 - 1),
+    "no_augment": switch(0.3),
+    "noise_type": noise_type,
+    "noise": noise,
+    "noise_file": noise_file,
+    "noise_labels": noise_labels,
+    "noise_matrix": noise_matrix,
+    "model": model,
+    "width": width,
+    "norm": norm,
+    "bs": bs,
+    "lr": lambda c: c.rng.choice([0.1, 0.03, "1e-3", "0.05"]) if c.chance(0.5) else None,
+    "momentum": sometimes(0.4, 0, 0.5, 0.95, 0.99),
+    "wd": sometimes(0.3, 0, "1e-4", 0.01),
+    "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),
+    "measure": sometimes(0.8, "off", "split", "full", "full"),
+    "max_steps": max_steps,
+    "sched": sometimes(0.6, *options.SCHEDULES),
+    "sched_steps": sched_length("steps", 1, 2, 7, 5000),
+    "sched_epochs": sched_length("epochs", 1, 2, 9),
+    "sched_examples": sched_length("examples", 1, 100, 1001),
+    "measure_every": lambda c: c.rng.choice([1, 2, 3, 5]) if c.chance(0.9) else None,
+    "measure_bn": sometimes(0.6, "train", "eval", "separate"),
+    "measure_budget": lambda c: c.rng.choice([0.05, 0.5, 2, 100]) if c.chance(0.7) else None,
+    "permutations": between(0.4, 0, 5),
+    "stratify": switch(0.3),
+    "chunks": sometimes(0.4, 2, 3, 5, 8, 64),
+    "window": between(0.3, 1, 6),
+    "fake_mask": fake_mask,
+    "seed": sometimes(0.3, 0, 1, 12345, 2**63 - 1),
+    "noise_seed": sometimes(0.3, 0, 7, 2**63 - 1),
+    "accelerator": lambda c: "cpu",
+    "devices": devices,
+    "strategy": lambda c: c.rng.choice(["auto", "ddp"]) if c.ranks == 1 and c.chance(0.1) else None,
+    "num_nodes": sometimes(0.05, 1),
+    "sync_bn": sometimes(0.2, "on", "off"),
+    "threads": lambda c: c.rng.choice([1, 1, 1, 1, 2, 3]),
+    "compile": compile_,
+    "graph": sometimes(0.1, "off", "auto"),
+    "profile": sometimes(0.03, 1, 3),
+    "runs": sometimes(0.5, "runs", "a/b/ü", "./x y/"),
+    "resume": switch(0.1),
+    "checkpoint_minutes": sometimes(0.3, 0, 0.001, "1e9"),
+    "name": name,
+}
+
+
+def known_options() -> dict[str, object]:
+    """{name: argparse's action} of every option of train.py but --help."""
+    return {a.dest: a for a in options.parser()._actions if a.option_strings and a.dest != "help"}
+
+
+def check_complete() -> None:
+    """Exit with a message that names the options without a generator, and the generators without an option."""
+    known = known_options()
+    lacking = [f"--{name.replace('_', '-')}" for name in known if name not in GENERATORS]
+    idle = [name for name in GENERATORS if name not in known]
+    if lacking or idle:
+        raise SystemExit(
+            f"tests/fuzz_options.py: no generator for {', '.join(lacking) or '-'}; "
+            f"generators without an option: {', '.join(idle) or '-'}"
+        )
+
+
+def valid(rng: random.Random, inputs: Inputs) -> Command:
+    """A valid command line at tiny size, over all options."""
+    c = Command(rng, inputs, ranks=2 if rng.random() < 0.04 else 1)
+    for name, generate in GENERATORS.items():
+        c.chosen[name] = generate(c)
+    return c
+
+
+# ---------------------------------------------------------------------------------------------------------- invalid ones
+
+NO_NUMBERS = ["", "x", "nan", "-inf", "1e", "--", "-1", "1_000", "٣", "１", " 1", "1 ", "0x10", "1,5", "1;", "\n1"]
+NO_NUMBERS += ["9" * 5000, "x" * 5000, "None", "true", "1/2", "\udcff", "-", "½", "1+1"]
+OUTSIDE = ["0", "-0.0001", "1.0001", "1.5", "1e9", "9" * 20, "inf", "65", "1025", "27", "1"]
+NO_CHOICE = ["", "x", "--", "x" * 5000, "\udcff", "ON", " on", "on,off", "ü"]
+NO_NAMES = ["a/b", "..", ".", "", "a\\b", "/", "x" * 300]
+STRINGS = ("precision", "accelerator", "strategy")  # checked by train.py and not by the parser
+
+
+def is_number(action) -> bool:
+    return action.type not in (None, str, options.path) and action.nargs != 0
+
+
+def refused(action, text: str) -> bool:
+    """Whether the option's own type says that it does not take `text`."""
+    try:
+        action.type(text)
+    except Exception:
+        return True
+    return False
+
+
+def bad_value(c: Command) -> list[str]:
+    """One option with a value that it does not take."""
+    known = known_options()
+    takes = {n: a for n, a in known.items() if is_number(a) or a.choices or n in STRINGS or n == "name"}
+    name = c.rng.choice(list(takes))
+    action, option = takes[name], f"--{name.replace('_', '-')}"
+    if is_number(action):
+        outside = [text for text in OUTSIDE if refused(action, text)]
+        return [f"{option}={c.rng.choice(outside if outside and c.chance(0.4) else NO_NUMBERS)}"]
+    return [f"{option}={c.rng.choice(NO_NAMES if name == 'name' else NO_CHOICE)}"]
+
+
+def bad_word(c: Command) -> list[str]:
+    """A word that is no option of this parser: misspelt, abbreviated, without its value, or none at all."""
+    known = known_options()
+    name = c.rng.choice(list(known)).replace("_", "-")
+    junk = "".join(c.rng.choices(string.ascii_lowercase, k=6))
+    switches = [n for n, a in known.items() if a.nargs == 0]
+    alone = [n for n, a in known.items() if a.nargs is None]
+    words = [[f"--{junk}"], [f"--{junk}=1"], [junk], [f"--{name}x"], [f"-{name}"], ["--x" * 2000], ["-"]]
+    words += [[f"--{c.rng.choice(switches).replace('_', '-')}=1"], [f"--{c.rng.choice(alone).replace('_', '-')}"]]
+    short = name[: c.rng.randint(2, len(name))].rstrip("-")
+    if short.replace("-", "_") not in known and short != "help":
+        words.append([f"--{short}=1"])
+    return c.rng.choice(words)
+
+
+def contradiction(c: Command) -> list[str]:
+    """Options that do not go together, or not with the data."""
+    synthetic = ["--dataset=synthetic", "--synthetic-train=200", "--synthetic-test=10"]
+    no_file = ["--noise-type=uniform", *synthetic]
+    ways = [
+        ["--model=resnet18", "--norm=gn", f"--width={c.rng.choice([1, 7, 9, 20])}"],
+        ["--model=vgg16", "--width=32"],
+        ["--model=vgg16-linear", "--norm=gn"],
+        ["--sched-steps=5", "--sched-epochs=1"],
+        ["--sched-examples=5", "--sched-epochs=1"],
+        ["--noise-type=file", "--noise=0.5"],
+        ["--noise-type=human"],
+        ["--noise-type=matrix"] if not c.value("noise_matrix") else ["--noise-matrix=missing.npy"],
+        ["--noise-labels=worse_label", *no_file],
+        ["--noise-file=noise.npz", *no_file],
+        ["--noise-matrix=T.npy", *no_file],
+        ["--noise-type=instance", "--noise=1", *synthetic],
+        ["--noise=0.5", "--fake-mask=0.5", "--noise-type=pair", *synthetic],
+        ["--bs=100000"],
+        ["--subset=1000000"],
+        [f"--val-frac={c.rng.choice(['0', '1', '0.999999', '1e-9'])}"],
+        ["--subset=1"],
+        ["--strategy=dp"],
+        ["--accelerator=tpu"],
+        ["--accelerator=gpu"],
+        ["--precision=bf17"],
+        ["--graph=on"],
+        ["--dataset=cifar11"],
+        ["--dataset=synthetic", "--image-size=32"],
+        ["--dataset=fmnist", "--data-dir=" + c.inputs.junk("empty-folder")],
+    ]
+    return c.rng.choice(ways)
+
+
+def bad_file(c: Command) -> list[str]:
+    """A file or a folder that is not what an option needs."""
+    junk = c.rng.choice(c.inputs.junk_files)
+    s = c.inputs.sets["synthetic"]
+    own = [f"--dataset={s.path}", f"--synthetic-train={s.size}", "--synthetic-test=10"]
+    ways = [
+        [f"--dataset={junk}"],
+        [*own, "--noise-type=file", f"--noise-file={junk}"],
+        [*own, "--noise-type=human", "--noise-labels=worse_label", f"--noise-file={junk}"],
+        [*own, "--noise-type=matrix", f"--noise-matrix={junk}"],
+        [*own, "--noise-type=file", f"--noise-file={c.inputs.sets['grey'].file('noise.npz')}"],
+        [*own, "--noise-type=matrix", f"--noise-matrix={c.inputs.sets['grey'].file('T.npy')}"],
+        [f"--runs={c.inputs.junk('text.npz')}"],
+        ["--dataset=cifar10", f"--data-dir={c.inputs.junk('damaged-sets')}"],
+        ["--dataset=fmnist", f"--data-dir={c.inputs.junk('damaged-sets')}"],
+    ]
+    return c.rng.choice(ways)
+
+
+INVALID = {"value": bad_value, "word": bad_word, "contradiction": contradiction, "file": bad_file}
+
+
+def invalid(rng: random.Random, inputs: Inputs) -> tuple[str, list[str]]:
+    """(kind, command line) of one that train.py has to refuse: a valid one, and something that makes it invalid."""
+    c = valid(rng, inputs)
+    kind = rng.choices(list(INVALID), [5, 2, 3, 3])[0]
+    spoilt = INVALID[kind](c)
+    c.ranks = 1
+    given = {word.split("=")[0] for word in spoilt}
+    if kind in ("contradiction", "file"):  # what was chosen before could make these right, or wrong for another reason
+        plain = [f"--{n.replace('_', '-')}={v}" for n, v in {"width": 8, "bs": 32, "epochs": 1}.items()]
+        if any("vgg" in word for word in spoilt):
+            plain = plain[1:]
+        first = [f"--dataset={inputs.sets['synthetic'].path}", "--synthetic-train=200", "--synthetic-test=10"]
+        if "--dataset" in given:
+            first = first[1:]
+        return kind, [*first, *plain, "--accelerator=cpu", "--threads=1", *spoilt]
+    return kind, [*c.argv(), *spoilt]  # behind, for of an option given twice the last one counts
+
+
+def case_folder(parent: Path, name: str) -> Path:
+    """A new and empty folder for one case."""
+    folder = parent / name
+    folder.mkdir(parents=True)
+    return folder
