@@ -236,14 +236,25 @@ def test_commands_are_understood(page, line, tmp_path, monkeypatch):
         PARSERS[script](argv)
 
 
-OTHERS = {"--help", "--sweeps", "--seeds", "--with", "--main-port", "--signals-to-handle", "--nproc_per_node", "--logdir"}
+OTHERS = {
+    "--help",
+    "--sweeps",
+    "--seeds",
+    "--with",
+    "--main-port",
+    "--signals-to-handle",
+    "--nproc_per_node",
+    "--logdir",
+}
 
 
 def test_every_option_named_in_the_text_exists():
     parsers = [options.parser(), sweep.parser(), report.parser(), noise.command_line()]
     subparsers = [sub for p in parsers for a in p._actions if isinstance(a.choices, dict) for sub in a.choices.values()]
     known = {name for p in [*parsers, *subparsers] for a in p._actions for name in a.option_strings} | OTHERS
-    text = {(page.name, o) for page in GUIDES for c in inline_code(page) for o in re.findall(r"(?<!\S)--[a-z][\w-]*", c)}
+    text = {
+        (page.name, o) for page in GUIDES for c in inline_code(page) for o in re.findall(r"(?<!\S)--[a-z][\w-]*", c)
+    }
     unknown = sorted((page, option) for page, option in text if option not in known)
     assert len(text) > 50
     assert not unknown
