@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -232,6 +233,9 @@ def test_commands_are_understood(page, line, tmp_path, monkeypatch):
     for word in argv:  # a data set of the reader's own
         if argv[argv.index(word) - 1] == "--dataset" and word.endswith(".npz"):
             (tmp_path / word).touch()
+        if argv[argv.index(word) - 1] == "--config":
+            (tmp_path / word).parent.mkdir(parents=True)
+            (tmp_path / word).write_text(json.dumps({"options": vars(options.parse([]))}))
     with contextlib.suppress(SystemExit) if "--help" in argv else contextlib.nullcontext():
         PARSERS[script](argv)
 
@@ -242,6 +246,7 @@ OTHERS = {
     "--seeds",
     "--with",
     "--main-port",
+    "--master-port",
     "--signals-to-handle",
     "--nproc_per_node",
     "--logdir",
