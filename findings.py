@@ -49,7 +49,7 @@ class Row:
 
 # --------------------------------------------------------------------------------------------------------- verdicts
 
-RULES = {  # measurements.md, section 7, in this order: the first that applies
+RULES = {  # docs/findings.md, in this order: the first that applies
     "supported": "the 95 % interval excludes 0 in the claimed direction under the report's step budget and under matched epochs",
     "confounded": "it does under the step budget, but under matched epochs the interval lies inside the margin or on the other side",
     "not supported": "under the step budget the interval lies inside the margin or on the other side",

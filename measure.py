@@ -23,7 +23,7 @@ from hardware import average_buffers, sum_over_ranks, synchronize
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128
 CURVATURE_PRODUCTS = 16  # at most, for the eigenvalue
-PRODUCT_COST = 30.0  # F: 5 by arithmetic, but in full precision and through BatchNorm's second derivative (see README)
+PRODUCT_COST = 30.0  # F: 5 by arithmetic, but in full precision and through BatchNorm's second derivative (see docs/measurements.md)
 CURVATURE_TOLERANCE = 1e-2  # relative residual of the eigenpair at which to stop
 CURVATURE_RESOLVED = 0.3  # at which the eigenvalue, whose own error is far smaller, is still logged
 TRACE_PROBES = 8

@@ -87,7 +87,7 @@ def cosine(G: Tensor, i: int, j: int) -> Tensor:
 def set_means(G: Tensor, f: float) -> Tensor:
     """Gram matrix (3, 3) of (g_C, g_N, g), g_C and g_N the mean gradients over C and N.
 
-    `G` is that of ((1/B) sum over C, (1/B) sum over N), (2, 2), and then g is their sum (measurements.md, section 1:
+    `G` is that of ((1/B) sum over C, (1/B) sum over N), (2, 2), and then g is their sum (docs/measurements.md:
     g = f g_C + (1 - f) g_N); or it is (3, 3) with another g as the third row, taken as it is.
     """
     A = G.new_zeros(3, len(G))  # filled where it lies: a copy from the host would wait for a GPU
@@ -183,7 +183,7 @@ def null_cosines(g2: float, s2: float, f: float, B: int) -> dict[str, float]:
 
     `g2` = |g|^2 of the batch's gradient, `s2` the trace of the within-batch variance. A random S has
     E|g_S|^2 = |g|^2 + s^2 (1 - f) / (f B), E<g_S, g> = |g|^2 and E<g_S, g_rest> = |g|^2 - s^2 / B (sampling without
-    replacement; measurements.md, section 3). The second is not 0. NaN where a root is of something not positive.
+    replacement; docs/measurements.md). The second is not 0. NaN where a root is of something not positive.
     """
     inside, outside = g2 + s2 * (1 - f) / (f * B), g2 + s2 * f / ((1 - f) * B)
     return {

@@ -156,7 +156,7 @@ def noise_options(p: Parser) -> None:
 
 
 def parser() -> Parser:
-    """The options of interface.md. Defaults of None mean "follows from other options" (see `check`)."""
+    """The options of docs/options.md. Defaults of None mean "follows from other options" (see `check`)."""
     p = Parser(prog="train.py", description="Train and measure SGD under label noise.", allow_abbrev=False)
     data_options(p).add_argument("--no-augment", action="store_true", help="no random crop and flip")
     noise_options(p)

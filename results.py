@@ -1,6 +1,6 @@
 """Reading runs back: from their folders, from exported files, and from the report's own curves.
 
-Only what interface.md promises is read: event files, config.json, summary.json. A run that is still being written
+Only what docs/running.md promises is read: event files, config.json, summary.json. A run that is still being written
 reads as far as it has come.
 """
 

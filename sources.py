@@ -302,7 +302,7 @@ def load_synthetic(args) -> Source:
 
 
 def load_npz(path: str) -> Source:
-    """An own set in the `.npz` layout of interface.md. Raises `InputError` for whatever does not fit it."""
+    """An own set in the `.npz` layout of docs/data.md. Raises `InputError` for whatever does not fit it."""
     said = f"--dataset {path}"
     try:
         with np.load(path, allow_pickle=False) as z:

@@ -161,7 +161,7 @@ def test_corrected_cosine_recovers_a_planted_one_and_says_when_it_cannot():
 
 
 def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
-    """At fixed weights, evaluation-mode BatchNorm, probe batches of 16, 64 and 256 (measurements.md, section 5)."""
+    """At fixed weights, evaluation-mode BatchNorm, probe batches of 16, 64 and 256 (docs/measurements.md)."""
     big = (
         "--synthetic-train",
         "3200",
@@ -478,7 +478,7 @@ def test_a_fake_mask_over_clean_labels_gives_the_null(go):
 
 
 def test_bf16_and_float32_agree():
-    """The same weights and batch under both precisions, within the bounds that the README states."""
+    """The same weights and batch under both precisions, within the bounds that docs/measurements.md states."""
     bounds = {"grad": 0.03, "null": 0.03, "fresh": 0.05, "truth": 0.03, "train": 0.03, "optim": 0.03}
     jobs = [full_job("--precision", p, "--width", "16", "--bs", "32") for p in ("32-true", "bf16-mixed")]
     batch = warm(jobs[0])

@@ -157,7 +157,7 @@ def test_a_batch_all_clean_or_all_noisy_has_norms_but_no_cosine(noisy, mode):
 
 
 def test_published_relation_of_the_cosines():
-    """cos(g_C, g) = (f + e r c) / sqrt(f^2 + e^2 r^2 + 2 f e r c), e = 1 - f (measurements.md, section 3)."""
+    """cos(g_C, g) = (f + e r c) / sqrt(f^2 + e^2 r^2 + 2 f e r c), e = 1 - f (docs/measurements.md)."""
     g = torch.Generator().manual_seed(0)
     clean, noisy = torch.randn(2, 50, generator=g, dtype=torch.float64)
     f, e = 0.3, 0.7

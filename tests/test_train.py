@@ -16,7 +16,7 @@ import hardware
 import train
 from conftest import ROOT, TINY, fabric_run, same_weights, series, summary, weights
 
-SERIES = {  # interface.md, at measured steps
+SERIES = {  # docs/measurements.md, at measured steps
     *("train/loss", "train/acc", "train/acc_clean", "train/acc_noisy"),
     *("optim/lr", "optim/momentum", "optim/temperature"),
     *("grad/cos_clean_all", "grad/cos_clean_noisy", "grad/clean_fraction"),
