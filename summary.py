@@ -103,8 +103,10 @@ def announce(job, record: Record, label_noise: str) -> None:
                     ("curvature", "epochs"),
                 )
             ]
+            grown = plan["total_steps"] != job.total_steps
+            origin = f"step {plan['total_steps']}" if grown else "the end"
             print(
-                f"full measurements, back from the end: {', '.join(said)}; {plan['share']:.1%} of the run, counted",
+                f"full measurements, back from {origin}: {', '.join(said)}; {plan['share']:.1%} of the run, counted",
                 flush=True,
             )
 

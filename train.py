@@ -362,7 +362,7 @@ def run(args, signals: Signals) -> int:
             "run depends on the number of processes; --norm gn does not (--sync-bn off silences this)"
         )
     if args.precision == "16-mixed" and fabric.device.type == "cpu":
-        record.say("warning: --precision 16-mixed is slow on a CPU, which computes it in float32; 32-true is faster")
+        record.say("warning: --precision 16-mixed is slow on a CPU; 32-true is usually faster there")
     if saved:
         restore(job, record, state)
         job.state["plan"] = measure.kept_plan(state.get("plan") or {}, job.state["plan"])

@@ -240,6 +240,8 @@ def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
     began = time.monotonic()
     statuses = zygote.wait()
     assert statuses[0] == 1 and statuses[1] == -signal.SIGKILL and time.monotonic() - began < 30
+    said = zygote.said()
+    assert said.count("train.py: error: another process of the run has ended (") == 1 and "Traceback" not in said
     assert summary(tmp_path / "r")["status"] == "failed"
     assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] > 0
 
