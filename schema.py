@@ -35,10 +35,11 @@ EVENTS = "events.out.tfevents.*"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a field may be. `what` completes "FIELD is VALUE, not ..."."""
+    """What a field may be. `what` completes "FIELD is VALUE, not ..."; `part` is what each part of a container may be."""
 
     what: str
     holds: Callable[[object], bool]
+    part: "Kind | None" = None
 
 
 def whole(low: int = 0, high: int = LARGEST_INT) -> Kind:
@@ -58,14 +59,14 @@ def list_of(kind: Kind, what: str, most: int | None = None) -> Kind:
     def holds(v: object) -> bool:
         return isinstance(v, list) and (most is None or len(v) <= most) and all(map(kind.holds, v))
 
-    return Kind(what, holds)
+    return Kind(what, holds, kind)
 
 
 def mapping_of(kind: Kind, what: str, names: Callable[[str], bool] = lambda _: True) -> Kind:
     def holds(v: object) -> bool:
         return isinstance(v, dict) and all(isinstance(k, str) and names(k) and kind.holds(x) for k, x in v.items())
 
-    return Kind(what, holds)
+    return Kind(what, holds, kind)
 
 
 def is_event_file(name: str) -> bool:
@@ -87,7 +88,10 @@ share = real(0, 1, "a number from 0 to 1")
 not_negative = real(0, what="a number from 0")
 seconds = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
 several_seconds = mapping_of(seconds, "an object of numbers of seconds")
-scalars = mapping_of(Kind("", lambda v: v is None or isinstance(v, (bool, int, float, str))), "an object of plain values")
+plain = Kind("a number, text, true, false or null", lambda v: v is None or isinstance(v, (bool, int, float, str)))
+scalars = mapping_of(plain, "an object of plain values")
+tensor = Kind("a tensor", lambda v: isinstance(v, Tensor))
+moments = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
 an_object = Kind("an object", lambda v: isinstance(v, dict))
 
 RESOLVED = {
@@ -126,20 +130,29 @@ STATE = {  # of a checkpoint; all are required
     "seconds": seconds,
     "steps_seconds": seconds,
     "steps_images": whole(),
-    "window": list_of(Kind("", is_moments), f"a list of lists of {len(MOMENTS)} numbers"),
+    "window": list_of(moments, "a list of measurements"),
     "not_resolved": whole(),
     "half_memorized_step": optional(whole()),
     "measure_seconds": several_seconds,
     "latest": mapping_of(real(), "an object of finite numbers"),
     "recent_noisy": list_of(share, "a list of at most ten numbers from 0 to 1", 10),
     "events": mapping_of(whole(), "an object of event files' names in the folder and their sizes", is_event_file),
-    "model": mapping_of(Kind("", lambda v: isinstance(v, Tensor)), "an object of tensors"),
+    "model": mapping_of(tensor, "an object of tensors"),
     "optimizer": an_object,
     "config": an_object,
 }
 
 
 # ------------------------------------------------------------------------------------------------------------- checks
+
+
+def misfit(field: str, value: object, kind: Kind) -> tuple[str, object, str]:
+    """(field, value, what it is not) of a value that is not of its kind; of a container, those of its first wrong part."""
+    if kind.part and isinstance(value, (list, dict)):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            if not kind.part.holds(part):
+                return misfit(f"{field}.{name}", part, kind.part)
+    return field, value, kind.what
 
 
 def check_fields(content: dict, table: dict, where: object, prefix: str = "", required=()) -> None:
@@ -156,7 +169,7 @@ def check_fields(content: dict, table: dict, where: object, prefix: str = "", re
                 raise wrong(where, prefix + name, value, "an object")
             check_fields(value, kind, where, f"{prefix}{name}.")
         elif not kind.holds(value):
-            raise wrong(where, prefix + name, value, kind.what)
+            raise wrong(where, *misfit(prefix + name, value, kind))
 
 
 @functools.cache
@@ -265,8 +278,8 @@ def check_fits(state: dict, job, where: object) -> None:
     own = job.module.state_dict()
     for name in sorted(own.keys() ^ state["model"].keys()):
         raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
-    for name, tensor in own.items():
-        check_tensor(state["model"][name], tensor, where, f"model.{name}")
+    for name, mine in own.items():
+        check_tensor(state["model"][name], mine, where, f"model.{name}")
     check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, f"{where}: optimizer")
     if job.scaler:
         scaler = job.scaler.state_dict()
