@@ -60,7 +60,8 @@ def read_jobs(runs: Path) -> list[Sweep]:
 def checked(name: str, argv: list[str], options: dict) -> Job:
     """A job from its entry in a file. Raises `ValueError` or `TypeError`."""
     known = defaults()
-    same = all(key not in known or known[key] is None or type(v) in (type(known[key]), int) for key, v in options.items())
+    kinds = {key: (type(v), int) if isinstance(v, float) else type(v) for key, v in known.items() if v is not None}
+    same = all(isinstance(options.get(key, known[key]), kind) for key, kind in kinds.items())
     if not same or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..") or not all(isinstance(w, str) for w in argv):
         raise ValueError
     return Job(argv, Namespace(**known | options | {"name": name}))
@@ -77,13 +78,14 @@ def identity(given: dict) -> str:
     return json.dumps(options.compared(given) | files, sort_keys=True, default=str)
 
 
-def find_earlier(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> None:
+def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> None:
     """Give each job the name under which its run is there already, if it is not there under its own.
 
-    That is a name from an earlier sweep with other axes, or the one that train.py gives. `done`: see `processes.state`.
+    That is a name from one of `sweeps`, earlier ones with other axes, or the one that train.py gives. `done`: see
+    `processes.state`.
     """
     known: dict[str, list[str]] = {}
-    for sweep in read_jobs(runs):
+    for sweep in sweeps:
         for job in sweep.jobs:
             known.setdefault(identity(vars(job.args)), []).append(job.name)
     for job in jobs:

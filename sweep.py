@@ -21,7 +21,7 @@ from cluster import Request, run_on_ray
 from data import InputError
 from grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
 from hardware import cores
-from joblist import find_earlier, read_jobs, write_jobs
+from joblist import Sweep, find_earlier, read_jobs, write_jobs
 from outputs import CannotWrite
 from processes import STATES, command, over, run_here, state
 
@@ -45,12 +45,11 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
     return expand(grids, extra, f"--preset {args.preset}", seeds, axes)
 
 
-def written_jobs(args, extra: list[str], runs: Path) -> list[Job]:
+def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> list[Job]:
     """The jobs of every sweep that was started in RUNS, for --status without a grid; says which. Raises `InputError`."""
     given = {"--part": args.part, "--seeds": args.seeds, "--with-1024": args.with_1024, **dict.fromkeys(extra[:1], True)}
     for option in (name for name, value in given.items() if value):
         raise InputError(f"{option}: goes with --grid or --preset")
-    sweeps = read_jobs(runs)
     if not sweeps:
         raise InputError(f"--status: no sweep is written down in {runs}; give its --grid or --preset")
     for sweep in sweeps:
@@ -154,16 +153,17 @@ def run(args, extra: list[str]) -> int:
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
+    sweeps = read_jobs(runs)
     if args.grid is None and args.preset is None:
         if not args.status:
             raise InputError("give --preset or --grid (--status alone shows the sweeps that were started in --runs)")
-        jobs = written_jobs(args, extra, runs)
+        jobs = written_jobs(args, extra, runs, sweeps)
     else:
         jobs = jobs_of(args, extra)
     done: dict[str, list[dict]] = {}
     for r in (r for path in args.done for r in results.read_export(Path(path)) if r.finished):
         done.setdefault(r.name, []).append(r.options)
-    find_earlier(jobs, runs, done)
+    find_earlier(jobs, sweeps, runs, done)
     jobs = list({job.name: job for job in jobs}.values())
     if args.status:
         print_status(jobs, runs, done)

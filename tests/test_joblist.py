@@ -1,0 +1,149 @@
+"""A sweep's names, what it writes down in RUNS, and its last line; with a stand-in for train.py."""
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import grids
+import joblist
+import options
+import processes
+import sweep
+from conftest import TINY
+from test_sweep import fake, started  # noqa: F401  a fixture
+
+
+def names(*lines: str, extra: str = "", **kwargs) -> list[str]:
+    return [job.name for job in grids.expand([*lines], extra.split(), "--grid", **kwargs)]
+
+
+def test_names_carry_every_axis_at_its_default_too():
+    found = names("noise=0,0.5 bs=64,128 seed+noise-seed=0,1 lr=0.1 no-augment=off,on")
+    assert len(set(found)) == 16
+    axes = r"no-augment(-off)?_noise0(\.5)?_bs(64|128)_lr0\.1_seed[01]_noise-seed[01]"
+    assert all(re.fullmatch(axes, name) for name in found)
+    assert sum("_bs128" in name and "noise0_" in name for name in found) == 4  # as in TensorBoard's filter
+    assert names("wd=0.0005 model=resnet18 sched=constant") == ["model-resnet18_wd0.0005_sched-constant"]
+    assert names("noise=default subset=default,9") == ["noise0", "subset9_noise0"]  # what has no value has no part
+
+
+def test_one_run_has_one_name_in_all_grids_of_a_sweep():
+    found = names("noise=0 sched=onecycle sched-steps=5000", "bs=128 sched=onecycle", "sched=onecycle sched-epochs=3")
+    assert found == ["noise0_bs128_sched-onecycle_sched-steps5000", "noise0_bs128_sched-onecycle_sched-epochs3"]
+    assert names("bs=128", seeds=["0"]) == ["bs128_seed0_noise-seed0"]
+
+
+def test_a_preset_names_what_varies_whatever_the_part():
+    listed = {}
+    for part in ([], ["--part", "4-12"], ["--part", "13-14"]):
+        args, extra = sweep.parser().parse_known_args(["--preset", "report", *part])
+        listed[" ".join(part)] = [job.name for job in sweep.jobs_of(args, extra)]
+    assert set(listed["--part 4-12"]) | set(listed["--part 13-14"]) < set(listed[""])
+    assert listed[""][0] == "noise0_bs16_lr0.1_sched-constant_measure-full"
+
+
+def test_runs_under_earlier_names_are_found(fake, tmp_path, capsys):  # noqa: F811
+    """Names that train.py gives, and those of a sweep over other axes: finished runs are skipped, stopped ones resumed."""
+    runs = tmp_path / "runs"
+    config = lambda **changed: json.dumps({"options": vars(options.parse(["--epochs", "1"])) | changed})  # noqa: E731
+    for name, status, bs in (("epochs1", "finished", 128), ("bs64_epochs1", "stopped", 64), ("bs32_epochs1", "stopped", 7)):
+        (runs / name).mkdir(parents=True)
+        (runs / name / "config.json").write_text(config(bs=bs))
+        (runs / name / "summary.json").write_text(json.dumps({"status": status}))
+    argv = ("--grid", "noise=0 bs=128,64,32 epochs=1")
+    assert fake(*argv) == 0
+    # the folder called bs32_epochs1 is a run of other options
+    assert started(tmp_path) == ["bs64_epochs1", "noise0_bs32_epochs1"]
+    assert "3 of 3 runs finished (1 of them before)" in capsys.readouterr().out
+    assert fake("--grid", "bs=32 seed=0,1 epochs=1") == 0  # fewer axes, then more
+    assert started(tmp_path)[2:] == ["bs32_epochs1_seed1"]
+    assert fake("--grid", "bs=32 epochs=1 seed=1 wd=0.0005", "--status") == 0
+    assert "bs32_epochs1_seed1  finished" in capsys.readouterr().out
+
+
+def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
+    assert fake("--status") == 2
+    assert "--status: no sweep is written down in" in capsys.readouterr().err
+    assert fake("--grid", "bs=16 lr=9,0.1 epochs=1") == 1
+    assert fake("--grid", "bs=16,32 lr=0.1 epochs=1") == 0
+    runs = tmp_path / "runs"
+    (runs / processes.LOGS / "jobs-broken.json").write_text('{"format": "label-noise sweep 1", "jobs": [{"name": "../x"}]}')
+    os.mkfifo(runs / processes.LOGS / "jobs-pipe.json")
+    capsys.readouterr()
+    assert fake("--status") == 0
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert [line.split("  ")[1] for line in lines[:2]] == [
+        f"sweep.py --grid 'bs=16 lr=9,0.1 epochs=1' --runs {runs}",
+        f"sweep.py --grid 'bs=16,32 lr=0.1 epochs=1' --runs {runs}",
+    ]
+    assert [line.split()[:2] for line in lines[2:-1]] == [
+        ["bs16_lr9.0_epochs1", "failed"],
+        ["bs16_lr0.1_epochs1", "finished"],
+        ["bs32_lr0.1_epochs1", "finished"],
+    ]
+    assert lines[-1] == "2 finished, 1 failed of 3"
+    assert said.err.count("left out") == said.err.count("\n") == 2
+    for option in (["--seeds", "1"], ["--epochs", "3"], ["--with-1024"]):
+        assert fake("--status", *option) == 2
+        assert f"{option[0]}: goes with --grid or --preset" in capsys.readouterr().err
+    assert fake() == 2
+    assert "--grid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"name": ".."}, {"argv": [1]}, {"options": {"dataset": 3}}, {"x": 1}])
+def test_entries_that_are_no_job_are_refused(wrong):
+    entry = {"name": "a", "argv": ["--bs", "16"], "options": {"bs": 16}}
+    assert joblist.checked(**entry).args.bs == 16
+    with pytest.raises((ValueError, TypeError)):
+        joblist.checked(**entry | wrong)
+
+
+def test_nothing_is_written_down_where_nothing_is_run(fake, tmp_path):  # noqa: F811
+    for instead in ("--dry-run", "--print-commands", "--status"):
+        assert fake("--grid", "bs=16", instead) == 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_stopped_sweep_prints_adds_up(fake, tmp_path, capsys):  # noqa: F811
+    """One run is finished before, one fails, one is stopped, three wait."""
+    assert fake("--grid", "bs=16 epochs=1 noise=0") == 0
+
+    def stop():
+        while not (tmp_path / "runs" / "noise0_bs32_lr0.1_epochs90" / "steps.txt").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop, daemon=True).start()
+    argv = ("--grid", "bs+epochs=16:1,32:90,64:1 noise=0", "--grid", "bs=4,8 lr=0.1 epochs=1", "--grid", "noise=0.9 epochs=2")
+    capsys.readouterr()
+    assert fake(*argv, "--jobs", "1") == 3
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "1 of 6 runs finished (1 of them before), 1 stopped, 4 waiting"
+    assert not re.search(r": (\w+): *$", said.err, re.M)
+    assert fake(*argv, "--status") == 0
+    assert "1 finished, 1 stopped, 4 waiting of 6" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_before_it_has_a_folder_has_no_empty_reason(tmp_path):
+    (job,) = grids.expand(["bs=16"], [], "--grid")
+    assert processes.how_it_ended(job, "waiting", "") == "bs16: waiting"
+    (tmp_path / processes.LOGS).mkdir()
+    (tmp_path / processes.LOGS / "bs16.failed").write_text("\n")
+    assert processes.state(tmp_path, job, {}) == ("failed", "no reason given")
+
+
+def test_a_real_run_under_train_s_own_name_is_found(go, tmp_path, capsys):
+    folder: Path = go(name="bs32-by-hand")
+    own = [w for w in TINY if w not in ("--bs", "32")]
+    (name,) = (job.name for job in grids.expand(["bs=32 noise=0"], own, "--grid"))
+    folder.rename(folder.with_name(options.run_name(options.parse(TINY))))
+    assert sweep.main(["--grid", "bs=32 noise=0", *own, "--runs", str(folder.parent)]) == 0
+    assert "1 of 1 runs finished (1 of them before)" in capsys.readouterr().out
+    assert not (folder.parent / name).exists()
