@@ -199,11 +199,11 @@ def channels_first(image: Image.Image) -> Tensor:
 
 
 def label_picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[str, ...]) -> Tensor:
-    """Up to 20 uint8 images (m, H, W, C) under their labels, as one picture (3, h, w) uint8.
+    """Up to 16 uint8 images (m, H, W, C) under their labels, as one picture (3, h, w) uint8.
 
     A changed label is red: the true one, and below it the given one. `true`, `given`: (m,) int64.
     """
-    columns, rows, side, gap, line = 5, 4, 112, 16, 20  # pixels; large letters, for TensorBoard shows it scaled down
+    columns, rows, side, gap, line = 4, 4, 96, 16, 20  # pixels; large letters, for TensorBoard shows it scaled down
     tile, height = side + gap, side + gap + 2 * line
     sheet = Image.new("RGB", (columns * tile + gap, rows * height + gap), "white")
     draw, letters = ImageDraw.Draw(sheet), font(15)
