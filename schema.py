@@ -168,7 +168,7 @@ def shown(value: object) -> str:
     if isinstance(value, (bool, int, float, str)):
         spelled = repr(value if not isinstance(value, str) else value[:80])
         return spelled if not isinstance(value, str) or len(value) <= 80 else spelled + "..."
-    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "another kind of value"
 
 
 def misfit(field: str, value: object, kind: Kind) -> tuple[str, object, str]:
