@@ -33,7 +33,7 @@ def shown(value: object) -> str:
     if isinstance(value, (bool, int, float, str)):
         spelled = repr(value if not isinstance(value, str) else value[:80])
         return spelled if not isinstance(value, str) or len(value) <= 80 else spelled + "..."
-    return {"list": "a list", "dict": "an object"}.get(type(value).__name__, f"a {type(value).__name__}")
+    return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "another kind of value"
 
 
 def wrong(where: object, field: str, value: object, what: str) -> InputError:
