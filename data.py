@@ -1,6 +1,6 @@
 """Data sets that live on the device, one permutation an epoch, and the random streams everything draws from.
 
-A set in host memory (`Source`, made by sources.py) is split (`split`), and its images are put on the device as uint8 once
+A set in host memory (`Source`, made by datasets.py) is split (`split`), and its images are put on the device as uint8 once
 (`Images`). An epoch is planned on the CPU in one go (`TrainSet.epoch`): which example comes when, under which crop
 and flip. A batch is then a gather of whole pixel rows, without a DataLoader and without a wait for the device.
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import data
 import metrics
 from data import Batch
-from hardware import average_buffers, sum_over_ranks, synchronize
+from engine.hardware import average_buffers, sum_over_ranks, synchronize
 
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128

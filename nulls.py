@@ -13,7 +13,7 @@ from torch import Tensor
 import data
 import measure
 from data import Batch
-from hardware import copy_to
+from engine.hardware import copy_to
 
 
 def due(args, step: int, batch: Batch) -> bool:

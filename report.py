@@ -15,21 +15,18 @@ import statistics
 import sys
 from pathlib import Path
 
-import figures
-import findings
-import options
-import results
-import tables
 from data import InputError
-from drawing import X_LABEL, Look, formats_of
-from gallery import KINDS, draw
-from markup import literal
-from onerun import one_page
-from outputs import CannotWrite, whole_folder
-from page import Page
-from results import Run, Setting, last
+from engine import options
 from schedules import percent
-from verdicts import Judged, judge, speaks, write_findings, write_rules
+from study import figures, findings, results, tables
+from study.drawing import X_LABEL, Look, formats_of
+from study.gallery import KINDS, draw
+from study.markup import literal
+from study.onerun import one_page
+from study.outputs import CannotWrite, whole_folder
+from study.page import Page
+from study.results import Run, Setting, last
+from study.verdicts import Judged, judge, speaks, write_findings, write_rules
 
 FOLDED = 5  # a list of more unfinished runs than these is folded
 

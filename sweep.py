@@ -15,15 +15,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import options
-import results
-from cluster import Request, run_on_ray
 from data import InputError
-from grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
-from hardware import cores
-from joblist import Sweep, find_earlier, read_jobs, write_jobs
-from outputs import CannotWrite
-from processes import STATES, command, over, run_here, state
+from engine import options
+from engine.hardware import cores
+from study import results
+from study.cluster import Request, run_on_ray
+from study.grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
+from study.joblist import Sweep, find_earlier, read_jobs, write_jobs
+from study.outputs import CannotWrite
+from study.processes import STATES, command, over, run_here, state
 
 
 def jobs_of(args, extra: list[str]) -> list[Job]:

@@ -10,6 +10,8 @@ Shapes: B examples of the global batch, b of them on this process, K classes.
 import os
 import signal
 
+from engine.labels import relabel
+
 if __name__ == "__main__":  # the imports below take seconds, and nothing has been written yet
     for _name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, _name), lambda *_: os._exit(3))
@@ -27,25 +29,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import fast
+import datasets
 import measure
-import memory
 import metrics
-import noise
-import noisefile
 import nulls
-import options
-import pace
-import schema
-import sources
 from data import Batch, Images, InputError
-from hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
-from interrupts import Interrupted, Signals, say_ended
-from job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
+from engine import fast, memory, noisefile, options, pace, schema
+from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from engine.interrupts import Interrupted, Signals, say_ended
+from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
+from engine.record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
+from engine.summary import announce, describe, print_table, summarize
 from measure import EVAL_BATCH, forward
-from record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
 from schedules import schedule
-from summary import announce, describe, print_table, summarize
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
@@ -319,13 +315,13 @@ def run(args, signals: Signals) -> int:
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
-    source = sources.load(args)
+    source = datasets.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
     if args.model != "resnet18" and source.x_train.shape[1] < 32:
         raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
-    labels, ledger, by_epoch = noise.relabel(args, source, index)
+    labels, ledger, by_epoch = relabel(args, source, index)
     if args.fake_mask is not None and ledger["changed"]:
         raise InputError(
             f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"

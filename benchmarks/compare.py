@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-import results  # noqa: E402
+from study import results  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
     ("validation accuracy", "val/acc", None),

@@ -202,7 +202,7 @@ def fingerprint(folder: Path) -> str:
 
 def base_runs(world) -> tuple[Path, list[list[str]]]:
     """Four runs as a sweep makes them, one of them stopped within an epoch, an export of them; and their options."""
-    import grids
+    from study import grids
 
     jobs = grids.expand([GRID], COMMON.split(), "--grid")
     runs = world.shared / "base" / "runs"
@@ -264,6 +264,6 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
 
 
 def folder_of(argv: list[str]) -> str:
-    import options
+    from engine import options
 
     return options.parse(argv).name

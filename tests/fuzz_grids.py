@@ -4,8 +4,8 @@ import random
 import shlex
 from pathlib import Path
 
-import grids
-import options
+from engine import options
+from study import grids
 
 VALUES = {  # axes that go together in any combination
     "bs": ["1", "7", "16", "32", "512"],

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import data
-import noise
-import noisefile
-import sources
+import datasets
+import noises
+from engine import noisefile
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # the real sets, where they are here
 
@@ -55,11 +55,11 @@ def label_files(folder: Path, y: torch.Tensor, K: int) -> None:
     """Every kind of file that noise options take, for a training set of labels `y` (N,) int64 of `K` classes."""
     folder.mkdir()
     everything = torch.arange(len(y))
-    noisy = noise.apply("uniform", y, K, 0.4, 1)
+    noisy = noises.apply("uniform", y, K, 0.4, 1)
     noisefile.save(folder / "noise.npz", everything, y, noisy)
     index, _ = data.split(len(y), 0.2, 0)
-    noisefile.save(folder / "dynamic.npz", index, y[index], noise.dynamic(y[index], K, 0.3, 5, 0), (0.3, 5))
-    labels = {"clean_label": y, "worse_label": noisy, "aggre_label": noise.apply("pair", y, K, 0.1, 2)}
+    noisefile.save(folder / "dynamic.npz", index, y[index], noises.dynamic(y[index], K, 0.3, 5, 0), (0.3, 5))
+    labels = {"clean_label": y, "worse_label": noisy, "aggre_label": noises.apply("pair", y, K, 0.1, 2)}
     torch.save({k: v.numpy() for k, v in labels.items()}, folder / "human.pt")
     T = np.full((K, K), 0.3 / K) + 0.7 * np.eye(K)
     np.save(folder / "T.npy", T)
@@ -89,7 +89,7 @@ def image_folder(path: Path, rng: np.random.Generator, colour: bool, listed: boo
                 pixels = (rng.integers(0, 150, shape) + 50 * k).astype(np.uint8)
                 Image.fromarray(pixels).save(path / part / name / f"{i}.{'jpg' if i % 3 == 0 else 'png'}")
     if listed:
-        (path / sources.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
+        (path / datasets.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
 
 
 def make_junk(folder: Path) -> list[str]:
@@ -161,12 +161,12 @@ def make_inputs(folder: Path) -> Inputs:
         inputs.sets[name] = Set(name, str(folder / name), 60, 3, 28, 0.7, given=listed, folder=True)
     for s in inputs.sets.values():
         how = {"synthetic_train": 200, "synthetic_test": 1, "image_size": 32, "data_dir": "."}
-        source = sources.load(SimpleNamespace(dataset=s.path, **how))
+        source = datasets.load(SimpleNamespace(dataset=s.path, **how))
         s.files = folder / f"files of {s.name}"
         label_files(s.files, source.y_train, s.K)
-    if (SHARED / sources.CIFAR10_FOLDER).is_dir():
+    if (SHARED / datasets.CIFAR10_FOLDER).is_dir():
         inputs.sets["cifar10"] = Set("cifar10", "cifar10", 50_000, 10, 32, 0.2, flips=True, grown=True)
-    if (SHARED / sources.FMNIST_FOLDER).is_dir():
+    if (SHARED / datasets.FMNIST_FOLDER).is_dir():
         inputs.sets["fmnist"] = Set("fmnist", "fmnist", 60_000, 10, 32, 0.1, flips=True, grown=True)
     for name in ("cifar10", "fmnist"):
         if name in inputs.sets:

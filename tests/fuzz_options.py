@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import options
+from engine import options
 from fuzz_inputs import Inputs, Set
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 
 import data
-import sources
+import datasets
 from data import TrainSet
 
 
@@ -143,11 +143,11 @@ def test_split_is_a_partition():
 
 
 def test_synthetic_is_the_same_every_time_and_balanced():
-    x, y = sources.synthetic(500, 0, "train")
-    again, _ = sources.synthetic(500, 0, "train")
+    x, y = datasets.synthetic(500, 0, "train")
+    again, _ = datasets.synthetic(500, 0, "train")
     assert torch.equal(x, again) and x.shape == (500, 32, 32, 3) and x.dtype == torch.uint8
     assert torch.bincount(y).tolist() == [50] * 10
-    other, _ = sources.synthetic(500, 0, "test")
+    other, _ = datasets.synthetic(500, 0, "test")
     assert not torch.equal(x, other)
     # No trivial cue: the classes' mean colours lie within the spread of a single image's.
     means = x.double().mean((1, 2))
@@ -164,7 +164,7 @@ def test_pixel_statistics_are_exact():
 
 
 def test_real_cifar10(real_data):
-    source = sources.load(SimpleNamespace(dataset="cifar10", data_dir=str(real_data)))
+    source = datasets.load(SimpleNamespace(dataset="cifar10", data_dir=str(real_data)))
     assert source.x_train.shape == (50_000, 32, 32, 3) and source.x_test.shape == (10_000, 32, 32, 3)
     assert torch.bincount(source.y_train).tolist() == [5000] * 10
     mean, std = data.pixel_statistics(source.x_train)
@@ -172,7 +172,7 @@ def test_real_cifar10(real_data):
 
 
 def test_real_fashion_mnist(real_data):
-    source = sources.load(SimpleNamespace(dataset="fmnist", data_dir=str(real_data)))
+    source = datasets.load(SimpleNamespace(dataset="fmnist", data_dir=str(real_data)))
     assert source.x_train.shape == (60_000, 32, 32, 1) and source.x_test.shape == (10_000, 32, 32, 1)
     assert torch.bincount(source.y_train).tolist() == [6000] * 10
     raw = (real_data / "FashionMNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]

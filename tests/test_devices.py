@@ -55,7 +55,9 @@ def test_more_processes_change_only_rounding(zygote, alone, tmp_path, ranks, bs)
 
 
 COMPILED = """
-import torch, fast, train
+import torch
+from engine import fast
+import train
 fast.has_compiler = lambda: True
 fast.compiled = lambda module: torch.compile(module, dynamic=False, backend="aot_eager")  # all but generating C++
 assert train.main({argv!r}) == 0
@@ -88,7 +90,11 @@ def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
 
 ONE_WEIGHT = """
 from types import SimpleNamespace
-import torch, train, hardware, measure, metrics
+import torch
+import train
+from engine import hardware
+import measure
+import metrics
 from data import Batch, shard
 args = train.options.parse(["--dataset", "synthetic", "--precision", "64-true", "--accelerator", "cpu", "--threads", "1"])
 torch.set_default_dtype(torch.float64)

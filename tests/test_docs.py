@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 import noise
-import options
+import noises
 import report
 import sweep
 from conftest import ROOT
+from engine import options
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 GUIDES = [page for page in PAGES if page.parent.name != "benchmarks"]
@@ -75,7 +76,7 @@ def test_a_wrong_default_would_be_noticed():
 
 def test_every_kind_of_noise_has_a_row():
     kinds = {re.match(r"`([\w-]+)`", row[0])[1] for row in table_rows("noise.md", "`--noise-type`")}
-    assert kinds == set(noise.TYPES)
+    assert kinds == set(noises.TYPES)
 
 
 # --------------------------------------------------------------------------------------------------------------- series

@@ -9,8 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-import events
-import results
+from study import events, results
 
 
 def record(data: bytes) -> bytes:

@@ -9,13 +9,12 @@ import sys
 import pytest
 import torch
 
-import fast
 import measure
 import metrics
-import options
 import train
 from conftest import ROOT, TINY, same_weights, series, summary, weights
 from data import InputError
+from engine import fast, options
 from test_metrics import default_dtype, job_for  # noqa: F401
 
 compiler = pytest.mark.skipif(not fast.has_compiler(), reason="no C++ compiler here: torch.compile cannot be had")

@@ -4,15 +4,13 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-import drawing
-import figures
-import onerun
-import options
 import report
 from conftest import SHARED
-from drawing import Look
-from page import Page
-from results import Run, export, read_curves, settings
+from engine import options
+from study import drawing, figures, onerun
+from study.drawing import Look
+from study.page import Page
+from study.results import Run, export, read_curves, settings
 
 PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0, "precision": "bf16-mixed"}
 

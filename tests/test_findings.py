@@ -7,11 +7,10 @@ import statistics
 import numpy as np
 import pytest
 
-import findings
-import planted
-import stats
-from findings import Cell, Row, evaluate, verdict
-from stats import Interval, interval, t_cdf, t_quantile
+from benchmarks import planted
+from study import findings, stats
+from study.findings import Cell, Row, evaluate, verdict
+from study.stats import Interval, interval, t_cdf, t_quantile
 
 T_TABLE = {  # Student's t, 97.5 % (two-sided 95 %), and 95 %: any printed table
     **{(0.975, 1): 12.706, (0.975, 2): 4.303, (0.975, 3): 3.182, (0.975, 4): 2.776, (0.975, 9): 2.262},

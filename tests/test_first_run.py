@@ -7,17 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import hardware
 import measure
 import metrics
 import nulls
-import options
-import pace
 import report
-import results
 import schedules
 import train
-from conftest import TINY, same_weights, series, summary
+from conftest import same_weights, series, summary
+from engine import hardware, options, pace
+from study import results
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------- precision

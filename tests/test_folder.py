@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-import files
-import noisefile
-import processes
-import record
-import results
 import train
 from conftest import TINY, same_weights, series
+from engine import files, noisefile, record
+from study import processes, results
 
 SMALL = [*TINY, "--width", "1", "--measure", "off"]
 ENTRIES = (*record.FILES, "events", "profile")

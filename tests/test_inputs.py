@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import grids
-import memory
-import options
-import sources
+import datasets
 import train
 from conftest import ROOT, TINY
 from data import InputError
+from engine import memory, options
+from study import grids
 
 LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
 
@@ -195,7 +194,7 @@ def test_as_a_process_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "folder"), [("cifar10", sources.CIFAR10_FOLDER), ("fmnist", sources.FMNIST_FOLDER)]
+    ("dataset", "folder"), [("cifar10", datasets.CIFAR10_FOLDER), ("fmnist", datasets.FMNIST_FOLDER)]
 )
 def test_no_data_and_no_network(dataset, folder, capsys, tmp_path, monkeypatch):
     def unplugged(*_, **__):
@@ -215,7 +214,7 @@ def test_one_of_several_processes_downloads(tmp_path):
         assert answer.wait(20)
         (Path(root) / "set" / "raw").mkdir(parents=True)
 
-    several = [threading.Thread(target=sources.ready, args=(make, str(tmp_path / "d"), "set/raw", {})) for _ in "123"]
+    several = [threading.Thread(target=datasets.ready, args=(make, str(tmp_path / "d"), "set/raw", {})) for _ in "123"]
     for one in several:
         one.start()
     several[0].join(0.3)  # long enough for all to have asked
@@ -227,13 +226,13 @@ def test_one_of_several_processes_downloads(tmp_path):
 
 def test_a_lock_that_cannot_be_had_is_done_without(tmp_path):
     (tmp_path / ".download.lock").mkdir()  # a file of another user says no to everybody but root
-    sources.ready(lambda root: (Path(root) / "set").mkdir(), str(tmp_path), "set", {})
+    datasets.ready(lambda root: (Path(root) / "set").mkdir(), str(tmp_path), "set", {})
     assert (tmp_path / "set").is_dir()
 
 
 @pytest.mark.parametrize(
     ("dataset", "folder", "table"),
-    [("cifar10", sources.CIFAR10_FOLDER, sources.CIFAR10_MD5), ("fmnist", sources.FMNIST_FOLDER, sources.FMNIST_MD5)],
+    [("cifar10", datasets.CIFAR10_FOLDER, datasets.CIFAR10_MD5), ("fmnist", datasets.FMNIST_FOLDER, datasets.FMNIST_MD5)],
 )
 def test_a_missing_and_a_damaged_file_are_named(dataset, folder, table, capsys, tmp_path, real_data):
     place = tmp_path / "data" / folder
@@ -351,7 +350,7 @@ def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
     def fail(*_):
         raise RuntimeError(CPU + "6442450944 bytes. Error code 12 (Cannot allocate memory)")
 
-    monkeypatch.setattr(*{"load": (train.sources, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
+    monkeypatch.setattr(*{"load": (train.datasets, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
     folder = go(status=1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err

@@ -10,12 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import grids
-import joblist
-import options
-import processes
 import sweep
 from conftest import TINY
+from engine import options
+from study import grids, joblist, processes
 from test_sweep import fake, started  # noqa: F401  a fixture
 
 

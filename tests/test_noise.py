@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import data
-import noise
-import noisefile
-import sources
+import datasets
+import noises
+from engine import noisefile
 
 N, K = 20_000, 10
 FLIPS = torch.tensor([1, 2, 3, 3, 5, 4, 6, 8, 7, 0])  # chains, swaps and classes that stay
@@ -31,7 +31,7 @@ MORE = {"asymmetric": {"flips": FLIPS}, "matrix": {"matrix": MATRIX}, "instance"
 
 def draw(kind: str, rate: float, seed: int, n: int = N) -> torch.Tensor:
     more = {k: v[:n] if k == "images" else v for k, v in MORE.get(kind, {}).items()}
-    return noise.apply(kind, labels(n), K, rate, seed, **more)
+    return noises.apply(kind, labels(n), K, rate, seed, **more)
 
 
 def law(kind: str) -> torch.Tensor:
@@ -46,7 +46,7 @@ def law(kind: str) -> torch.Tensor:
     }[kind]
 
 
-LAWS = [kind for kind in noise.NOISES if kind != "instance"]
+LAWS = [kind for kind in noises.NOISES if kind != "instance"]
 
 
 @pytest.mark.parametrize("kind", LAWS)
@@ -71,7 +71,7 @@ def test_the_share_is_exact_where_every_selected_label_changes(kind):
 
 
 def test_asymmetric_changes_exactly_the_selected_of_the_mapped_classes():
-    selected = noise.select(N, 0.4, data.generator(7, "noise"))
+    selected = noises.select(N, 0.4, data.generator(7, "noise"))
     want = labels()
     want[selected] = FLIPS[labels()[selected]]
     assert len(selected) == 8000 and torch.equal(draw("asymmetric", 0.4, 7), want)
@@ -82,13 +82,13 @@ def test_asymmetric_changes_exactly_the_selected_of_the_mapped_classes():
 
 def test_matrix_at_rate_one_is_the_matrix():
     n = 1_000_000
-    got = noise.apply("matrix", labels(n), K, 1.0, 0, matrix=MATRIX)
+    got = noises.apply("matrix", labels(n), K, 1.0, 0, matrix=MATRIX)
     realised = noisefile.shares(noisefile.transitions(labels(n), got, K))
     assert float((realised - MATRIX).abs().max()) < 5 * (0.25 / (n / K)) ** 0.5
-    assert torch.equal(noise.by_matrix(labels(), K, 1.0, data.generator(0, "x"), torch.eye(K).double()), labels())
+    assert torch.equal(noises.by_matrix(labels(), K, 1.0, data.generator(0, "x"), torch.eye(K).double()), labels())
 
 
-@pytest.mark.parametrize("kind", list(noise.NOISES))
+@pytest.mark.parametrize("kind", list(noises.NOISES))
 def test_noise_depends_on_its_seed_alone(kind):
     first = draw(kind, 0.3, 0, 2000)
     torch.manual_seed(123)
@@ -102,7 +102,7 @@ def test_noise_depends_on_its_seed_alone(kind):
 
 def test_uniform_is_what_it_always_was():
     """Its bits are part of every published run: which examples, and which labels, seed 0 gives."""
-    got = noise.apply("uniform", labels(1000), 10, 0.2, seed=0)
+    got = noises.apply("uniform", labels(1000), 10, 0.2, seed=0)
     g = data.generator(0, "noise")
     selected = torch.randperm(1000, generator=g)[:200]
     want = labels(1000)
@@ -116,7 +116,7 @@ def test_uniform_count_is_exact():
     true = torch.zeros(1001, dtype=torch.int64)
     for rate, want in ((0, 0), (0.2, 200), (0.5, 500), (0.333, 333), (1, 1001)):
         g = torch.Generator().manual_seed(1)
-        got = noise.uniform(true, 2**60, rate, g)
+        got = noises.uniform(true, 2**60, rate, g)
         assert int((got != true).sum()) == want
 
 
@@ -125,7 +125,7 @@ def test_uniform_count_is_exact():
 
 @pytest.mark.parametrize("rate", [0.001, 0.05, 0.2, 0.5, 0.95])
 def test_flip_rates_are_a_truncated_normal_of_exact_mean(rate):
-    q = noise.flip_rates(N, rate, data.generator(0, "x"))
+    q = noises.flip_rates(N, rate, data.generator(0, "x"))
     assert float(q.sum()) == pytest.approx(round(rate * N), abs=1e-6) and 0 <= float(q.min()) <= float(q.max()) <= 1
     if 0.3 < rate < 0.7:  # hardly truncated: the deviation is the paper's
         assert float(q.std()) == pytest.approx(0.1, rel=0.02)
@@ -136,13 +136,13 @@ def test_drawing_exactly_keeps_each_probability():
     q = torch.tensor([0.9, 0.5, 0.3, 0.2, 0.1, 0.0, 1.0], dtype=torch.float64)
     count, g = torch.zeros(7), data.generator(0, "x")
     for _ in range(4000):
-        chosen = noise.draw_exactly(q, g)
+        chosen = noises.draw_exactly(q, g)
         assert len(chosen) == len(chosen.unique()) == 3
         count[chosen] += 1
     assert float((count / 4000 - q).abs().max()) < 5 * (0.25 / 4000) ** 0.5
     assert count[5] == 0 and count[6] == 4000
     # Neighbours are no likelier to go together, or apart, than others: 4 of 10 hold a given pair with 4/10 * 3/9.
-    pair = sum(int({0, 1} <= set(noise.draw_exactly(torch.full((10,), 0.4).double(), g).tolist())) for _ in range(4000))
+    pair = sum(int({0, 1} <= set(noises.draw_exactly(torch.full((10,), 0.4).double(), g).tolist())) for _ in range(4000))
     assert abs(pair / 4000 - 4 / 10 * 3 / 9) < 5 * (0.13 * 0.87 / 4000) ** 0.5
 
 
@@ -150,20 +150,20 @@ def test_instance_noise_depends_on_the_image():
     """Equal images of a class get equal labels far more often than unequal ones; other images, other labels."""
     x, true = images(4000), torch.zeros(4000, dtype=torch.int64)
     x[2000:] = x[:2000]
-    got = noise.instance(true, K, 0.9, data.generator(0, "x"), x)
+    got = noises.instance(true, K, 0.9, data.generator(0, "x"), x)
     a, b = got[:2000], got[2000:]
     both = (a > 0) & (b > 0)
     same = float((a == b)[both].double().mean())
     other = float((a == b.roll(1))[both & (b.roll(1) > 0)].double().mean())
     # 108 standard normal values: the scores' deviation is about 10, so the softmax nearly always takes the largest.
     assert same > 0.8 and other < 0.25
-    shuffled = noise.instance(true, K, 0.9, data.generator(0, "x"), x.flip(0))
+    shuffled = noises.instance(true, K, 0.9, data.generator(0, "x"), x.flip(0))
     assert float((shuffled == got)[(got > 0) & (shuffled > 0)].double().mean()) < 0.25
 
 
 def test_instance_noise_is_never_the_true_class_and_depends_on_it():
     x = images(1000)
-    of = [noise.instance(torch.full((1000,), k), K, 0.9, data.generator(0, "x"), x) for k in range(2)]
+    of = [noises.instance(torch.full((1000,), k), K, 0.9, data.generator(0, "x"), x) for k in range(2)]
     assert all(int((got == k).sum()) == 100 for k, got in enumerate(of))
     both = (of[0] > 1) & (of[1] > 1)  # the same images under the projection of another class
     assert float((of[0] == of[1])[both].double().mean()) < 0.3
@@ -171,7 +171,7 @@ def test_instance_noise_is_never_the_true_class_and_depends_on_it():
 
 def test_instance_noise_is_the_same_in_blocks_and_threads(monkeypatch):
     whole = draw("instance", 0.5, 0, 3000)
-    monkeypatch.setattr(noise, "BLOCK", 17)
+    monkeypatch.setattr(noises, "BLOCK", 17)
     torch.set_num_threads(1)
     assert torch.equal(whole, draw("instance", 0.5, 0, 3000))
 
@@ -182,19 +182,19 @@ def test_instance_noise_is_the_same_in_blocks_and_threads(monkeypatch):
 def test_matched_has_the_matrix_and_not_the_structure():
     true = labels()
     given = draw("instance", 0.4, 0)
-    got = noise.matched(true, given, K, data.generator(0, "noise"))
+    got = noises.matched(true, given, K, data.generator(0, "noise"))
     assert torch.equal(noisefile.transitions(true, got, K), noisefile.transitions(true, given, K))
     # Within each class the labels are shuffled: the noisy sets overlap as chance has it, 0.4^2.
     both = float(((got != true) & (given != true)).double().mean())
     assert abs(both - 0.16) < 5 * (0.16 * 0.84 / N) ** 0.5
-    assert not torch.equal(got, noise.matched(true, given, K, data.generator(1, "noise")))
+    assert not torch.equal(got, noises.matched(true, given, K, data.generator(1, "noise")))
 
 
 def test_dynamic_is_uniform_noise_drawn_anew():
     true = labels(2000)
-    epochs = [noise.dynamic(true, K, 0.4, 0, e) for e in range(20)]
-    assert torch.equal(epochs[3], noise.dynamic(true, K, 0.4, 0, 3))
-    assert not torch.equal(epochs[3], noise.dynamic(true, K, 0.4, 1, 3))
+    epochs = [noises.dynamic(true, K, 0.4, 0, e) for e in range(20)]
+    assert torch.equal(epochs[3], noises.dynamic(true, K, 0.4, 0, 3))
+    assert not torch.equal(epochs[3], noises.dynamic(true, K, 0.4, 1, 3))
     changed = torch.stack([e != true for e in epochs]).double()
     assert abs(float(changed.mean()) - 0.36) < 0.01
     overlap = float((changed[1:] * changed[:-1]).mean())
@@ -208,13 +208,13 @@ def test_batches_of_dynamic_labels_are_slices_of_the_epoch_on_any_number_of_rank
     n, B, true = 103, 25, labels(103)
     x = torch.zeros(n, 32, 32, 1, dtype=torch.uint8)
     train = data.TrainSet(
-        x, true, true, (0,), (1,), "cpu", True, by_epoch=lambda epoch: noise.dynamic(true, K, 0.5, 9, epoch)
+        x, true, true, (0,), (1,), "cpu", True, by_epoch=lambda epoch: noises.dynamic(true, K, 0.5, 9, epoch)
     )
     seen = []
     for epoch in (0, 1):
         plan = train.epoch(0, epoch)
         assert int(plan.noisy.sum()) > 30
-        fresh = noise.dynamic(true, K, 0.5, 9, epoch)[plan.index]
+        fresh = noises.dynamic(true, K, 0.5, 9, epoch)[plan.index]
         for i in range(5):
             whole = train.batch(plan, i, B)
             assert torch.equal(whole.y, fresh[i * B : (i + 1) * B])
@@ -237,21 +237,21 @@ def test_the_maps_are_the_usual_ones():
         return {classes[k]: classes[j] for k, j in enumerate(flips.tolist()) if k != j}
 
     cifar = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    assert data.flip_map(cifar, sources.CIFAR10_FLIPS).tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
-    assert named(cifar, data.flip_map(cifar, sources.CIFAR10_FLIPS)) == sources.CIFAR10_FLIPS
+    assert data.flip_map(cifar, datasets.CIFAR10_FLIPS).tolist() == [0, 1, 0, 5, 7, 3, 6, 7, 8, 1]
+    assert named(cifar, data.flip_map(cifar, datasets.CIFAR10_FLIPS)) == datasets.CIFAR10_FLIPS
     fashion = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-    assert data.flip_map(fashion, sources.FMNIST_FLIPS).tolist() == [0, 1, 6, 4, 3, 5, 6, 5, 8, 7]
+    assert data.flip_map(fashion, datasets.FMNIST_FLIPS).tolist() == [0, 1, 6, 4, 3, 5, 6, 5, 8, 7]
 
 
 def test_every_type_has_a_function_that_says_its_source():
-    for kind, f in noise.NOISES.items():
+    for kind, f in noises.NOISES.items():
         assert "(n,)" in inspect.getdoc(f), kind
-        assert noise.needs(kind) <= {"flips", "matrix", "images"}
+        assert noises.needs(kind) <= {"flips", "matrix", "images"}
 
 
 def test_archive_repeats_the_noise_and_its_hash():
     true, index = labels(100), torch.arange(100) + 7
-    given = noise.apply("uniform", true, 10, 0.3, seed=0)
+    given = noises.apply("uniform", true, 10, 0.3, seed=0)
     blob = noisefile.archive(index, true, given)
     assert blob == noisefile.archive(index, true, given)
     with np.load(io.BytesIO(blob), allow_pickle=False) as z:

@@ -1,5 +1,7 @@
 """Noise from files and by command: CIFAR-10N, runs repeated from noise.npz, `python noise.py`, and bad input."""
 
+import noises
+from engine.labels import relabel
 import json
 import pickle
 import subprocess
@@ -12,9 +14,9 @@ import torch
 
 import data
 import noise
-import noisefile
-import options
-import sources
+from engine import noisefile
+from engine import options
+import datasets
 from conftest import ROOT, TINY, same_weights, series
 from test_inputs import LONG, refuse
 
@@ -66,12 +68,12 @@ def test_human_labels_and_their_match(human, real_data):
     """The labels of CIFAR-10N stand at their own images, and `matched` has their matrix on the same split."""
     argv = ["--data-dir", str(real_data), "--noise-file", human, "--noise-labels", "worse_label"]
     args = options.parse([*argv, "--noise-type", "human"])
-    source, want = sources.load(args), noisefile.read(human, "worse_label")
+    source, want = datasets.load(args), noisefile.read(human, "worse_label")
     index = data.split(50_000, 0.2, 0)[0]
-    labels, a, by_epoch = noise.relabel(args, source, index)
+    labels, a, by_epoch = relabel(args, source, index)
     assert torch.equal(labels, want.label[index]) and by_epoch is None
     assert (a["nominal"], a["seed"], a["examples"]) == (pytest.approx(0.40208), None, 40_000)
-    shuffled, b, _ = noise.relabel(options.parse([*argv, "--noise-type", "matched"]), source, index)
+    shuffled, b, _ = relabel(options.parse([*argv, "--noise-type", "matched"]), source, index)
     assert b["matrix"] == a["matrix"] and b["realised"] == a["realised"] and b["seed"] == 0
     assert 0.3 < float((shuffled != labels).double().mean()) < 0.7
 
@@ -167,7 +169,7 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     said = []
     for name in ("T.npy", "T.csv", "excel.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
-        said.append(noise.relabel(args, sources.load(args), torch.arange(200))[1])
+        said.append(relabel(args, datasets.load(args), torch.arange(200))[1])
     assert said[0] == said[1] == said[2] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
 
 
@@ -260,7 +262,7 @@ def test_make_from_labels_alone(tmp_path, capsys):
 
 def test_inspect_and_compare(tmp_path, capsys):
     true = torch.arange(1000) % 4
-    a = noise.apply("symmetric", true, 4, 0.2, 0)
+    a = noises.apply("symmetric", true, 4, 0.2, 0)
     b = a.clone()
     b[:100] = true[:100]
     noisefile.save(tmp_path / "a.npz", torch.arange(1000), true, a)
@@ -292,7 +294,7 @@ def test_compare_knows_what_chance_would_give(tmp_path, capsys):
     true = torch.arange(20_000) % 10
     for seed in (0, 1):
         noisefile.save(
-            tmp_path / f"{seed}.npz", torch.arange(20_000), true, noise.apply("uniform", true, 10, 0.5, seed)
+            tmp_path / f"{seed}.npz", torch.arange(20_000), true, noises.apply("uniform", true, 10, 0.5, seed)
         )
     noise.main(["compare", str(tmp_path / "0.npz"), str(tmp_path / "1.npz")])
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("same label"))
@@ -412,7 +414,7 @@ def test_a_matrix_that_is_no_table(capsys, tmp_path):
     ],
 )
 def test_bad_noise_files(change, says, capsys, tmp_path):
-    _, y = sources.synthetic(200, 0, "train")
+    _, y = datasets.synthetic(200, 0, "train")
     good = {"index": np.arange(200), "true": y.numpy(), "label": y.numpy()}
     change = {k: good[k][v] if isinstance(v, slice) else v for k, v in change.items()}
     np.savez(tmp_path / "n.npz", **{k: v for k, v in (good | change).items() if v is not None})

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import report
-import results
-from markup import literal, printable, to_html, to_markdown
-from outputs import CannotWrite, whole_file, whole_folder
-from page import Page
+from study import results
+from study.markup import literal, printable, to_html, to_markdown
+from study.outputs import CannotWrite, whole_file, whole_folder
+from study.page import Page
 from test_report import plant
 
 ODD = [

@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import datasets
 import measure
-import noise
-import options
-import sources
 import train
 from conftest import TINY
+from engine import options
+from engine.labels import relabel
 from test_metrics import default_dtype  # noqa: F401
 
 GPU = torch.device("cuda", 0)
@@ -85,9 +85,9 @@ def pretended_job(*argv: str) -> train.Job:
     args = options.parse([*TINY, "--noise", "0.5", *argv])
     args.accelerator = "cuda"
     torch.set_default_dtype(torch.float64 if args.precision == "64-true" else torch.float32)
-    source = sources.load(args)
+    source = datasets.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
-    labels, _, by_epoch = noise.relabel(args, source, indices[0])
+    labels, _, by_epoch = relabel(args, source, indices[0])
 
     def backward(loss):
         for p in job.parameters:

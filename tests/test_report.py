@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-import drawing
-import figures
-import options
 import report
-import results
 from conftest import SHARED, series
-from page import Page
+from engine import options
+from study import drawing, figures, results
+from study.page import Page
 
 EVERY = ("steps", "epochs")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import record
 import train
 from conftest import TINY, same_weights, series, summary, weights
+from engine import record
 
 NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "0"]
 
@@ -114,7 +114,7 @@ def test_a_second_interrupt_ends_at_once(zygote, tmp_path):
 
 
 def test_second_interrupt_by_handler():
-    import interrupts
+    from engine import interrupts
 
     signals, killed = interrupts.Signals(), []
     signals.hold()
@@ -246,7 +246,8 @@ def test_a_read_only_file_system(go, monkeypatch, capsys, tmp_path):
 GN = ("--noise", "0.5", "--norm", "gn")
 REFUSING = """
 import os, signal, sys
-import record, train
+from engine import record
+import train
 from tensorboard.compat.tensorflow_stub.io import gfile
 full = []  # there is no room for files with one of these in their name
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import options
+from engine import options
 from train import schedule
 
 

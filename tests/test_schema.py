@@ -10,17 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
 
 import data
-import options
-import processes
-import record
 import report
-import results
-import schema
 import train
+from conftest import TINY
 from data import InputError
+from engine import options, record, schema
+from study import processes, results
 
 # 48 training examples, 3 steps an epoch
 ARGV = [*TINY, *"--synthetic-train 60 --synthetic-test 20 --width 4 --bs 16 --noise 0.4 --max-steps 4".split()]
@@ -39,12 +36,12 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def job(made):
     """What a checkpoint is compared with, built as a run builds it."""
-    import sources
-    from hardware import make_fabric
-    from job import prepare
+    import datasets
+    from engine.hardware import make_fabric
+    from engine.job import prepare
 
     args = options.parse([*ARGV, "--runs", str(made.parent), "--name", "r"])
-    source = sources.load(args)
+    source = datasets.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed, None)
     fabric, scaler = make_fabric(args)
     return prepare(args, source, indices, source.y_train[indices[0]], fabric, scaler)

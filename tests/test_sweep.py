@@ -13,14 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import grids
-import options
-import processes
-import results
 import sweep
-from cluster import Request, fit
 from conftest import ROOT, TINY
 from data import InputError
+from engine import options
+from study import grids, processes, results
+from study.cluster import Request, fit
 
 FAKE = Path(__file__).with_name("fake_train.py")
 
@@ -431,7 +429,8 @@ def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-import processes, sweep
+from study import processes
+import sweep
 processes.TRAIN = Path({str(FAKE)!r})
 sweep.main(sys.argv[1:])
 """

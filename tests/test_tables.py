@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import options
 import report
-import results
-import tables
-from results import Run
+from engine import options
+from study import results, tables
+from study.results import Run
 
 PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0}
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import record
-import tensorboard_views as views
 import train
 from conftest import TINY, series, summary
+from engine import record
+from engine import tensorboard_views as views
 
 FULL = ("--measure", "full", "--measure-budget", "100", "--max-steps", "3")
 

@@ -6,15 +6,14 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import hardware
 import train
 from conftest import ROOT, TINY, fabric_run, same_weights, series, summary, weights
+from engine import hardware
 
 SERIES = {  # docs/measurements.md, at measured steps
     *("train/loss", "train/acc", "train/acc_clean", "train/acc_noisy"),

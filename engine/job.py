@@ -10,15 +10,13 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 import data
-import fast
 import measure
 import models
-import noise
-import options
 from data import Images, TrainSet
-from hardware import average_buffers
+from engine import fast, options
+from engine.hardware import average_buffers
+from engine.record import NotFinite, Record, load_state, written
 from measure import synchronised
-from record import NotFinite, Record, load_state, written
 
 
 @dataclass
@@ -71,14 +69,14 @@ def prepare(
     scaler=None,
     by_epoch=None,
 ) -> Job:
-    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `noise.relabel`."""
+    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`."""
     index, held = indices
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
     stats = source.mean, source.std
     true = source.y_train[index]
     mask = None
     if args.fake_mask is not None:
-        mask = noise.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
+        mask = labels.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)

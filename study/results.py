@@ -16,14 +16,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import jsonfiles
-import options
 import schedules
-import schema
 from data import InputError
-from events import scalars
-from findings import Cell, Row
-from outputs import whole_file
+from engine import jsonfiles, options, schema
+from study.events import scalars
+from study.findings import Cell, Row
+from study.outputs import whole_file
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
 # What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.

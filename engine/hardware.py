@@ -15,9 +15,8 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-import interrupts
-import options
 from data import InputError
+from engine import interrupts, options
 
 TIMEOUT = timedelta(minutes=10)  # a collective that waits longer means that a process is lost
 

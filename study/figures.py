@@ -13,9 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-import findings
-import stats
-from drawing import (
+from study import findings, stats
+from study.drawing import (
     BLUE,
     FILLS,
     GREEN,
@@ -41,7 +40,7 @@ from drawing import (
     shade,
     smoothed,
 )
-from results import Run, by, last, null_of, together
+from study.results import Run, by, last, null_of, together
 
 REPORT_BN = "eval"  # BatchNorm's mode in the report's cosines
 # Options of a run's setting that change neither its training nor the three series that the report has, but for the

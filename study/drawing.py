@@ -20,8 +20,8 @@ from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from markup import printable
-from results import Run
+from study.markup import printable
+from study.results import Run
 
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
 BATCH_ALPHA = 0.05

@@ -1,7 +1,7 @@
 """The report's claims, their statistics and the verdict rules, as pure functions of one row per run.
 
 The unit of every test is the seed: a statistic is computed for each seed from that seed's runs alone, which share
-noise, split and initialization, and only then averaged. `python planted.py` prints the rules' error rates on planted
+noise, split and initialization, and only then averaged. `python benchmarks/planted.py` prints the rules' error rates on planted
 sweeps.
 
 Letters: B batch size, m momentum, n seeds.
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
+from study.stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
 MARGINS = {"acc": 0.01, "cos": 0.05, "log2b": 0.5}  # smallest effects of interest: share, cosine, doublings of B

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import files
 import measure
 from data import Batch, InputError
-from hardware import forget_peak
+from engine import files
+from engine.hardware import forget_peak
 from measure import untouched
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.

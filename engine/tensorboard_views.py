@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-import options
+from engine import options
 
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
 # run will log.

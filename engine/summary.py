@@ -9,10 +9,10 @@ from torch import Tensor
 
 import data
 import nulls
-import pace
 import schedules
-from hardware import cpu_features, peak_memory_mb
-from record import Record, versions
+from engine import pace
+from engine.hardware import cpu_features, peak_memory_mb
+from engine.record import Record, versions
 
 
 def describe(job, source: data.Source, held: Tensor, ledger: dict) -> dict:

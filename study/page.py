@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from markup import literal, no_block, printable, to_html, to_markdown
+from study.markup import literal, no_block, printable, to_html, to_markdown
 
 
 @dataclass

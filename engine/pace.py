@@ -9,7 +9,7 @@ import math
 import os
 import time
 
-import hardware
+from engine import hardware
 
 WINDOW = 2.0  # seconds of steps that make one rate
 SLOW = 0.5  # of the first rate: two windows in a row below this are worth a line

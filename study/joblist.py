@@ -10,12 +10,11 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-import jsonfiles
-import options
 from data import InputError
-from grids import Job
-from outputs import whole_file
-from processes import LOGS, make_folder, state
+from engine import jsonfiles, options
+from study.grids import Job
+from study.outputs import whole_file
+from study.processes import LOGS, make_folder, state
 
 FORMAT = "label-noise sweep 1"
 

@@ -1,6 +1,6 @@
 """Planted sweeps: results with a known answer, and how often the verdict rules of findings.py get it right.
 
-    python planted.py --sweeps 200 --seeds 3
+    python benchmarks/planted.py --sweeps 200 --seeds 3
 
 Nothing is trained. A planted sweep holds the values that the runs of a whole grid would have left, with an effect of
 known size under each budget, a random offset that all runs of a seed share (they share noise and initialization),
@@ -10,11 +10,15 @@ and independent noise in every run.
 import argparse
 import math
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 
-from tqdm import tqdm
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from findings import FINDINGS, MARGINS, RULES, Cell, Finding, Row, evaluate
+from tqdm import tqdm  # noqa: E402
+
+from study.findings import FINDINGS, MARGINS, RULES, Cell, Finding, Row, evaluate  # noqa: E402
 
 NOISE = (0.0, 0.2, 0.5)
 SIZES = (16, 32, 64, 128, 256, 512)

@@ -15,14 +15,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import files
-import jsonfiles
-import options
-import schema
 from data import InputError
-from grids import Job
+from engine import files, jsonfiles, options, schema
+from study.grids import Job
 
-TRAIN = Path(__file__).resolve().parent / "train.py"
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 POLL = 0.2  # seconds between looks at the running processes
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
 LAST_WORDS = 65536  # bytes of a log that are read for a reason

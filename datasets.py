@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import interrupts
 from data import InputError, Source, flip_map, generator, pixel_statistics
+from engine import interrupts
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_MD5 = {

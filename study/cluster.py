@@ -9,8 +9,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
-from grids import Job
-from processes import LOGS, POLL, Progress, Stop, command, how_it_ended, make_folder, note_failure, over, state, why
+from study.grids import Job
+from study.processes import (
+    LOGS,
+    POLL,
+    Progress,
+    Stop,
+    command,
+    how_it_ended,
+    make_folder,
+    note_failure,
+    over,
+    state,
+    why,
+)
 
 
 @dataclass

@@ -9,9 +9,8 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-import findings
-import results
-from drawing import (
+from study import findings, results
+from study.drawing import (
     BATCH_ALPHA,
     BLUE,
     GREEN,
@@ -32,9 +31,9 @@ from drawing import (
     short,
     styled,
 )
-from markup import literal
-from page import Page
-from results import Run, null_of
+from study.markup import literal
+from study.page import Page
+from study.results import Run, null_of
 
 PAIRS = ("cos_clean_noisy", "cos_clean_all")
 SMOOTHED_PAIRS = 100  # a cosine and its null are smoothed, both alike, from this many common steps on

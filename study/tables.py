@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data import InputError
-from results import Run
+from study.results import Run
 
 HEADER = ("run", "tag", "step", "value")
 

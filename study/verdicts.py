@@ -6,10 +6,9 @@ folded table and nothing else.
 
 import math
 
-import findings
-import results
-from page import Page
-from results import Setting
+from study import findings, results
+from study.page import Page
+from study.results import Setting
 
 NAMED = 3  # missing runs named in a finding's own line; the rest is folded
 

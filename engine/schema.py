@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import options
 from data import InputError
-from jsonfiles import LARGEST_FLOAT, LARGEST_INT, Unreadable, check_plain, parse, read_json, shown, wrong
+from engine import options
+from engine.jsonfiles import LARGEST_FLOAT, LARGEST_INT, Unreadable, check_plain, parse, read_json, shown, wrong
 from metrics import MOMENTS
 
 STATUSES = ("running", "finished", "stopped", "failed")

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
 from data import InputError
+from engine import files
 
 CLEAN = "clean_label"  # CIFAR-10N's and CIFAR-100N's name for the true labels
 

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-import startfrom
 from data import InputError
+from datasets import DATASETS
+from engine import startfrom
 from models import DEFAULT_MODEL, GROUP, MODELS
-from noise import FROM_FILE, TYPES
-from sources import DATASETS
+from noises import FROM_FILE, TYPES
 
 SCHEDULES = ("constant", "cosine", "onecycle")
 # Options that say where and on what a run happens, not what it computes: they are not part of its name.

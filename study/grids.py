@@ -8,8 +8,8 @@ import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
-import options
 from data import InputError
+from engine import options
 
 REPORT_SIZES = "16,32,64,128,256,512"
 MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "

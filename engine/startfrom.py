@@ -4,8 +4,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from data import InputError
-from jsonfiles import Unreadable, read_json
-from noise import FROM_FILE
+from engine.jsonfiles import Unreadable, read_json
+from noises import FROM_FILE
 
 # Options that say where, on what and how fast the other run ran, or what it was called: not taken over.
 LEFT_BEHIND = {

@@ -19,16 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import files
-import jsonfiles
-import memory
-import noisefile
-import schema
-import tensorboard_views
 from data import InputError, Source
-from files import written
-from schema import EVENTS
-from tensorboard_views import encodable
+from engine import files, jsonfiles, memory, noisefile, schema, tensorboard_views
+from engine.files import written
+from engine.schema import EVENTS
+from engine.tensorboard_views import encodable
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
 FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files

@@ -5,10 +5,10 @@ A figure that cannot be drawn is named, with the reason, in a folded list.
 
 from collections.abc import Callable
 
-import figures
-from drawing import Look, styled
-from page import Page
-from results import Setting
+from study import figures
+from study.drawing import Look, styled
+from study.page import Page
+from study.results import Setting
 
 KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10, on Fashion-MNIST
     ("val/acc", "validation accuracy", True, 4, 15),

@@ -1,0 +1,1 @@
+"""What one run stands on: its options, devices and signals, folder, labels, fast paths, saving and restoring."""
