@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from data import InputError, Source
-from engine import files, jsonfiles, memory, noisefile, schema, tensorboard_views
+from engine import files, jsonfiles, locks, memory, noisefile, schema, tensorboard_views
 from engine.files import written
 from engine.schema import EVENTS
 from engine.tensorboard_views import encodable
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
-FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
+FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
 
 
@@ -197,13 +197,8 @@ class Record:
 
     def lock(self) -> None:
         """Hold a file lock for as long as this process lives. Raises `InputError` if another process holds it."""
-        self.lock_file = files.open_regular(self.folder / ".lock", "ab")
         try:
-            import fcntl
-        except ImportError:  # no such locks on this system: creating the folder is the only guard
-            return
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock_file = locks.lock(self.folder / locks.NAME)
         except BlockingIOError:
             raise InputError(f"--name {self.folder.name}: another process is writing {self.folder}") from None
 
