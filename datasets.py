@@ -98,7 +98,7 @@ def alone(folder: Path):
             path.unlink(missing_ok=True)
 
         try:
-            with interrupts.undone(remove_lock):
+            with interrupts.undo_if_interrupted(remove_lock):
                 yield
         finally:
             remove_lock()
@@ -116,12 +116,12 @@ def download(make, data_dir: Path, folder: str) -> None:
                 data_dir.rmdir()
 
     try:
-        with interrupts.undone(remove_folder), alone(data_dir):
+        with interrupts.undo_if_interrupted(remove_folder), alone(data_dir):
             if os.path.isdir(target):  # another process was first
                 return
             data_dir.mkdir(exist_ok=True)  # another may have failed, and removed it
             temporary = tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-")
-            with interrupts.undone(temporary.cleanup), temporary as tmp:
+            with interrupts.undo_if_interrupted(temporary.cleanup), temporary as tmp:
                 make(tmp)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if not os.path.isdir(target):  # another one without the lock

@@ -36,10 +36,19 @@ import nulls
 from data import Batch, Images, InputError
 from engine import fast, memory, noisefile, options, pace, schema
 from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
-from engine.interrupts import Interrupted, Signals, say_ended
+from engine.interrupts import Interrupted, Signals, print_ended
 from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
-from engine.record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
-from engine.summary import announce, describe, print_table, summarize
+from engine.record import (
+    NotFinite,
+    Record,
+    check_folder,
+    config_if_readable,
+    error_line,
+    first_config,
+    load_state,
+    status_if_readable,
+)
+from engine.summary import print_plan, print_results_table, run_config, summarize
 from measure import EVAL_BATCH, forward
 from schedules import schedule
 
@@ -297,7 +306,7 @@ def load_everywhere(fabric, path: Path, check) -> dict:
         state = load_state(path)
         check(state, path)
     except Exception as e:  # rank 0 has read it once: now it cannot be read here
-        state, reason = None, f"({why(e)})"
+        state, reason = None, f"({error_line(e)})"
     if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
         raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
     return state
@@ -314,7 +323,7 @@ def run(args, signals: Signals) -> int:
         options.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
-    memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
+    memory.require_memory(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
     source = datasets.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
@@ -330,7 +339,7 @@ def run(args, signals: Signals) -> int:
         check_labels(earlier, ledger, folder)
 
     fabric, scaler = make_fabric(args)
-    with memory.explained(args, source):
+    with memory.explain_out_of_memory(args, source):
         job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
 
@@ -343,7 +352,7 @@ def run(args, signals: Signals) -> int:
     def claim() -> tuple[str | None, dict | None, str | None]:
         """The checkpoint, the config.json and the status of the run, all read under its lock."""
         saved = record.claim(args.resume, check)
-        return saved, read_config(folder), read_status(folder)
+        return saved, config_if_readable(folder), status_if_readable(folder)
 
     signals.hold()  # from here on there is a folder, and a run that can be saved
     saved, now, ended = on_rank_zero(fabric, claim)
@@ -371,7 +380,7 @@ def run(args, signals: Signals) -> int:
 
     status, reason, summary = "failed", None, {}
     try:
-        config = describe(job, source, held, ledger)
+        config = run_config(job, source, held, ledger)
         segment = {
             "step": job.state["step"],
             **{k: config["options"][k] for k in options.HARDWARE},
@@ -387,7 +396,7 @@ def run(args, signals: Signals) -> int:
             record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         summarize(job, record, "running")
         stand(job, record)
-        announce(job, record, noisefile.describe(ledger, source.classes))
+        print_plan(job, record, noisefile.describe(ledger, source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
         record.log(job.state["step"], {"test/acc": acc})
@@ -404,7 +413,7 @@ def run(args, signals: Signals) -> int:
         checkpoint(job, record, "failed.ckpt")
         options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        expected = memory.message(args, e, source) if memory.asked(e) is not None else lost_process(e)
+        expected = memory.message(args, e, source) if memory.requested_bytes(e) is not None else lost_process(e)
         reason = expected or f"{type(e).__name__}: {e}"
         if fabric.is_global_zero and not expected:
             raise
@@ -421,7 +430,7 @@ def run(args, signals: Signals) -> int:
             summarize(job, record, status, late)
         record.close()
     if record.active and status == "finished":
-        print_table(ledger, summary, folder)
+        print_results_table(ledger, summary, folder)
     if fabric.world_size > 1 and status != "failed":
         fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
     return STATUS[status]
@@ -449,11 +458,11 @@ def main(argv: list[str] | None = None) -> int:
         options.complain(options.shortened(str(e), argv or ()))
         return 2
     except Interrupted as e:
-        say_ended(str(e))
+        print_ended(str(e))
         return STATUS["stopped"]
     except (RuntimeError, MemoryError) as e:
         expected = lost_process(e)
-        if memory.asked(e) is not None:
+        if memory.requested_bytes(e) is not None:
             expected = memory.message(args, e)
         if not expected and not isinstance(e, memory.NotEnough):
             raise

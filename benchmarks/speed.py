@@ -217,7 +217,7 @@ def cell(mine) -> None:
                 said["off"] = "{error:.1e} ({bound:.1e})".format(**job.fast_error)
             flops = flops_of_image(job)
             if ON_GPU:
-                hardware.forget_peak(DEVICE)
+                hardware.reset_peak_memory(DEVICE)
                 seconds(step_of(job), 3)
                 said["memory"] = f"{hardware.peak_memory_mb(DEVICE):.0f}"
             plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds, least=3)

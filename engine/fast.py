@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import measure
 from data import Batch, InputError
 from engine import files
-from engine.hardware import forget_peak
+from engine.hardware import reset_peak_memory
 from measure import untouched
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
@@ -153,7 +153,7 @@ def make_ready(job, gradient) -> None:
         bound = TIMES * distance(eager, exact)
         del exact
     del found, eager
-    forget_peak(job.fabric.device)  # the check's passes are not the run's
+    reset_peak_memory(job.fabric.device)  # the check's passes are not the run's
     job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
     if not error <= bound:
         job.graph = None

@@ -12,7 +12,7 @@ from pathlib import Path
 TEMPORARY = re.compile(r"\..+-[0-9a-f]{16}\.tmp|(config\.json|summary\.json|\w+\.ckpt)\.tmp|\.noise-\d+\.tmp")
 
 
-def written(path: Path, write) -> Path:
+def write_temporary(path: Path, write) -> Path:
     """What `write(file)` writes, whole and on the disk, beside `path` and ready to take its place.
 
     The name cannot be foreseen and the file is created here or not at all: a link prepared under it is never followed.
@@ -35,7 +35,7 @@ def written(path: Path, write) -> Path:
 
 def replace(path: Path, content: bytes) -> None:
     """Give `path` this content in one move: readers see the old file or the new one. Raises `OSError`."""
-    temporary = written(path, lambda f: f.write(content))
+    temporary = write_temporary(path, lambda f: f.write(content))
     try:
         os.replace(temporary, path)
     except BaseException:
@@ -52,7 +52,7 @@ def open_regular(path: Path, mode: str = "rb"):
     access = os.O_RDWR if "+" in mode else os.O_RDONLY if "r" in mode else os.O_WRONLY | os.O_CREAT
     access |= os.O_APPEND if "a" in mode else 0
     safe = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY", "O_CLOEXEC"))
-    problem = irregular(path)  # for the message; what counts is what was opened
+    problem = why_not_regular(path)  # for the message; what counts is what was opened
     if problem:
         raise OSError(0, problem, str(path))
     descriptor = os.open(path, access | safe, 0o666)
@@ -62,11 +62,11 @@ def open_regular(path: Path, mode: str = "rb"):
     return open(descriptor, mode)
 
 
-def irregular(path: Path, folder: bool = False) -> str | None:
+def why_not_regular(path: Path, folder: bool = False) -> str | None:
     """Why `path` is neither absent nor a regular file (with `folder`, a folder), links not followed; None if it is."""
     try:
         mode = os.lstat(path).st_mode
-    except OSError:  # absent, or the one who opens it will hear
+    except OSError:  # absent, or opening it will raise the error
         return None
     if stat.S_ISLNK(mode):
         return "a symbolic link"
@@ -75,7 +75,7 @@ def irregular(path: Path, folder: bool = False) -> str | None:
     return None if stat.S_ISREG(mode) else "not a regular file"
 
 
-def cut(path: Path, size: int) -> None:
+def truncate(path: Path, size: int) -> None:
     """Keep the first `size` bytes of a regular file. Other names of it, hard links, keep the whole. Raises `OSError`."""
     with open_regular(path, "r+b") as f:
         status = os.fstat(f.fileno())

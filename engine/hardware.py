@@ -1,4 +1,4 @@
-"""Devices, precision, threads and signals: what a run happens on, through Lightning Fabric."""
+"""Devices, precision, threads and processes of a run, through Lightning Fabric."""
 
 import ctypes
 import inspect
@@ -84,7 +84,7 @@ def resolve(args) -> int:
 def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     """Fabric, its processes started, on the hardware that `args` asks for; and the loss scaler of 16-mixed.
 
-    `args` then holds what was resolved. What `fabric run` was given stands in LT_* variables, which `options.parse` has
+    `args` then holds what was resolved. The options of `fabric run` are passed in LT_* variables, which `options.parse` has
     read: they are removed, so that all is passed here in one way and `fabric run train.py` is the run that `python
     train.py` is. Raises `InputError`.
     """
@@ -112,7 +112,7 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
         place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}
         fabric = Fabric(strategy=strategy, **place, **how)
         interrupts.undo_at_end(lambda: end_processes(fabric))
-        die_with_rank_zero()
+        stop_with_parent()
         if not options.under_fabric_run():
             fabric.launch()
     except ValueError as e:
@@ -133,19 +133,19 @@ def end_processes(fabric: Fabric) -> None:
             process.kill()
 
 
-def die_with_rank_zero() -> None:
-    """In a process that Fabric has started for a rank: have it stop by SIGTERM when the one that started it is gone."""
+def stop_with_parent() -> None:
+    """In a process that Fabric has started for a rank: have it receive SIGTERM when its parent has ended."""
     own = os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
     if own and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-# What torch.distributed says where another process has gone, in a plain RuntimeError.
+# Messages of torch.distributed, in a plain RuntimeError, when another process has ended.
 LOST = re.compile(r"gloo|connection (was )?(closed|reset|refused)|broken pipe|nccl|process group|socket", re.IGNORECASE)
 
 
 def lost_process(e: BaseException) -> str | None:
-    """One line for an exception that means that another process of the run has gone; None for any other."""
+    """One line for an exception that means that another process of the run has ended; None for any other."""
     if os.environ.get("WORLD_SIZE", "1") == "1" or not isinstance(e, RuntimeError):
         return None
     if not isinstance(e, torch.distributed.DistError) and not LOST.search(str(e)):
@@ -194,7 +194,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """On a GPU: give back what is cached, and count `peak_memory_mb` from now."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,8 +1,8 @@
 """Signals: before training a run ends at once and leaves nothing behind; from then on they are noted, to save first.
 
 Python runs a signal's handler between two steps of its interpreter, and so not while a rendezvous, a name lookup or
-another call into C waits. Until training begins a thread therefore hears of each signal too, and ends the process if
-the handler does not come to it.
+another call into C waits. Until training begins, a thread is therefore woken by each signal too, and ends the process
+if the handler is not run in time.
 """
 
 import os
@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 
 PROMPT = 0.3  # seconds within which the handler is run, unless a call into C waits
 TIDY = 5.0  # seconds that the interrupted run may take to clean up
-STATUS = 3
+STOPPED_STATUS = 3
 
 _cleanups: list = []  # what is to be undone if the process ends before training
 
@@ -24,7 +24,7 @@ class Interrupted(BaseException):
 
 
 @contextmanager
-def undone(act):
+def undo_if_interrupted(act):
     """Have `act()` called too if a signal ends the process within the context without unwinding it."""
     _cleanups.append(act)
     try:
@@ -46,8 +46,8 @@ def undo() -> None:
             _cleanups.pop()()
 
 
-def say_ended(name: str) -> None:
-    """The line with which a run ends that had not begun to train; on one process of several."""
+def print_ended(name: str) -> None:
+    """Print the last line of a run that was stopped before it began to train; on one process of several."""
     if all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "LOCAL_RANK")):
         print(f"train.py: stopped by {name} before training began; nothing was written", file=sys.stderr, flush=True)
 
@@ -103,7 +103,7 @@ class Signals:
                 signal.signal(getattr(signal, name), handler)
 
     def listen(self) -> None:
-        """Start the thread that hears of signals while the main thread may be in C."""
+        """Start the thread that is woken by signals while the main thread may be in C."""
         self.pipe = socket.socketpair()
         self.pipe[1].setblocking(False)
         self.wakeup = signal.set_wakeup_fd(self.pipe[1].fileno(), warn_on_full_buffer=False)
@@ -121,9 +121,9 @@ class Signals:
         with self.lock:
             if self.starting and not self.ended.is_set():
                 undo()
-                say_ended(numbers[byte[0]])
+                print_ended(numbers[byte[0]])
                 sys.stdout.flush()
-                os._exit(STATUS)
+                os._exit(STOPPED_STATUS)
 
     def hold(self) -> None:
         """Training begins, or the run has ended: from now on signals are noted."""

@@ -14,8 +14,9 @@ import measure
 import models
 from data import Images, TrainSet
 from engine import fast, options
+from engine.files import write_temporary
 from engine.hardware import average_buffers
-from engine.record import NotFinite, Record, load_state, written
+from engine.record import NotFinite, Record, load_state
 from measure import synchronised
 
 
@@ -172,7 +173,7 @@ def keep_best(job: Job, record: Record) -> None:
 
     def replace() -> None:
         best = record.folder / BEST
-        temporary = written(best, lambda f: torch.save(content, f))
+        temporary = write_temporary(best, lambda f: torch.save(content, f))
         if best.exists():
             os.replace(best, record.folder / BEST_BEFORE)
         os.replace(temporary, best)

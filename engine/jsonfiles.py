@@ -22,7 +22,7 @@ class Unreadable(InputError):
     """
 
 
-def shown(value: object) -> str:
+def describe_value(value: object) -> str:
     """A wrong value for a message: a number or a text, shortened, and only the kind of anything longer."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
@@ -36,8 +36,8 @@ def shown(value: object) -> str:
     return "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else "another kind of value"
 
 
-def wrong(where: object, field: str, value: object, what: str) -> InputError:
-    return InputError(f"{where}: {field[:200]} is {shown(value)}, not {what}")
+def wrong_value(where: object, field: str, value: object, what: str) -> InputError:
+    return InputError(f"{where}: {field[:200]} is {describe_value(value)}, not {what}")
 
 
 def check_plain(content: dict, where: object) -> None:
@@ -51,19 +51,19 @@ def check_plain(content: dict, where: object) -> None:
             if isinstance(value, (dict, list)):
                 left.append((value, f"{field}.{key}" if field else str(key), depth + 1))
             elif isinstance(value, float) and not -LARGEST_FLOAT <= value <= LARGEST_FLOAT:
-                raise wrong(where, f"{field}.{key}" if field else str(key), value, "a finite number")
+                raise wrong_value(where, f"{field}.{key}" if field else str(key), value, "a finite number")
             elif isinstance(value, int) and not -LARGEST_INT <= value <= LARGEST_INT:
-                raise wrong(where, f"{field}.{key}" if field else str(key), value, "a number of at most 64 bits")
+                raise wrong_value(where, f"{field}.{key}" if field else str(key), value, "a number of at most 64 bits")
 
 
-def parse(data: bytes, where: object) -> dict:
+def parse_json(data: bytes, where: object) -> dict:
     """The JSON object in some bytes. Raises `Unreadable`, and `InputError` for an object that nobody could use."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         content = dict(pairs)
         if len(content) < len(pairs):
             twice = next(k for i, (k, _) in enumerate(pairs) if any(k == other for other, _ in pairs[:i]))
-            raise InputError(f"{where}: {shown(twice)} is there twice")
+            raise InputError(f"{where}: {describe_value(twice)} is there twice")
         return content
 
     try:
@@ -93,4 +93,4 @@ def read_json(path: Path) -> dict | None:
         return None
     except OSError as e:
         raise Unreadable(f"{path}: cannot be read ({e.strerror})") from e
-    return parse(data, path)
+    return parse_json(data, path)

@@ -11,7 +11,7 @@ import torch
 import models
 from data import PAD, InputError, Source
 
-SIZES = {  # data set: training and test images, pixels a side, channels, classes
+DATASET_SIZES = {  # data set: training and test images, pixels a side, channels, classes
     "cifar10": (50_000, 10_000, 32, 3, 10),
     "cifar100": (50_000, 10_000, 32, 3, 100),
     "fmnist": (60_000, 10_000, 32, 1, 10),
@@ -25,8 +25,8 @@ class NotEnough(RuntimeError):
     """There is too little memory for the run. The message is one line."""
 
 
-def asked(e: BaseException) -> int | None:
-    """Bytes of the allocation whose failure `e` is, 0 if it does not tell how many; None if it is another exception."""
+def requested_bytes(e: BaseException) -> int | None:
+    """Bytes of the allocation whose failure `e` is, 0 if its message does not tell how many; None if it is another exception."""
     refused = isinstance(e, RuntimeError) and REFUSED.search(str(e))
     if not refused and not isinstance(e, (MemoryError, torch.OutOfMemoryError)):
         return None
@@ -46,7 +46,7 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     elif args.dataset == "synthetic":
         size = args.synthetic_train, args.synthetic_test, 32, 3, 10
     else:
-        size = SIZES.get(args.dataset)
+        size = DATASET_SIZES.get(args.dataset)
     parts = {}
     if size:
         n, n_test, side, C, _ = size
@@ -64,7 +64,7 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     return parts
 
 
-def spelled(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as people read them, in powers of 1024."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:
@@ -78,21 +78,21 @@ def spelled(size: float) -> str:
 def message(args, e: BaseException, source: Source | None = None) -> str:
     """One line for an allocation that failed: how much it wanted, and how much the run needs."""
     parts = needed(args, source)
-    listed = ", ".join(f"{what} {spelled(size)}" for what, size in parts.items())
-    wanted = f" for {spelled(asked(e))} more" if asked(e) else ""
+    listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
+    wanted = f" for {format_bytes(requested_bytes(e))} more" if requested_bytes(e) else ""
     return (
-        f"not enough memory{wanted}; without activations the run needs {spelled(sum(parts.values()))} ({listed}); "
+        f"not enough memory{wanted}; without activations the run needs {format_bytes(sum(parts.values()))} ({listed}); "
         "a smaller --bs, --width, or --subset needs less"
     )
 
 
 @contextmanager
-def explained(args, source: Source):
+def explain_out_of_memory(args, source: Source):
     """Turn a failed allocation within the context into `NotEnough`."""
     try:
         yield
     except Exception as e:
-        if asked(e) is None:
+        if requested_bytes(e) is None:
             raise
         raise NotEnough(message(args, e, source)) from e
 
@@ -107,7 +107,7 @@ def total() -> float:
     return limit
 
 
-def check(args, on_gpu: bool) -> None:
+def require_memory(args, on_gpu: bool) -> None:
     """Raise `InputError` for a run on the CPU that cannot fit: the system would kill it, without a word."""
     if on_gpu or (args.synthetic_train + args.synthetic_test < 10**6 and args.width <= 128):
         return  # what cannot be too much is not counted
@@ -117,8 +117,8 @@ def check(args, on_gpu: bool) -> None:
     of_data = parts.get("data set", 0) > sum(parts.values()) / 2
     option = f"--synthetic-train {args.synthetic_train}" if args.dataset == "synthetic" else f"--dataset {args.dataset}"
     option = option if of_data else f"--model {args.model}, --width {args.width}"
-    listed = ", ".join(f"{what} {spelled(size)}" for what, size in parts.items())
+    listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
     raise InputError(
-        f"{option}: needs {spelled(sum(parts.values()))} of memory ({listed}) and more for activations; "
-        f"there are {spelled(limit)} here"
+        f"{option}: needs {format_bytes(sum(parts.values()))} of memory ({listed}) and more for activations; "
+        f"there are {format_bytes(limit)} here"
     )

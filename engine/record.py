@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from data import InputError, Source
-from engine import files, jsonfiles, memory, noisefile, schema, tensorboard_views
-from engine.files import written
+from engine import files, jsonfiles, locks, memory, noisefile, schema, tensorboard_views
+from engine.files import write_temporary
 from engine.schema import EVENTS
 from engine.tensorboard_views import encodable
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
-FILES = (".lock", "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
+RUN_FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", *CHECKPOINTS, "failed.ckpt")  # beside the event files
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
 
 
@@ -37,7 +37,7 @@ class NotFinite(RuntimeError):
 def write_json(path: Path, content: dict) -> None:
     """Replace `path` in one move, so that no reader sees half a file."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    os.replace(written(path, lambda f: f.write(text.encode())), path)
+    os.replace(write_temporary(path, lambda f: f.write(text.encode())), path)
 
 
 def versions() -> dict:
@@ -60,7 +60,7 @@ def versions() -> dict:
     }
 
 
-def read_config(folder: Path) -> dict | None:
+def config_if_readable(folder: Path) -> dict | None:
     """A run's config.json, None if it is lost. Raises `InputError` where it has a wrong field."""
     try:
         return schema.read_config(folder / "config.json", resume=True)
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> dict | None:
         return None
 
 
-def read_status(folder: Path) -> str | None:
+def status_if_readable(folder: Path) -> str | None:
     """The status in a run's summary.json, None if it is lost. Raises `InputError` where it has a wrong field."""
     try:
         return (schema.read_summary(folder / "summary.json") or {}).get("status")
@@ -80,7 +80,7 @@ def first_config(folder: Path) -> dict | None:
     """What a run was started with: its config.json or, where that was lost, what its checkpoint holds of it.
 
     Raises `InputError` where config.json has a wrong field."""
-    config = read_config(folder)
+    config = config_if_readable(folder)
     for name in CHECKPOINTS if config is None else ():
         try:
             return load_state(folder / name)["config"]
@@ -92,8 +92,8 @@ def first_config(folder: Path) -> dict | None:
 def check_folder(folder: Path) -> None:
     """Raise `InputError` if a file of a run's folder is a link or no regular file: a folder that comes from elsewhere
     must not lead to a file outside it, nor to a pipe that never answers. `folder` itself may be a link."""
-    for path in (*(folder / name for name in FILES), *folder.glob(EVENTS), folder / "profile"):
-        problem = files.irregular(path, folder=path.name == "profile")
+    for path in (*(folder / name for name in RUN_FILES), *folder.glob(EVENTS), folder / "profile"):
+        problem = files.why_not_regular(path, folder=path.name == "profile")
         if problem:
             raise InputError(f"--name {folder.name}: {path} is {problem}; a run's folder holds its own files")
 
@@ -110,10 +110,10 @@ def load_state(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:
-        asked = memory.asked(e)
-        if asked is not None and asked <= len(content):  # a damaged file may ask for any amount
+        requested = memory.requested_bytes(e)
+        if requested is not None and requested <= len(content):  # a damaged file may ask for any amount
             raise MemoryError("not enough memory") from e
-        raise ValueError(why(e)) from e
+        raise ValueError(error_line(e)) from e
     return schema.check_state(state, path)
 
 
@@ -174,9 +174,9 @@ class Record:
             except InputError as e:
                 wrong = lost = f"{e}" if str(path) in str(e) else f"{path}: {e}"
             except (OSError, MemoryError) as e:
-                raise InputError(f"--resume: {path} cannot be read ({why(e)}); nothing was changed") from e
+                raise InputError(f"--resume: {path} cannot be read ({error_line(e)}); nothing was changed") from e
             except Exception as e:  # a damaged file can make torch raise nearly anything
-                wrong = f"{path} is damaged ({why(e)})"
+                wrong = f"{path} is damaged ({error_line(e)})"
             else:
                 short = [file for file, size in state["events"].items() if here.get(file, 0) < size]
                 if not short:
@@ -197,20 +197,15 @@ class Record:
 
     def lock(self) -> None:
         """Hold a file lock for as long as this process lives. Raises `InputError` if another process holds it."""
-        self.lock_file = files.open_regular(self.folder / ".lock", "ab")
         try:
-            import fcntl
-        except ImportError:  # no such locks on this system: creating the folder is the only guard
-            return
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock_file = locks.lock(self.folder / locks.NAME)
         except BlockingIOError:
             raise InputError(f"--name {self.folder.name}: another process is writing {self.folder}") from None
 
     def open_events(self, sizes: dict[str, int]) -> None:
         """Cut the event files to `sizes` bytes, as they were at a checkpoint, remove newer ones, and open a new one.
 
-        So each step stands in them once, for readers of the raw files too, whenever the run was killed.
+        So each step is in them once, for readers of the raw files too, whenever the run was killed.
         """
         if not self.active:
             return
@@ -220,7 +215,7 @@ class Record:
             files.remove_leftovers(self.folder)
             for path in self.folder.glob(EVENTS):
                 if path.name in sizes:
-                    files.cut(path, sizes[path.name])
+                    files.truncate(path, sizes[path.name])
                 else:
                     path.unlink()
             self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
@@ -320,7 +315,7 @@ class Record:
         try:
             return act(*arguments)
         except (OSError, RuntimeError) as e:  # torch.save wraps a full disk in a RuntimeError
-            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({why(e)})"
+            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({error_line(e)})"
 
     def summary(self, **content) -> None:
         """Write summary.json."""
@@ -343,7 +338,7 @@ class Record:
 
     def save(self, state: dict, name: str) -> None:
         path = self.folder / name
-        temporary = written(path, lambda f: torch.save(state, f))
+        temporary = write_temporary(path, lambda f: torch.save(state, f))
         if name == "last.ckpt":
             if self.last_is_good and path.exists():
                 os.replace(path, self.folder / "previous.ckpt")
@@ -357,7 +352,7 @@ class Record:
     def session_started(self) -> None:
         """List the run in TensorBoard's hparams table, with the options of `config`.
 
-        They stand in an event file of their own, which checkpoints do not know: a resumed run, whose options may have
+        They are in a separate event file, which checkpoints do not list: a resumed run, whose options may have
         grown, writes it again.
         """
         if not self.active:
@@ -391,8 +386,8 @@ class Record:
             self.lock_file.close()
 
 
-def why(e: BaseException) -> str:
-    """What an exception says, in one line."""
+def error_line(e: BaseException) -> str:
+    """The message of an exception, its first line."""
     return getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
 
 

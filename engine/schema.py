@@ -23,7 +23,16 @@ from torch import Tensor
 
 from data import InputError
 from engine import options
-from engine.jsonfiles import LARGEST_FLOAT, LARGEST_INT, Unreadable, check_plain, parse, read_json, shown, wrong
+from engine.jsonfiles import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    Unreadable,
+    check_plain,
+    describe_value,
+    parse_json,
+    read_json,
+    wrong_value,
+)
 from metrics import MOMENTS
 
 STATUSES = ("running", "finished", "stopped", "failed")
@@ -83,73 +92,71 @@ def is_moments(row: object) -> bool:
     return isinstance(row, list) and len(row) == len(MOMENTS) and all(isinstance(x, float) for x in row)
 
 
-text = Kind("text", lambda v: isinstance(v, str) and "\0" not in v)
-share = real(0, 1, "a number from 0 to 1")
-not_negative = real(0, what="a number from 0")
-seconds = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
-several_seconds = mapping_of(seconds, "an object of numbers of seconds")
-plain = Kind("a number, text, true, false or null", lambda v: v is None or isinstance(v, (bool, int, float, str)))
-scalars = mapping_of(plain, "an object of plain values")
-tensor = Kind("a tensor", lambda v: isinstance(v, Tensor))
-moments = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
-features = list_of(text, "a list of names")
-segment = mapping_of(
-    Kind(f"{plain.what} or a list of names", lambda v: plain.holds(v) or features.holds(v)), "an object of plain values"
-)
-an_object = Kind("an object", lambda v: isinstance(v, dict))
+TEXT = Kind("text", lambda v: isinstance(v, str) and "\0" not in v)
+SHARE = real(0, 1, "a number from 0 to 1")
+NOT_NEGATIVE = real(0, what="a number from 0")
+SECONDS = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
+SECONDS_BY_NAME = mapping_of(SECONDS, "an object of numbers of seconds")
+PLAIN = Kind("a number, text, true, false or null", lambda v: v is None or isinstance(v, (bool, int, float, str)))
+TEXTS = list_of(TEXT, "a list of texts")
+SCALARS = mapping_of(PLAIN, "an object of plain values")
+PLAIN_OR_TEXTS = Kind(f"{PLAIN.what}, or a list of texts", lambda v: PLAIN.holds(v) or TEXTS.holds(v))
+TENSOR = Kind("a tensor", lambda v: isinstance(v, Tensor))
+MEASUREMENT = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
+OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 
-RESOLVED = {
-    "device": text,
+RESOLVED_FIELDS = {
+    "device": TEXT,
+    "cpu_features": TEXTS,
     "world_size": whole(1),
     "sched_steps": whole(1),
     "steps_per_epoch": whole(1),
     "total_steps": whole(1),
     "parameters": whole(1),
-    "classes": list_of(text, "a list of names"),
+    "classes": list_of(TEXT, "a list of names"),
     "train_examples": whole(1),
     "val_examples": whole(),
     "test_examples": whole(),
-    "cpu_features": features,
     "schedule": {
         **dict.fromkeys(("run_steps", "sched_steps"), whole(1)),
-        **dict.fromkeys(("run_epochs", "sched_epochs"), not_negative),
-        **dict.fromkeys(("fraction_seen", "share_at_end"), share),
+        **dict.fromkeys(("run_epochs", "sched_epochs"), NOT_NEGATIVE),
+        **dict.fromkeys(("fraction_seen", "share_at_end"), SHARE),
     },
 }
-NOISE = {"type": text, "nominal": share, "realised": share, "labels_sha256": text}
-VERSIONS = mapping_of(optional(text), "an object of version numbers as text")
-CONFIG = {
-    "resolved": RESOLVED,
-    "noise": NOISE,
-    "versions": VERSIONS,
-    "segments": list_of(segment, "a list of objects of plain values"),
+NOISE_FIELDS = {"type": TEXT, "nominal": SHARE, "realised": SHARE, "labels_sha256": TEXT}
+VERSION_FIELDS = mapping_of(optional(TEXT), "an object of version numbers as text")
+CONFIG_FIELDS = {
+    "resolved": RESOLVED_FIELDS,
+    "noise": NOISE_FIELDS,
+    "versions": VERSION_FIELDS,
+    "segments": list_of(mapping_of(PLAIN_OR_TEXTS, "an object of plain values"), "a list of objects of plain values"),
 }
-SUMMARY = {
+SUMMARY_FIELDS = {
     "status": Kind(f"one of {', '.join(STATUSES)}", lambda v: isinstance(v, str) and v in STATUSES),
-    "reason": optional(text),
-    **dict.fromkeys(("val_acc", "best_val_acc", "test_acc", "train_acc_noisy"), optional(share)),
+    "reason": optional(TEXT),
+    **dict.fromkeys(("val_acc", "best_val_acc", "test_acc", "train_acc_noisy"), optional(SHARE)),
     **dict.fromkeys(("steps", "examples", "not_resolved", "half_memorized_step"), optional(whole())),
-    **dict.fromkeys(("seconds", "images_per_second", "peak_memory_mb"), optional(not_negative)),
-    **dict.fromkeys(("measure_share", "measure_share_counted"), optional(not_negative)),
-    "measure_seconds": several_seconds,
-    "fast_gradient": scalars,
+    **dict.fromkeys(("seconds", "images_per_second", "peak_memory_mb"), optional(NOT_NEGATIVE)),
+    **dict.fromkeys(("measure_share", "measure_share_counted"), optional(NOT_NEGATIVE)),
+    "measure_seconds": SECONDS_BY_NAME,
+    "fast_gradient": SCALARS,
 }
-STATE = {  # of a checkpoint; all are required
+STATE_FIELDS = {  # of a checkpoint; all are required
     "step": whole(),
-    "best_val_acc": share,
-    "seconds": seconds,
-    "steps_seconds": seconds,
+    "best_val_acc": SHARE,
+    "seconds": SECONDS,
+    "steps_seconds": SECONDS,
     "steps_images": whole(),
-    "window": list_of(moments, "a list of measurements"),
+    "window": list_of(MEASUREMENT, "a list of measurements"),
     "not_resolved": whole(),
     "half_memorized_step": optional(whole()),
-    "measure_seconds": several_seconds,
+    "measure_seconds": SECONDS_BY_NAME,
     "latest": mapping_of(real(), "an object of finite numbers"),
-    "recent_noisy": list_of(share, "a list of at most ten numbers from 0 to 1", 10),
+    "recent_noisy": list_of(SHARE, "a list of at most ten numbers from 0 to 1", 10),
     "events": mapping_of(whole(), "an object of event files' names in the folder and their sizes", is_event_file),
-    "model": mapping_of(tensor, "an object of tensors"),
-    "optimizer": an_object,
-    "config": an_object,
+    "model": mapping_of(TENSOR, "an object of tensors"),
+    "optimizer": OBJECT,
+    "config": OBJECT,
 }
 
 
@@ -176,10 +183,10 @@ def check_fields(content: dict, table: dict, where: object, prefix: str = "", re
         value = content[name]
         if isinstance(kind, dict):
             if not isinstance(value, dict):
-                raise wrong(where, prefix + name, value, "an object")
+                raise wrong_value(where, prefix + name, value, "an object")
             check_fields(value, kind, where, f"{prefix}{name}.")
         elif not kind.holds(value):
-            raise wrong(where, *misfit(prefix + name, value, kind))
+            raise wrong_value(where, *misfit(prefix + name, value, kind))
 
 
 @functools.cache
@@ -203,7 +210,7 @@ def option_problem(action: argparse.Action, value: object) -> str | None:
     if action.dest in options.FABRIC and isinstance(value, str):  # devices, num_nodes
         return None if re.fullmatch(r"auto|[0-9]{1,4}(,[0-9]{1,4})*,?", value) else "a number or a list of devices"
     if action.type in (None, options.path):
-        return None if text.holds(value) else "text"
+        return None if TEXT.holds(value) else "text"
     try:
         read = action.type(value if isinstance(value, str) else repr(value) if type(value) in (int, float) else "")
     except argparse.ArgumentTypeError as e:
@@ -214,11 +221,11 @@ def option_problem(action: argparse.Action, value: object) -> str | None:
 def check_options(given: object, where: object) -> None:
     """Raise `InputError` at the first option whose value train.py's parser could not have made."""
     if not isinstance(given, dict):
-        raise wrong(where, "options", given, "an object")
+        raise wrong_value(where, "options", given, "an object")
     for name, action in option_actions().items():
         should = option_problem(action, given[name]) if name in given else None
         if should:
-            raise wrong(where, f"options.{name}", given[name], should)
+            raise wrong_value(where, f"options.{name}", given[name], should)
 
 
 def check_config(config: dict, where: object, resume: bool = False) -> dict:
@@ -227,7 +234,7 @@ def check_config(config: dict, where: object, resume: bool = False) -> dict:
     if "options" not in config:
         raise Unreadable(f"{where}: options is missing")
     check_options(config["options"], where)
-    check_fields(config, CONFIG, where, required=("noise",) if resume else ())
+    check_fields(config, CONFIG_FIELDS, where, required=("noise",) if resume else ())
     if resume:
         check_fields(config["noise"], {}, where, "noise.", ("labels_sha256",))
     return config
@@ -246,7 +253,7 @@ def read_summary(path: Path) -> dict | None:
     """A summary.json, checked; None where there is none. Raises `Unreadable` or `InputError`."""
     summary = read_json(path)
     if summary is not None:
-        check_fields(summary, SUMMARY, path)
+        check_fields(summary, SUMMARY_FIELDS, path)
     return summary
 
 
@@ -259,12 +266,12 @@ def check_state(state: object, where: object) -> dict:
     Everything but whether it is of the run that goes on (`check_fits`).
     """
     if not isinstance(state, dict):
-        raise wrong(where, "the content", state, "a checkpoint of this tool")
-    check_fields(state, STATE, where, required=STATE)
-    if not share.holds(state["latest"].get("val/acc")):  # it is measured before the first checkpoint
-        raise wrong(where, "latest.val/acc", state["latest"].get("val/acc"), share.what)
+        raise wrong_value(where, "the content", state, "a checkpoint of this tool")
+    check_fields(state, STATE_FIELDS, where, required=STATE_FIELDS)
+    if not SHARE.holds(state["latest"].get("val/acc")):  # it is measured before the first checkpoint
+        raise wrong_value(where, "latest.val/acc", state["latest"].get("val/acc"), SHARE.what)
     try:
-        config = parse(json.dumps(state["config"]).encode(), f"{where}: config")
+        config = parse_json(json.dumps(state["config"]).encode(), f"{where}: config")
     except (TypeError, ValueError, RecursionError) as e:
         raise e if isinstance(e, InputError) else InputError(f"{where}: config is not plain values") from e
     check_config(config, f"{where}: config", resume=True)
@@ -274,9 +281,9 @@ def check_state(state: object, where: object) -> dict:
 def check_tensor(found: object, like: Tensor, where: object, field: str) -> None:
     """Raise `InputError` unless `found` has the shape and dtype of `like` and finite values."""
     if not isinstance(found, Tensor) or found.layout != torch.strided:
-        raise wrong(where, field, found, "a dense tensor")
+        raise wrong_value(where, field, found, "a dense tensor")
     if found.shape != like.shape or found.dtype != like.dtype:
-        raise wrong(where, field, found, shown(like))
+        raise wrong_value(where, field, found, describe_value(like))
     if found.is_floating_point() and not bool(torch.isfinite(found).all()):
         raise InputError(f"{where}: {field} has values that are not finite")
 
@@ -284,7 +291,7 @@ def check_tensor(found: object, like: Tensor, where: object, field: str) -> None
 def check_fits(state: dict, job, where: object) -> None:
     """Raise `InputError` unless a checkpoint's content is of the run `job`: its length, network, optimizer and scaler."""
     if state["step"] > job.total_steps:
-        raise wrong(where, "step", state["step"], f"within the run's {job.total_steps} steps")
+        raise wrong_value(where, "step", state["step"], f"within the run's {job.total_steps} steps")
     own = job.module.state_dict()
     for name in sorted(own.keys() ^ state["model"].keys()):
         raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
@@ -301,22 +308,22 @@ def check_fits(state: dict, job, where: object) -> None:
 
 def check_optimizer(found: dict, own: dict, parameters: list[Tensor], where: object) -> None:
     """Raise `InputError` unless `found` is the state of an optimizer like the one of `own`; rate and momentum may differ."""
-    check_fields(found, {"state": an_object}, where, required=("state", "param_groups"))
+    check_fields(found, {"state": OBJECT}, where, required=("state", "param_groups"))
     groups = found["param_groups"]
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise wrong(where, "param_groups", groups, "a list of one object")
+        raise wrong_value(where, "param_groups", groups, "a list of one object")
     (group,), (mine,) = groups, own["param_groups"]
-    check_fields(group, {"lr": not_negative, "momentum": not_negative}, where, "param_groups.0.", mine)
+    check_fields(group, {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE}, where, "param_groups.0.", mine)
     for name in mine.keys() - {"lr", "momentum"}:
         if type(group[name]) is not type(mine[name]) or group[name] != mine[name]:
-            raise wrong(where, f"param_groups.0.{name}", group[name], shown(mine[name]))
+            raise wrong_value(where, f"param_groups.0.{name}", group[name], describe_value(mine[name]))
     for i in found["state"]:
         if type(i) is not int or not 0 <= i < len(parameters):
-            raise InputError(f"{where}: state.{shown(i)} belongs to no parameter")
+            raise InputError(f"{where}: state.{describe_value(i)} belongs to no parameter")
     for i, parameter in enumerate(parameters):
         entry, field = found["state"].get(i, {}), f"state.{i}"
         if not isinstance(entry, dict) or entry.keys() - {"momentum_buffer"}:
-            raise wrong(where, field, entry, "an object with a momentum_buffer")
+            raise wrong_value(where, field, entry, "an object with a momentum_buffer")
         buffer = entry.get("momentum_buffer")
         if buffer is not None or own["state"].get(i, {}).get("momentum_buffer") is not None:
             check_tensor(buffer, parameter, where, f"{field}.momentum_buffer")
@@ -338,21 +345,21 @@ def check_exported(about: object, grids: dict[str, np.ndarray], n_values: int, w
     """One run of an exported file: config's and summary's fields, and series [tag, grid, first, n] within `grids` and
     the file's `n_values` values. Raises `InputError`."""
     if not isinstance(about, dict):
-        raise wrong(where, "a run", about, "an object")
+        raise wrong_value(where, "a run", about, "an object")
     check_fields(about, {"name": Kind("the name of a folder", is_folder_name)}, where, required=("name",))
     where = f"{where}: {about['name'][:200]}"
-    tables = {"options": an_object, "resolved": RESOLVED, "summary": SUMMARY, "versions": VERSIONS}
+    tables = {"options": OBJECT, "resolved": RESOLVED_FIELDS, "summary": SUMMARY_FIELDS, "versions": VERSION_FIELDS}
     check_plain(about, where)
     check_fields(about, tables, where, required=(*tables, "series"))
     check_options(about["options"], where)
     tags = set()
     for entry in about["series"] if isinstance(about["series"], list) else [about["series"]]:
         if not isinstance(entry, list) or len(entry) != 4 or not isinstance(entry[0], str) or entry[0] in tags:
-            raise wrong(where, "series", entry, "a list of [tag, grid, first, n], each tag once")
+            raise wrong_value(where, "series", entry, "a list of [tag, grid, first, n], each tag once")
         tag, grid, first, n = entry
         tags.add(tag)
         if not all(map(whole().holds, (grid, first, n))) or f"steps_{grid}" not in grids:
-            raise wrong(where, f"series.{tag}", grid, "a grid, an offset and a length of this file")
+            raise wrong_value(where, f"series.{tag}", grid, "a grid, an offset and a length of this file")
         if n != len(grids[f"steps_{grid}"]) or first + n > n_values:
             raise InputError(f"{where}: series.{tag[:200]} reaches beyond its steps or values")
     return about

@@ -1,4 +1,4 @@
-"""What a run says of itself: its configuration, its summary, and the lines on the screen."""
+"""A run's own account: config.json, summary.json, and the lines on the screen."""
 
 import platform
 import time
@@ -15,7 +15,7 @@ from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
 
 
-def describe(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
+def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
     """config.json: the options as resolved, what followed from them, the labels and the versions."""
     on_gpu = job.fabric.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
@@ -69,7 +69,7 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
     return content
 
 
-def announce(job, record: Record, label_noise: str) -> None:
+def print_plan(job, record: Record, label_noise: str) -> None:
     """The lines before the progress bar: what will run, and on which labels."""
     if record.active:
         args, device = job.args, str(job.fabric.device)
@@ -91,10 +91,10 @@ def announce(job, record: Record, label_noise: str) -> None:
             if warning:
                 record.say(warning)
         if args.measure == "split":
-            print(describe_split(job), flush=True)
+            print(split_plan(job), flush=True)
         plan = job.state["plan"]
         if plan and args.measure == "full":
-            said = [
+            families = [
                 f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
                 for name, unit in (
                     ("steps", "steps"),
@@ -106,12 +106,12 @@ def announce(job, record: Record, label_noise: str) -> None:
             grown = plan["total_steps"] != job.total_steps
             origin = f"step {plan['total_steps']}" if grown else "the end"
             print(
-                f"full measurements, back from {origin}: {', '.join(said)}; {plan['share']:.1%} of the run, counted",
+                f"full measurements, back from {origin}: {', '.join(families)}; {plan['share']:.1%} of the run, counted",
                 flush=True,
             )
 
 
-def describe_split(job) -> str:
+def split_plan(job) -> str:
     """The line on what `--measure split` measures when, and what that costs, counted."""
     args, probe = job.args, job.state["plan"].get("probe")
     masks = "no random masks"
@@ -124,8 +124,8 @@ def describe_split(job) -> str:
     return f"{line}; probe left out (raise --measure-budget)" if job.train.noisy.any() else line
 
 
-def print_table(ledger: dict, summary: dict, folder: Path) -> None:
-    """What was reached."""
+def print_results_table(ledger: dict, summary: dict, folder: Path) -> None:
+    """Print what a finished run has reached: accuracies, realised noise, time and folder."""
     best = summary["best_val_acc"] or 0.0
     shown = {
         "validation accuracy": f"{summary['val_acc']:.4f} (best {best:.4f})",

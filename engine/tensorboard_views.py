@@ -183,7 +183,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
         return ImageFont.load_default(size)
 
 
-def shortened(draw: ImageDraw.ImageDraw, text: str, width: float, letters) -> str:
+def fit_text(draw: ImageDraw.ImageDraw, text: str, width: float, letters) -> str:
     """`text` in at most `width` pixels, cut with an ellipsis where it is longer."""
     text = " ".join(encodable(text[:200]).split())
     if draw.textlength(text, letters) <= width:
@@ -213,7 +213,7 @@ def label_picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[st
         lines = [classes[t]] if t == g else [classes[t], f"\u2192 {classes[g]}"]
         for j, text in enumerate(lines):
             at = x, y + (j + 2 - len(lines)) * line
-            draw.text(at, shortened(draw, text, side + gap - 4, letters), BLACK if t == g else RED, letters)
+            draw.text(at, fit_text(draw, text, side + gap - 4, letters), BLACK if t == g else RED, letters)
         pixels = images[i].expand(-1, -1, 3).contiguous().numpy()
         small = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
         sheet.paste(small, (x, y + 2 * line + 2))
@@ -232,7 +232,7 @@ def matrix_picture(matrix: list[list[float]], classes: tuple[str, ...]) -> Tenso
     names = letters if K <= 20 else small if every == 1 else font(11)
     sheet = Image.new("RGB", (1, 1))
     draw = ImageDraw.Draw(sheet)
-    labels = [shortened(draw, name, 150, names) for name in classes]
+    labels = [fit_text(draw, name, 150, names) for name in classes]
     edge = 40 + math.ceil(max(draw.textlength(label, names) for label in labels))  # room for names beside and below
     sheet = Image.new("RGB", (edge + K * side + 12, 12 + K * side + edge), "white")
     sheet.paste(squares(matrix, side), (edge, 12))

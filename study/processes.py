@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
-from engine import files, jsonfiles, options, schema
+from engine import jsonfiles, locks, options, schema
 from study.grids import Job
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -28,16 +28,7 @@ STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 def held(folder: Path) -> bool:
     """Whether a living process holds the lock of a run's folder."""
-    try:
-        import fcntl
-
-        with files.open_regular(folder / ".lock") as f:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (OSError, ImportError):
-        pass
-    return False
+    return locks.is_locked(folder / locks.NAME)
 
 
 def read(reader, path: Path) -> dict:

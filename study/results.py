@@ -240,11 +240,11 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
     """
     try:
         with np.load(path, allow_pickle=False) as z:
-            listed = jsonfiles.parse(z["runs"].tobytes(), path)
+            listed = jsonfiles.parse_json(z["runs"].tobytes(), path)
             values = z["values"].astype(np.float64)
             grids = {k: schema.check_steps(k, z[k], path) for k in z.files if k.startswith("steps_")}
         if listed.get("format") != FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
-            raise ValueError(f"format {jsonfiles.shown(listed.get('format'))}, not '{FORMAT}'")
+            raise ValueError(f"format {jsonfiles.describe_value(listed.get('format'))}, not '{FORMAT}'")
     except InputError:
         raise
     except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything

@@ -15,12 +15,13 @@ from torch import nn
 import measure
 import metrics
 import train
-from conftest import ROOT, TINY, fabric_run, free_port, series, summary, weights
+from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, series, summary, weights
 from test_metrics import job_for, warm
 
 # Training amplifies the last bit, by how much depends on the trajectory: seed 2's is a calm one.
 GN = [*TINY, "--norm", "gn", "--precision", "64-true", "--noise", "0.1", "--lr", "0.1", "--measure-every", "3"]
 GN += ["--seed", "2"]
+STEPS = "20"  # one epoch at B = 8, five at B = 53
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +29,18 @@ def alone(zygote, tmp_path_factory) -> dict[str, Path]:
     """Runs of one process, by batch size."""
     runs = tmp_path_factory.mktemp("alone")
     for bs in ("8", "53"):
-        assert zygote.run(
-            [*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(runs), "--name", bs]
-        ) == [0]
+        argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", STEPS, "--runs", str(runs), "--name", bs]
+        assert zygote.run(argv) == [0]
     return {bs: runs / bs for bs in ("8", "53")}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("bs", ["8", "53"])
-def test_more_processes_change_only_rounding(zygote, alone, tmp_path, ranks, bs):
+@pytest.mark.parametrize(
+    ("bs", "ranks"), [("8", 2), ("53", 2), ("53", 4), pytest.param("8", 4, marks=pytest.mark.slow)]
+)
+def test_more_processes_change_only_rounding(zygote, alone, tmp_path, bs, ranks):
     """160 examples: at B = 53 the last batch is a single example, so that all ranks but one are empty-handed; at B = 8
     and 10 % noise most ranks have no noisy example in most batches."""
-    argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", "50", "--runs", str(tmp_path), "--name", "r"]
+    argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", STEPS, "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run(argv, ranks=ranks) == [0] * ranks, zygote.said()
     want, got = series(alone[bs]), series(tmp_path / "r")
     assert want.keys() == got.keys() and "grad/cos_clean_noisy" in want
@@ -73,7 +74,7 @@ def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
         "--epochs",
         "13",
         "--max-steps",
-        "50",
+        STEPS,
         "--compile",
         "--runs",
         str(tmp_path),
@@ -170,6 +171,7 @@ def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
 
 
+@pytest.mark.slow
 def test_all_launchers_start_the_same_run(tmp_path):
     """`python --devices 2`, `fabric run` and `torchrun`: the same bits, threads shared out, one run's folder each."""
     bin = Path(sys.executable).parent
@@ -211,9 +213,9 @@ def test_bad_input_is_said_once(tmp_path):
 
 def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
     argv = [*GN, "--bs", "8", "--epochs", "13", "--runs", str(tmp_path), "--name", "r"]
-    assert zygote.run([*argv, "--max-steps", "17"]) == [0]
-    assert zygote.run([*argv, "--max-steps", "35", "--resume"], ranks=2) == [0, 0], zygote.said()
-    assert zygote.run([*argv, "--max-steps", "50", "--resume"]) == [0]
+    assert zygote.run([*argv, "--max-steps", "7"]) == [0]
+    assert zygote.run([*argv, "--max-steps", "14", "--resume"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*argv, "--max-steps", STEPS, "--resume"]) == [0]
     a, b = weights(alone["8"]), weights(tmp_path / "r")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-8)
@@ -253,7 +255,7 @@ def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
 
 
 def test_a_fault_on_rank_zero_ends_all_ranks_together(zygote, tmp_path):
-    code = "import os, record, train\ndef refuse(*_): raise OSError(28, os.strerror(28))\nrecord.os.fsync = refuse\n"
+    code = "import os, train\nfrom engine import record\ndef refuse(*_): raise OSError(28, os.strerror(28))\nrecord.os.fsync = refuse\n"
     code += f"os._exit(train.main({[*GN, '--runs', str(tmp_path), '--name', 'r']!r}))"
     assert zygote.run(code=code, ranks=2) == [1, 1]
     assert "No space left on device" in zygote.said(0) and "Traceback" not in zygote.said(0) + zygote.said(1)
@@ -262,7 +264,7 @@ def test_a_fault_on_rank_zero_ends_all_ranks_together(zygote, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize("mode", ["train", *(pytest.param(m, marks=pytest.mark.slow) for m in ("eval", "separate"))])
 def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     """16-mixed through Fabric's plugin on the CPU: `.grad` carries the scale, the measurements do not."""
     job, full = job_for("--precision", "16-mixed", "--measure-bn", mode), job_for("--measure-bn", mode)
@@ -294,9 +296,10 @@ def test_sixteen_bit_overflow_skips_the_update_and_halves_the_scale():
 
 
 def test_sixteen_bit_resumes_with_its_scale(go):
-    a = go("--precision", "16-mixed", "--noise", "0.5")
-    go("--precision", "16-mixed", "--noise", "0.5", "--max-steps", "5", name="b")
-    b = go("--precision", "16-mixed", "--noise", "0.5", "--max-steps", "10", "--resume", name="b")
+    own = (*SIXTEEN, "--precision", "16-mixed", "--noise", "0.5")
+    a = go(*own, "--max-steps", "4")
+    go(*own, "--max-steps", "2", name="b")
+    b = go(*own, "--max-steps", "4", "--resume", name="b")
     assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values()))
     assert "scaler" in torch.load(b / "last.ckpt", weights_only=True)
 

@@ -12,7 +12,7 @@ import torch
 import measure
 import metrics
 import train
-from conftest import ROOT, TINY, same_weights, series, summary, weights
+from conftest import ROOT, SIXTEEN, TINY, same_weights, series, summary, weights
 from data import InputError
 from engine import fast, options
 from test_metrics import default_dtype, job_for  # noqa: F401
@@ -62,7 +62,7 @@ def test_what_cannot_be_had_is_named(monkeypatch, go, capsys):
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_the_check_leaves_no_trace(go, uncompiled, precision):
-    words = "--noise", "0.5", "--precision", precision
+    words = *SIXTEEN, "--epochs", "1", "--noise", "0.5", "--precision", precision
     a, b = go(*words, name="a"), go(*words, "--compile", name="b")
     assert same_weights(a, b) and series(a) == series(b)
     said = summary(b)["fast_gradient"]
@@ -82,7 +82,7 @@ def test_a_fast_path_that_is_wrong_ends_the_run(go, uncompiled, monkeypatch, cap
 
     monkeypatch.setattr(train, "plain_gradient", wrong)
     for precision in ("32-true", "bf16-mixed"):
-        folder = go("--compile", "--precision", precision, name=precision, status=1)
+        folder = go(*SIXTEEN, "--compile", "--precision", precision, name=precision, status=1)
         assert summary(folder)["status"] == "failed" and summary(folder)["steps"] == 0
         assert "--compile on: the gradient is off by" in capsys.readouterr().err
 
@@ -195,6 +195,7 @@ def test_the_graph_around_its_replay(monkeypatch, precision):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
 def test_compiled_steps_give_the_eager_run(go, precision):
@@ -219,6 +220,7 @@ def test_compiled_steps_give_the_eager_run(go, precision):
             torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @compiler
 def test_clean_and_noisy_add_up_to_the_compiled_gradient():
     job = job_for("--precision", "64-true", "--compile", "--bs", "48")  # the graph of the test above, from its cache
@@ -238,6 +240,7 @@ def test_a_profile_is_written_and_changes_nothing(go):
     assert "aten::convolution_backward" in (b / "profile" / "table.txt").read_text()
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run(tmp_path):
     out = tmp_path / "R.md"
     same = "--models resnet18-8 --batches 16 --seconds 0.01".split()

@@ -16,7 +16,7 @@ from engine import files, noisefile, record
 from study import processes, results
 
 SMALL = [*TINY, "--width", "1", "--measure", "off"]
-ENTRIES = (*record.FILES, "events", "profile")
+ENTRIES = (*record.RUN_FILES, "events", "profile")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_temporary_file_is_new_or_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "0" * 2 * n)  # as if the name had been guessed
     (tmp_path / f".f-{'0' * 16}.tmp").symlink_to(outside)
     with pytest.raises(FileExistsError):
-        files.written(path, lambda f: f.write(b"new"))
+        files.write_temporary(path, lambda f: f.write(b"new"))
     assert outside.read_bytes() == b"theirs" and path.read_bytes() == b"old"
 
 

@@ -323,7 +323,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't 
     ],
 )
 def test_what_a_failed_allocation_asked_for(error, bytes_asked):
-    assert memory.asked(error) == bytes_asked
+    assert memory.requested_bytes(error) == bytes_asked
 
 
 def test_needed_memory_is_what_a_run_holds(go, monkeypatch):

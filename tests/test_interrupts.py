@@ -97,7 +97,7 @@ def test_the_processes_of_other_ranks_end_too():
 def test_what_is_left_is_undone_latest_first():
     order = []
     interrupts.undo_at_end(lambda: order.append("first"))
-    with interrupts.undone(lambda: order.append("not any more")):
+    with interrupts.undo_if_interrupted(lambda: order.append("not any more")):
         pass
     interrupts.undo_at_end(lambda: 1 / 0)
     interrupts.undo_at_end(lambda: order.append("last"))

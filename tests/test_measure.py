@@ -18,7 +18,8 @@ import train
 from conftest import TINY, same_weights, series, summary, weights
 from test_metrics import job_for, warm
 
-FULL = ("--measure", "full", "--measure-budget", "1000")  # all families, whenever they can be
+# All families, whenever they can be; a mask costs a backward pass at every measured step.
+FULL = ("--measure", "full", "--measure-budget", "1000", "--permutations", "2")
 
 AFFORDABLE = ("--measure", "full", "--measure-budget", "12")  # all but curvature
 
@@ -302,6 +303,7 @@ def test_lanczos_beside_a_far_more_negative_eigenvalue():
 def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeypatch):
     """The second derivative through train-mode BatchNorm, on the real network, against central differences."""
     monkeypatch.setattr(measure, "TRACE_PROBES", 2)
+    monkeypatch.setattr(measure, "CURVATURE_EXAMPLES", 16)
     job = full_job("--precision", "64-true")
     warm(job)
     seen = {}
@@ -428,6 +430,7 @@ def test_update_norm_is_the_distance_moved():
     assert float(got["grad/norm_per_layer"].norm()) == pytest.approx(float(got["grad/norm_all"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_memorization_is_noticed(go):
     """Trained to fit every label, a wide enough net memorizes: half of the noisy ones from some epoch on."""
     argv = "--noise 0.5 --synthetic-train 100 --synthetic-test 20 --no-augment --epochs 35 --bs 16 --width 16".split()
@@ -456,7 +459,7 @@ def test_a_fake_mask_over_clean_labels_gives_the_null(go):
         "--measure-every",
         "2",
     )
-    found = series(go(*argv, *FULL))
+    found = series(go(*FULL, *argv))
     assert "fresh/ratio" not in found and "isotropy/participation" not in found
     for name in ("cos_clean_all", "cos_clean_noisy"):
         raw, mean, std = (
@@ -477,6 +480,7 @@ def test_a_fake_mask_over_clean_labels_gives_the_null(go):
     assert last["auc"] == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.slow
 def test_bf16_and_float32_agree():
     """The same weights and batch under both precisions, within the bounds that docs/measurements.md states."""
     bounds = {"grad": 0.03, "null": 0.03, "fresh": 0.05, "truth": 0.03, "train": 0.03, "optim": 0.03}

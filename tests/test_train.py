@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, TINY, fabric_run, same_weights, series, summary, weights
+from conftest import ROOT, SIXTEEN, TINY, fabric_run, same_weights, series, summary, weights
 from engine import hardware
 
 SERIES = {  # docs/measurements.md, at measured steps
@@ -56,6 +56,7 @@ def test_a_run_leaves_what_the_contract_says(go):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_same_command_gives_the_same_bits(go, precision):
     options = ("--noise", "0.5", "--precision", precision, "--sched", "cosine")
+    options += tuple(SIXTEEN) if precision == "bf16-mixed" else ()
     a, b = go(*options, name="a"), go(*options, name="b")
     assert same_weights(a, b)
     assert series(a) == series(b)
@@ -190,6 +191,7 @@ def test_fashion_mnist_in_one_channel(go, real_data):
     assert weights(folder)["conv1.weight"].shape[1] == 1 and summary(folder)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_training_learns(go):
     """On clean drawn images a narrow net gets far above chance in a few epochs; the noisy labels stay unlearnt."""
     argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 5 --bs 50 --sched onecycle --sched-epochs 5".split()
