@@ -34,7 +34,7 @@ import measure
 import metrics
 import nulls
 from data import Batch, Images, InputError
-from engine import fast, memory, noisefile, options, pace, schema
+from engine import fast, identity, memory, noisefile, options, pace, roles, schema
 from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from engine.interrupts import Interrupted, Signals, say_ended
 from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
@@ -311,7 +311,7 @@ def run(args, signals: Signals) -> int:
         check_folder(folder)
     earlier = first_config(folder) if args.resume else None
     if earlier:
-        options.continue_from(args, earlier)
+        identity.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
@@ -336,7 +336,7 @@ def run(args, signals: Signals) -> int:
 
     def check(state: dict, path: Path) -> None:
         """Raise `InputError` unless a checkpoint's content is of this run."""
-        options.continue_from(args, state["config"])
+        identity.continue_from(args, state["config"])
         check_labels(state["config"], ledger, folder)
         schema.check_fits(state, job, path)
 
@@ -349,7 +349,7 @@ def run(args, signals: Signals) -> int:
     saved, now, ended = on_rank_zero(fabric, claim)
     state = load_everywhere(fabric, folder / saved, check) if saved else {}
     if now:  # it may have changed since
-        options.continue_from(args, now)
+        identity.continue_from(args, now)
         check_labels(now, ledger, folder)
     earlier = now or state.get("config") or {}
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
@@ -374,7 +374,7 @@ def run(args, signals: Signals) -> int:
         config = describe(job, source, held, ledger)
         segment = {
             "step": job.state["step"],
-            **{k: config["options"][k] for k in options.HARDWARE},
+            **{k: config["options"][k] for k in roles.having(roles.HARDWARE)},
             **config["versions"],
             **{k: config["resolved"][k] for k in ("device", "cpu_features")},
         }

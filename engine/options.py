@@ -14,17 +14,11 @@ from pathlib import Path
 
 from data import InputError
 from datasets import DATASETS
-from engine import startfrom
+from engine import roles, startfrom
 from models import DEFAULT_MODEL, GROUP, MODELS
 from noises import FROM_FILE, TYPES
 
 SCHEDULES = ("constant", "cosine", "onecycle")
-# Options that say where and on what a run happens, not what it computes: they are not part of its name.
-PLACE = (
-    *("data_dir", "runs", "name", "resume", "checkpoint_minutes", "config", "best"),
-    *("accelerator", "devices", "strategy", "num_nodes", "threads", "compile", "graph", "profile"),
-)
-FILES = ("noise_file", "noise_matrix")  # may lie elsewhere when a run is resumed: its labels are compared instead
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu", "cuda"),
@@ -32,13 +26,12 @@ KNOWN = {  # checked here and not by the parser, for under `fabric run` they do 
 }
 # Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
 FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
-# Defaults that follow from --measure. Without `full` these options leave no trace in training: `compared` skips them.
+# Defaults that follow from --measure.
 MEASURE_DEFAULTS = {
     "off": {"permutations": 0, "null_every": None, "measure_budget": 0.0},
     "split": {"permutations": 1, "null_every": 2, "measure_budget": 0.01},
     "full": {"permutations": 4, "null_every": None, "measure_budget": 0.05},
 }
-HARDWARE = (*FABRIC, "threads", "compile", "graph")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
@@ -349,7 +342,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
 
     Options of `always` are in it at their default too: `noise0`, `bs128`, `no-augment-off`; not one that has no value.
     """
-    always = set(always) - set(PLACE)
+    always = set(always) - set(roles.having(roles.PLACE))
     args = argparse.Namespace(**vars(args))
     if "noise" in always and args.noise is None and args.noise_type not in FROM_FILE:
         args.noise = 0
@@ -358,10 +351,10 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
     defaults |= {"image_size": 32} | MEASURE_DEFAULTS[args.measure]  # the size is that of a folder's images
-    parts = []
+    parts, place, files = [], roles.having(roles.PLACE), roles.having(roles.FILE)
     for key, value in vars(args).items():
         default = value in (None, defaults[key]) or (key == "noise" and value == 0)
-        if key in PLACE or value is None or (default and key not in always):
+        if key in place or value is None or (default and key not in always):
             continue
         key = key.replace("_", "-")
         if isinstance(value, bool):
@@ -370,7 +363,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
             parts.append(
                 Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
             )
-        elif key.replace("-", "_") in FILES:
+        elif key.replace("-", "_") in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem
             parts.append(f"{key}-{stem}-{path_hash(value)}")
@@ -386,66 +379,6 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
 def path_hash(path: str) -> str:
     """Six digits that tell a path from others of the same last part."""
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:6]
-
-
-def compared(given: dict) -> dict:
-    """Options that decide what a run computes, in one spelling each, for two runs to be compared.
-
-    Without `PLACE`, and without `FILES`: their labels are compared instead. What only `full` measures by counts only there.
-    """
-    left_out = (*PLACE, *FILES, *(MEASURE_DEFAULTS["split"] if given.get("measure") != "full" else ()))
-    found = {key: value for key, value in given.items() if key not in left_out}
-    if "noise" in found:
-        found["noise"] = found["noise"] or 0
-    if "sched_steps" in found and not (found.get("sched_epochs") or found.get("sched_examples")):
-        found["sched_steps"] = found["sched_steps"] or 5000
-    if found.get("dataset", "cifar10") not in DATASETS:
-        found["dataset"] = os.path.realpath(found["dataset"])
-    return found
-
-
-def differences(first: dict, now: dict) -> dict[str, str]:
-    """{option: how it differs} of two runs' options; one that only one of them knows is left out."""
-    first, now = compared(first), compared(now)
-    return {
-        key: f"--{key.replace('_', '-')} was {first[key]} and is {value} now"
-        for key, value in now.items()
-        if key in first and value != first[key]
-    }
-
-
-def continue_from(args: argparse.Namespace, config: dict) -> None:
-    """Take over what a resumed run keeps from its first start, and refuse what differs, by name, in one `InputError`.
-
-    `config` is the run's config.json. Options of `PLACE` and `FILES` may differ; epochs and max-steps may grow.
-    """
-    first = {**vars(parser().parse_args([])), **config["options"]}  # an option newer than the run has its default
-    if args.precision == "auto":
-        args.precision = first["precision"]
-    args.threads = args.threads or first["threads"]
-    wrong = keep_masks(args, config["options"])
-    for key, said in differences(first, vars(args)).items():
-        grows = key in ("epochs", "max_steps")
-        if not grows or (getattr(args, key) or math.inf) < (first[key] or math.inf):
-            wrong.append(said + " (it may only grow)" * grows)
-    if wrong:
-        raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
-
-
-def keep_masks(args: argparse.Namespace, first: dict) -> list[str]:
-    """Without `--measure full`: take over a resumed run's masks and probe, unless others than the default are asked for;
-    returns what is wrong. A run started by a version without them goes on without."""
-    if args.measure == "full" or first.get("measure") != args.measure:
-        return []
-    if "null_every" not in first:
-        first = {"permutations": 0, "measure_budget": 0.0}
-    wrong = []
-    for name, default in MEASURE_DEFAULTS[args.measure].items():
-        was, now = first.get(name, default), getattr(args, name)
-        if now not in (was, default):
-            wrong.append(f"--{name.replace('_', '-')} was {was} and is {now} now")
-        setattr(args, name, was)
-    return wrong
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from engine import roles
 from study import findings, stats
 from study.drawing import (
     BLUE,
@@ -45,7 +46,7 @@ from study.results import Run, by, last, null_of, together
 REPORT_BN = "eval"  # BatchNorm's mode in the report's cosines
 # Options of a run's setting that change neither its training nor the three series that the report has, but for the
 # cosines under another --measure-bn, which are labelled: a run may differ from the report in these.
-TOLERATED = {"sync_bn", "measure_bn", "stratify", "chunks", "window"}
+TOLERATED = roles.having(roles.TOLERATED)
 SCHED_NAMES = {"onecycle": "one-cycle", "cosine": "cosine annealing", "constant": "constant learning rate"}
 COLOURS = {"onecycle": BLUE, "cosine": VERMILION, "constant": GREEN}
 REPORT_SCHEDS = ("onecycle", "cosine", "constant")  # figures 4, 5, 6 and so on

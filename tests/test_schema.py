@@ -16,7 +16,7 @@ import report
 import train
 from conftest import TINY
 from data import InputError
-from engine import options, record, schema
+from engine import identity, options, record, schema
 from study import processes, results
 
 # 48 training examples, 3 steps an epoch
@@ -126,7 +126,7 @@ def test_mutations_are_refused_or_read(made, job, what):
                 job.module.load_state_dict(changed["model"])
             elif what == "config":
                 config = schema.check_config(changed, "f", resume=True)
-                options.differences(config["options"], vars(job.args))
+                identity.differences(config["options"], vars(job.args))
                 json.dumps(config, allow_nan=False)
             else:
                 schema.check_fields(changed, schema.SUMMARY, "f")
