@@ -17,8 +17,8 @@ from datasets import DATASETS
 from engine import roles, startfrom
 from models import DEFAULT_MODEL, GROUP, MODELS
 from noises import FROM_FILE, TYPES
+from schedules import SCHEDULES
 
-SCHEDULES = ("constant", "cosine", "onecycle")
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu", "cuda"),
@@ -158,13 +158,14 @@ def parser() -> Parser:
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
+    moved = "; ".join(f"{name}: {sched.help}" for name, sched in SCHEDULES.items() if sched.moves)
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
     g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
     g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
     g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
-    g.add_argument("--sched", choices=SCHEDULES, default="constant", help="cosine: lr; onecycle: lr and momentum")
+    g.add_argument("--sched", choices=list(SCHEDULES), default="constant", help=moved)
     g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine import options, roles
+from schedules import SCHEDULES
 
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
 # run will log.
@@ -64,9 +65,9 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     full, split = given["measure"] == "full", given["measure"] != "off"
     controls = full and bool(plan.get("steps", True))
     if tag == "optim/lr":
-        return given["sched"] != "constant"  # a constant is in the table of options
+        return "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
-        return given["sched"] == "onecycle"
+        return "momentum" in SCHEDULES[given["sched"]].moves
     if group == "train":
         return noisy or name != "acc_noisy"
     if group == "grad":

@@ -69,7 +69,7 @@ class Run:
     @property
     def budget(self) -> str:
         """In what the schedule's length is given: steps, epochs, examples; `any` where there is no schedule."""
-        if self.options["sched"] == "constant":
+        if not schedules.entry(self.options["sched"]).moves:
             return "any"
         return next((unit for unit in ("epochs", "examples") if self.options.get(f"sched_{unit}")), "steps")
 
