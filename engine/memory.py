@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import models
+import optim
 from data import PAD, InputError, Source
 
 SIZES = {  # data set: training and test images, pixels a side, channels, classes
@@ -58,9 +59,9 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     with torch.device("meta"):
         module = models.build(args.model, *(size or (0, 0, 0, 3, 10))[3:], args.width, args.norm, 0)
     P = sum(p.numel() for p in module.parameters())
-    copies = 3 if args.momentum or args.sched == "onecycle" else 2
-    what = "weights, gradient and momentum" if copies == 3 else "weights and gradient"
-    parts[what] = copies * P * (8 if args.precision == "64-true" else 4)
+    state = optim.kept_state(args.optimizer, args.momentum, args.sched)
+    what = f"weights, gradient and {optim.OPTIMIZERS[args.optimizer].state_name}" if state else "weights and gradient"
+    parts[what] = (2 + len(state)) * P * (8 if args.precision == "64-true" else 4)
     return parts
 
 

@@ -17,6 +17,7 @@ from datasets import DATASETS
 from engine import roles, startfrom
 from models import DEFAULT_MODEL, GROUP, MODELS
 from noises import FROM_FILE, TYPES
+from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
@@ -160,6 +161,8 @@ def parser() -> Parser:
     g = p.add_argument_group("optimization")
     moved = "; ".join(f"{name}: {sched.help}" for name, sched in SCHEDULES.items() if sched.moves)
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
+    about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
+    g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
     g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
     g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")

@@ -41,6 +41,7 @@ ROLES: dict[str, frozenset[str]] = {
         ("norm", RESULT),
         # optimization
         ("bs", RESULT, AXIS),
+        ("optimizer", RESULT),
         ("lr", RESULT, AXIS),
         ("momentum", RESULT, AXIS),
         ("wd", RESULT, AXIS),
