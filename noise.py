@@ -16,6 +16,7 @@ import datasets
 from data import InputError, Source
 from engine import noisefile, options
 from engine.labels import relabel
+from noises import NOISES
 
 
 def command_line():
@@ -52,8 +53,8 @@ def make(args) -> str:
         wrong.append(f"{out}: exists already")
     elif not os.path.isdir(out.parent):
         wrong.append(f"{out}: there is no folder {out.parent}")
-    if args.true and args.noise_type == "instance":
-        wrong.append("--noise-type instance: needs the images, --true gives labels only")
+    if args.true and "images" in NOISES[args.noise_type].needs:
+        wrong.append(f"--noise-type {args.noise_type}: needs the images, --true gives labels only")
     if wrong:
         raise InputError("; ".join(wrong))
     source = bare(args) if args.true else datasets.load(args)

@@ -16,7 +16,7 @@ from data import InputError
 from datasets import DATASETS
 from engine import roles, startfrom
 from models import DEFAULT_MODEL, GROUP, MODELS
-from noises import FROM_FILE, TYPES
+from noises import NOISES
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
@@ -141,7 +141,7 @@ def noise_options(p: Parser) -> None:
     """Add the options that choose the label noise, but for its seed."""
     g = p.add_argument_group("noise")
     g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (default: 0, or the file's own)")
-    g.add_argument("--noise-type", choices=TYPES, default="uniform", help="law of a selected example's label")
+    g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of a selected example's label")
     g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
     g.add_argument(
         "--noise-file", type=path, metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt"
@@ -322,22 +322,22 @@ def data_problems(args: argparse.Namespace) -> list[str]:
 
 def noise_problems(args: argparse.Namespace) -> list[str]:
     """What does not go together in the choice of the noise."""
-    wrong, kind = [], args.noise_type
-    if kind in FROM_FILE and args.noise is not None:
+    wrong, kind, needs = [], args.noise_type, NOISES[args.noise_type].needs
+    if "file" in needs and args.noise is not None:
         wrong.append(f"--noise {args.noise}: --noise-type {kind} has the rate of its file; leave --noise out")
     for option, value, wanted in (
-        ("--noise-file", args.noise_file, kind in FROM_FILE),
-        ("--noise-matrix", args.noise_matrix, kind == "matrix"),
+        ("--noise-file", args.noise_file, "file" in needs),
+        ("--noise-matrix", args.noise_matrix, "matrix" in needs),
     ):
         if wanted and value is None:
             wrong.append(f"--noise-type {kind}: needs {option} FILE")
         if value is not None and not wanted:
             wrong.append(f"{option} {value}: --noise-type {kind} takes none")
-    if args.noise_labels is not None and kind not in FROM_FILE:
+    if args.noise_labels is not None and "file" not in needs:
         wrong.append(f"--noise-labels {args.noise_labels}: --noise-type {kind} takes none")
-    if kind == "human" and args.noise_labels is None:
+    if "label set" in needs and args.noise_labels is None:
         names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
-        wrong.append(f"--noise-type human: needs --noise-labels, for CIFAR-10N one of {names}")
+        wrong.append(f"--noise-type {kind}: needs --noise-labels, for CIFAR-10N one of {names}")
     return wrong
 
 
@@ -348,7 +348,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     """
     always = set(always) - set(roles.having(roles.PLACE))
     args = argparse.Namespace(**vars(args))
-    if "noise" in always and args.noise is None and args.noise_type not in FROM_FILE:
+    if "noise" in always and args.noise is None and not NOISES[args.noise_type].from_file:
         args.noise = 0
     if "sched_steps" in always and not (args.sched_epochs or args.sched_examples):
         args.sched_steps = args.sched_steps or 5000

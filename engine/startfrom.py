@@ -6,7 +6,7 @@ from pathlib import Path
 from data import InputError
 from engine import roles
 from engine.jsonfiles import Unreadable, read_json
-from noises import FROM_FILE
+from noises import NOISES
 
 
 def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
@@ -19,7 +19,7 @@ def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
     named = {word.split("=")[0] for word in given}
     replaced = {key for key, action in actions.items() if named & set(action.option_strings)}
     replaced |= {other for key in replaced for other in roles.REPLACES.get(key, ())}
-    if parser.parse_args(given).noise_type in FROM_FILE:
+    if NOISES[parser.parse_args(given).noise_type].from_file:
         replaced.add("noise")  # the rate is the file's
     words, own = [], roles.having(roles.OWN)
     for key, value in options_in(Path(file)).items():
