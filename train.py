@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import datasets
 import measure
 import metrics
+import models
 import nulls
 from data import Batch, Images, InputError
-from engine import fast, identity, memory, noisefile, options, pace, roles, schema
+from engine import fast, identity, memory, noisefile, options, pace, roles, schema, sources
 from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from engine.interrupts import Interrupted, Signals, say_ended
 from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
@@ -315,12 +315,13 @@ def run(args, signals: Signals) -> int:
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
-    source = datasets.load(args)
+    source = sources.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
-    if args.model != "resnet18" and source.x_train.shape[1] < 32:
-        raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
+    least = models.MODELS[args.model].least_side
+    if source.x_train.shape[1] < least:
+        raise InputError(f"--model {args.model}: needs images of at least {least} pixels, not {source.x_train.shape[1]}")
     labels, ledger, by_epoch = relabel(args, source, index)
     if args.fake_mask is not None and ledger["changed"]:
         raise InputError(

@@ -8,9 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import datasets
 from data import InputError, Source, generator
-from engine import noisefile
+from engine import noisefile, sources
 from engine.noisefile import LabelFile, ledger
 from noises import NOISES, apply, dynamic
 
@@ -31,7 +30,7 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     if source.given is not None:
         if args.noise is not None or kind != "uniform":
             option = f"--noise {args.noise}" if args.noise is not None else f"--noise-type {kind}"
-            brought = "y_train_noisy" if args.dataset.endswith(".npz") else datasets.GIVEN
+            brought = "y_train_noisy" if args.dataset.endswith(".npz") else sources.GIVEN
             raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({brought})")
         labels = source.given[index]
         rate = (source.given != source.y_train).double().mean().item()

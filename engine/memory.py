@@ -11,12 +11,8 @@ import torch
 import models
 import optim
 from data import PAD, InputError, Source
+from datasets import known_shape
 
-SIZES = {  # data set: training and test images, pixels a side, channels, classes
-    "cifar10": (50_000, 10_000, 32, 3, 10),
-    "cifar100": (50_000, 10_000, 32, 3, 100),
-    "fmnist": (60_000, 10_000, 32, 1, 10),
-}
 REFUSED = re.compile(r"DefaultCPUAllocator|bad_alloc|out of memory|can't allocate memory", re.IGNORECASE)
 AMOUNT = re.compile(r"allocate (\d+\.?\d*) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -44,10 +40,8 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     if source is not None:
         n, side, C = len(source.x_train), source.x_train.shape[1], source.x_train.shape[-1]
         size = n, len(source.x_test), side, C, len(source.classes)
-    elif args.dataset == "synthetic":
-        size = args.synthetic_train, args.synthetic_test, 32, 3, 10
     else:
-        size = SIZES.get(args.dataset)
+        size = known_shape(args)
     parts = {}
     if size:
         n, n_test, side, C, _ = size

@@ -13,9 +13,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data import InputError
-from datasets import DATASETS
-from engine import roles, startfrom
-from models import DEFAULT_MODEL, GROUP, MODELS
+from datasets import DATASETS, DataSet, default_model
+from engine import checks, roles, startfrom
+from models import MODELS
 from noises import NOISES
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
@@ -155,7 +155,9 @@ def parser() -> Parser:
     data_options(p).add_argument("--no-augment", action="store_true", help="no random crop and flip")
     noise_options(p)
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=list(MODELS), help="default: vgg16 for fmnist, else resnet18")
+    others = [f"{entry.model} for {name}" for name, entry in DATASETS.items() if entry.model != DataSet.model]
+    defaults = ", ".join([*others, f"else {DataSet.model}"])
+    g.add_argument("--model", choices=list(MODELS), help=f"default: {defaults}")
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
@@ -268,15 +270,8 @@ def under_fabric_run() -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
-    wrong = data_problems(args) + noise_problems(args)
-    args.model = args.model or DEFAULT_MODEL.get(args.dataset, "resnet18")
-    if args.model != "resnet18":
-        if args.width != 64:
-            wrong.append(f"--width {args.width}: only resnet18 has a width, not {args.model}")
-        if args.norm != "bn":
-            wrong.append(f"--norm {args.norm}: only resnet18 has it, not {args.model}")
-    elif args.norm == "gn" and args.width % GROUP:
-        wrong.append(f"--width {args.width}: --norm gn needs a multiple of {GROUP}")
+    args.model = args.model or default_model(args.dataset)
+    wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
@@ -304,43 +299,6 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("; ".join(wrong))
 
 
-def data_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the choice of the data set; fills in a folder's image size."""
-    wrong, folder = [], args.dataset not in DATASETS and os.path.isdir(args.dataset)
-    if args.dataset not in DATASETS and not folder:
-        if not args.dataset.endswith(".npz"):
-            sets = ", ".join(DATASETS)
-            wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
-        elif not os.path.isfile(args.dataset):
-            wrong.append(f"--dataset {args.dataset}: there is no such file")
-    if folder:
-        args.image_size = args.image_size or 32
-    elif args.image_size:
-        wrong.append(f"--image-size {args.image_size}: only a folder of images is resized, not {args.dataset}")
-    return wrong
-
-
-def noise_problems(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the choice of the noise."""
-    wrong, kind, needs = [], args.noise_type, NOISES[args.noise_type].needs
-    if "file" in needs and args.noise is not None:
-        wrong.append(f"--noise {args.noise}: --noise-type {kind} has the rate of its file; leave --noise out")
-    for option, value, wanted in (
-        ("--noise-file", args.noise_file, "file" in needs),
-        ("--noise-matrix", args.noise_matrix, "matrix" in needs),
-    ):
-        if wanted and value is None:
-            wrong.append(f"--noise-type {kind}: needs {option} FILE")
-        if value is not None and not wanted:
-            wrong.append(f"{option} {value}: --noise-type {kind} takes none")
-    if args.noise_labels is not None and "file" not in needs:
-        wrong.append(f"--noise-labels {args.noise_labels}: --noise-type {kind} takes none")
-    if "label set" in needs and args.noise_labels is None:
-        names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
-        wrong.append(f"--noise-type {kind}: needs --noise-labels, for CIFAR-10N one of {names}")
-    return wrong
-
-
 def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`.
 
@@ -353,7 +311,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     if "sched_steps" in always and not (args.sched_epochs or args.sched_examples):
         args.sched_steps = args.sched_steps or 5000
     defaults = vars(parser().parse_args([]))
-    defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
+    defaults |= {"model": default_model(args.dataset), "precision": "auto", "sched_steps": 5000}
     defaults |= {"image_size": 32} | MEASURE_DEFAULTS[args.measure]  # the size is that of a folder's images
     parts, place, files = [], roles.having(roles.PLACE), roles.having(roles.FILE)
     for key, value in vars(args).items():

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from data import InputError
+from datasets import known_shape
 from engine import options, roles
 from engine.identity import differences
 
@@ -62,8 +63,8 @@ class Job:
     @property
     def work(self) -> float:
         """Rough cost in examples, for estimates: training examples, and 150 more for each step's launches."""
-        total = {"fmnist": 60_000, "synthetic": self.args.synthetic_train}.get(self.args.dataset, 50_000)
-        n = (self.args.subset or total) * (1 - self.args.val_frac)
+        shape = known_shape(self.args)
+        n = (self.args.subset or (shape.train if shape else 50_000)) * (1 - self.args.val_frac)
         steps = self.args.epochs * math.ceil(n / self.args.bs)
         share = min(self.args.max_steps or steps, steps) / steps
         return share * (self.args.epochs * n + 150 * steps)
