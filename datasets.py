@@ -1,27 +1,21 @@
-"""Where the images come from: torchvision's sets, a drawn one, own files. Each is a function of the options that returns
-a `data.Source` in host memory, or raises `InputError` for whatever cannot be used; `DATASETS` names them.
+"""The named data sets: torchvision's and a drawn one. Each is a function of the options that returns a `data.Source` in
+host memory, and one entry of `DATASETS` with what others need of it. Own files are read by `engine.sources`, which also
+downloads and checks what an entry asks for before its function is called.
 
 Shapes: N examples of the set, K classes, C channels, H x W pixels.
 """
 
-import csv
-import hashlib
 import math
-import os
 import pickle
-import socket
-import tempfile
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError, Source, flip_map, generator, pixel_statistics
-from engine import interrupts
+from data import Source, flip_map, generator, pixel_statistics
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 CIFAR10_MD5 = {
@@ -52,106 +46,12 @@ FMNIST_MD5 = {  # of the unpacked files; torchvision knows only those of the arc
 FMNIST_FLIPS = {  # Zhang & Sabuncu 2018 (1805.07836), section 4
     "Ankle boot": "Sneaker", "Sneaker": "Sandal", "Pullover": "Shirt", "Coat": "Dress", "Dress": "Coat",
 }  # fmt: skip
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
-
-
-def check_files(folder: Path, md5: dict[str, str]) -> None:
-    """Raise `InputError` naming the first file of `folder` that is missing, unreadable or not the published one.
-
-    torchvision's own check reports a damaged and a missing file alike and does not look into unpacked
-    Fashion-MNIST files at all.
-    """
-    for name, want in md5.items():
-        path = folder / name
-        if not os.path.isfile(path):
-            raise InputError(f"--data-dir: {path} is missing; remove {folder} to have the set downloaded again")
-        try:
-            with open(path, "rb") as f:
-                have = hashlib.file_digest(f, "md5").hexdigest()
-        except OSError as e:
-            raise InputError(f"--data-dir: {path} cannot be read ({e.strerror})") from e
-        if have != want:
-            raise InputError(f"--data-dir: {path} is damaged (md5 {have}, the published file has {want})")
-
-
-@contextmanager
-def alone(folder: Path):
-    """Hold a lock file in `folder`, made if absent, so that of several processes one downloads.
-
-    Goes on without where there is no such lock to be had: two downloads are a waste, not a mistake.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".download.lock"
-    try:
-        f = open(path, "w")
-    except OSError:  # of another user
-        yield
-        return
-    with f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
-        def remove_lock() -> None:
-            path.unlink(missing_ok=True)
-
-        try:
-            with interrupts.undo_if_interrupted(remove_lock):
-                yield
-        finally:
-            remove_lock()
-
-
-def download(make, data_dir: Path, folder: str) -> None:
-    """Have torchvision download a set with `make(root)`; it appears under `data_dir` whole or not at all."""
-    existed, target = os.path.exists(data_dir), data_dir / folder
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-
-    def remove_folder() -> None:
-        with suppress(OSError):  # not there, or not empty
-            if not existed:
-                data_dir.rmdir()
-
-    try:
-        with interrupts.undo_if_interrupted(remove_folder), alone(data_dir):
-            if os.path.isdir(target):  # another process was first
-                return
-            data_dir.mkdir(exist_ok=True)  # another may have failed, and removed it
-            temporary = tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-")
-            with interrupts.undo_if_interrupted(temporary.cleanup), temporary as tmp:
-                make(tmp)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.isdir(target):  # another one without the lock
-                    (Path(tmp) / folder).rename(target)
-    except Exception as e:  # torchvision lets URLError, RuntimeError, timeouts and others through
-        reason = str(e).split("\n")[0][:120] or type(e).__name__
-        raise InputError(
-            f"--data-dir {data_dir}: no {folder} there and it cannot be downloaded ({reason}); "
-            f"give the folder that holds {folder}"
-        ) from e
-    finally:
-        socket.setdefaulttimeout(before)
-        remove_folder()
-
-
-def ready(make, data_dir: str, folder: str, md5: dict[str, str]) -> None:
-    """See to it that the checked files of a torchvision set lie under `data_dir`; of several processes one downloads."""
-    if not os.path.isdir(Path(data_dir) / folder):
-        download(make, Path(data_dir), folder)
-    check_files(Path(data_dir) / folder, md5)
 
 
 def load_cifar10(args) -> Source:
     """CIFAR-10 (Krizhevsky 2009): 50,000 and 10,000 images (32, 32, 3)."""
     from torchvision.datasets import CIFAR10
 
-    def make(root):
-        return CIFAR10(root, train=True, download=True)
-
-    ready(make, args.data_dir, CIFAR10_FOLDER, CIFAR10_MD5)
     train, test = (CIFAR10(args.data_dir, train=part) for part in (True, False))
     return Source(
         torch.from_numpy(train.data),
@@ -174,10 +74,6 @@ def load_cifar100(args) -> Source:
     """
     from torchvision.datasets import CIFAR100
 
-    def make(root):
-        return CIFAR100(root, train=True, download=True)
-
-    ready(make, args.data_dir, CIFAR100_FOLDER, CIFAR100_MD5)
     train, test = (CIFAR100(args.data_dir, train=part) for part in (True, False))
     with open(Path(args.data_dir) / CIFAR100_FOLDER / "train", "rb") as f:
         coarse = torch.tensor(pickle.load(f, encoding="latin1")["coarse_labels"])  # the published bytes, just checked
@@ -203,14 +99,10 @@ def load_fmnist(args) -> Source:
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms.v2 import functional as TF
 
-    def make(root):
-        return FashionMNIST(root, train=True, download=True)
-
     def pixels(part):
         resized = TF.resize(part.data[:, None], [32, 32], TF.InterpolationMode.BILINEAR, antialias=True)
         return resized.permute(0, 2, 3, 1).contiguous()  # (N, 1, 32, 32) -> (N, 32, 32, 1)
 
-    ready(make, args.data_dir, FMNIST_FOLDER, FMNIST_MD5)
     train, test = (FashionMNIST(args.data_dir, train=part) for part in (True, False))
     names = tuple(train.classes)
     return Source(
@@ -301,147 +193,75 @@ def load_synthetic(args) -> Source:
     return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x), torch.arange(10).roll(5))
 
 
-def load_npz(path: str) -> Source:
-    """An own set in the `.npz` layout of docs/data.md. Raises `InputError` for whatever does not fit it."""
-    said = f"--dataset {path}"
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in ("x_train", "y_train", "x_test", "y_test", "y_train_noisy") if k in z.files}
-    except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(f"{said}: not a readable .npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
-    missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]
-    if missing:
-        raise InputError(f"{said}: lacks the array {', '.join(missing)}")
-    x, x_test = arrays["x_train"], arrays["x_test"]
-    for name, a in (("x_train", x), ("x_test", x_test)):
-        if a.dtype != np.uint8 or a.ndim not in (3, 4) or len(a) == 0:
-            raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not uint8 (N, H, W) or (N, H, W, C)")
-        if a.shape[1] != a.shape[2] or not 28 <= a.shape[1] <= 64 or a.shape[3:] not in ((), (1,), (3,)):
-            raise InputError(
-                f"{said}: {name} has shape {a.shape}, not square images of 28 to 64 pixels, grey or colour"
-            )
-    if x.shape[1:] != x_test.shape[1:]:
-        raise InputError(f"{said}: x_train has images of shape {x.shape[1:]}, x_test of {x_test.shape[1:]}")
-    labels = {}
-    for name, of in (("y_train", x), ("y_test", x_test), ("y_train_noisy", x)):
-        a = arrays.get(name)
-        if a is None:
-            continue
-        if a.dtype.kind not in "iu" or a.shape != (len(of),):
-            raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not integer ({len(of)},)")
-        if a.min() < 0 or a.max() > 9999:
-            raise InputError(f"{said}: {name} holds {a.min()}..{a.max()}, not class numbers from 0")
-        labels[name] = torch.from_numpy(a.astype(np.int64))
-    K = int(labels["y_train"].max()) + 1
-    if K < 2:
-        raise InputError(f"{said}: y_train holds one class only")
-    for name, a in labels.items():
-        if int(a.max()) >= K:
-            raise InputError(f"{said}: {name} holds class {int(a.max())}, y_train only 0..{K - 1}")
-    x, x_test = (torch.from_numpy(a if a.ndim == 4 else a[..., None]) for a in (x, x_test))
-    return Source(
-        x,
-        labels["y_train"],
-        labels.get("y_train_noisy"),
-        x_test,
-        labels["y_test"],
-        tuple(str(k) for k in range(K)),
-        *pixel_statistics(x),
-    )
+class Shape(NamedTuple):
+    """Sizes of a set that are known before it is loaded, for estimates of memory and time."""
+
+    train: int  # images
+    test: int
+    side: int  # pixels
+    channels: int
+    classes: int
 
 
-MEGAPIXELS = 50  # of an image that is decoded: a small file may hold any number of them
-GIVEN = "train_noisy.csv"  # in a folder of images: file below train/, class to train on
+class Files(NamedTuple):
+    """Files that must lie below --data-dir: their folder, their MD5 sums, and `download(root)`, which fetches the folder."""
+
+    folder: str
+    md5: dict[str, str]
+    download: Callable[[str], object]
 
 
-def load_folder(path: str, size: int) -> Source:
-    """An own set in a folder: `train/CLASS/*.png` and `test/CLASS/*.png` (or jpg, ...), read as by `ImageFolder`.
+@dataclass(frozen=True)
+class DataSet:
+    """A data set and what others need of it. `load`: options -> `Source`, whose `flips` say which classes are taken for
+    one another; `model`: the default one; `shape`: options -> sizes, where they are known; `files`: what to download."""
 
-    The shorter side is resized to `size` pixels (bilinear, antialias) and the middle (size, size) cut out; grey if
-    every pixel of every image is, else colour. Classes are numbered in the order of their names. An optional
-    `train_noisy.csv` gives files of the training set another class to train on: lines `CLASS/FILE,OTHER CLASS`.
-    Raises `InputError` naming the first file that does not fit.
-    """
-    from PIL import Image
-    from torchvision.datasets import ImageFolder
-
-    said, parts = f"--dataset {path}", {}
-    for part in ("train", "test"):
-        try:
-            parts[part] = ImageFolder(str(Path(path) / part))
-        except OSError as e:  # no folder, no class in it, no image in a class
-            why = (str(e).splitlines() or [""])[0]
-            raise InputError(f"{said}: needs {part}/CLASS/*.png or the like ({why})") from e
-    names = tuple(parts["train"].classes)
-    if len(names) < 2:
-        raise InputError(f"{said}: train/ holds one class only")
-    if tuple(parts["test"].classes) != names:
-        odd = sorted(set(names) ^ set(parts["test"].classes))
-        raise InputError(f"{said}: train/ and test/ hold different classes ({', '.join(odd[:5])})")
-    x, y = {}, {}
-    for part, found in parts.items():
-        # decoding does not hold the interpreter; the order stays
-        with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused by its name
-            x[part] = torch.stack(list(pool.map(lambda sample: pixels_of(sample[0], size, said), found.samples)))
-        y[part] = torch.tensor(found.targets)
-    if all(bool((a == a[..., :1]).all()) for a in x.values()):
-        x = {part: a[..., :1].contiguous() for part, a in x.items()}
-    given = given_labels(Path(path), parts["train"], said)
-    return Source(x["train"], y["train"], given, x["test"], y["test"], names, *pixel_statistics(x["train"]))
+    load: Callable[[object], Source]
+    model: str = "resnet18"
+    shape: Callable[[object], Shape] | None = None
+    files: Files | None = None
 
 
-def pixels_of(path: str, size: int, said: str) -> Tensor:
-    """An image file as (size, size, 3) uint8. Raises `InputError`."""
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as TF
+def torchvision_download(name: str) -> Callable[[str], object]:
+    """root -> the set that torchvision calls `name`, downloaded to there."""
 
-    try:
-        with Image.open(path) as image:  # reads the header alone
-            if image.width * image.height > MEGAPIXELS * 10**6:
-                size = f"{image.width} x {image.height} pixels"
-                raise InputError(f"{said}: {path} has {size}, more than {MEGAPIXELS} megapixels")
-            if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
-                raise InputError(f"{said}: {path} has pixels of more than 8 bits (mode {image.mode})")
-            whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as e:  # from 179 megapixels, at the header already
-        raise InputError(f"{said}: {path} has more than {MEGAPIXELS} megapixels") from e
-    except Exception as e:  # Pillow raises all sorts for a damaged file
-        raise InputError(f"{said}: {path} is not a readable image ({type(e).__name__})") from e
-    small = TF.resize(whole, [size], TF.InterpolationMode.BILINEAR, antialias=True)
-    return TF.center_crop(small, [size, size]).permute(1, 2, 0).contiguous()
+    def download(root: str) -> object:
+        import torchvision.datasets
+
+        return getattr(torchvision.datasets, name)(root, train=True, download=True)
+
+    return download
 
 
-def given_labels(folder: Path, train, said: str) -> Tensor | None:
-    """Labels (N,) with the changes that `train_noisy.csv` lists, or None without that file. Raises `InputError`."""
-    if not os.path.lexists(folder / GIVEN):
-        return None
-    position = {Path(name).relative_to(folder / "train").as_posix(): i for i, (name, _) in enumerate(train.samples)}
-    labels = list(train.targets)
-    try:
-        with open(folder / GIVEN, newline="", encoding="utf-8-sig") as f:  # Excel puts a mark before it
-            rows = [row for row in csv.reader(f) if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{said}: {GIVEN} cannot be read ({type(e).__name__})") from e
-    for number, row in enumerate(rows, 1):
-        if len(row) != 2 or row[0] not in position or row[1] not in train.class_to_idx:
-            raise InputError(f"{said}: {GIVEN}, entry {number}: '{','.join(row)}' is not a file of train/ and a class")
-        labels[position[row[0]]] = train.class_to_idx[row[1]]
-    return torch.tensor(labels)
-
-
-DATASETS = {  # a new set is one entry
-    "cifar10": load_cifar10,
-    "cifar100": load_cifar100,
-    "fmnist": load_fmnist,
-    "synthetic": load_synthetic,
+DATASETS = {  # a new set is one function, entered here
+    "cifar10": DataSet(
+        load_cifar10,
+        shape=lambda args: Shape(50_000, 10_000, 32, 3, 10),
+        files=Files(CIFAR10_FOLDER, CIFAR10_MD5, torchvision_download("CIFAR10")),
+    ),
+    "cifar100": DataSet(
+        load_cifar100,
+        shape=lambda args: Shape(50_000, 10_000, 32, 3, 100),
+        files=Files(CIFAR100_FOLDER, CIFAR100_MD5, torchvision_download("CIFAR100")),
+    ),
+    "fmnist": DataSet(
+        load_fmnist,
+        "vgg16",
+        lambda args: Shape(60_000, 10_000, 32, 1, 10),
+        Files(FMNIST_FOLDER, FMNIST_MD5, torchvision_download("FashionMNIST")),
+    ),
+    "synthetic": DataSet(
+        load_synthetic, shape=lambda args: Shape(args.synthetic_train, args.synthetic_test, 32, 3, 10)
+    ),
 }
 
 
-def load(args) -> Source:
-    """The set `args.dataset` names: one of `DATASETS`, an `.npz` path or a folder of images. Raises `InputError`."""
-    if args.dataset in DATASETS:
-        return DATASETS[args.dataset](args)
-    return load_folder(args.dataset, args.image_size) if os.path.isdir(args.dataset) else load_npz(args.dataset)
+def default_model(dataset: str) -> str:
+    """The model of a run on `dataset` that names none; that of own files is ResNet-18."""
+    return DATASETS[dataset].model if dataset in DATASETS else DataSet.model
+
+
+def known_shape(args) -> Shape | None:
+    """The sizes of the set that the options ask for, or None where they are not known before it is loaded."""
+    entry = DATASETS.get(args.dataset)
+    return entry.shape(args) if entry and entry.shape else None

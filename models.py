@@ -1,6 +1,8 @@
 """The report's networks for 32x32 images: ResNet-18 (its figures 1 and 2) and VGG-16 with BatchNorm (appendix A)."""
 
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -102,14 +104,25 @@ def vgg16(C: int, K: int, linear: bool = False) -> nn.Module:
     return model
 
 
-# A new model is one entry: (C, K, width, norm) -> module. Its `cuts`, if it has any, are submodules through whose output
-# everything passes that later ones take from earlier ones: there a measured step cuts its graph, to free memory earlier.
-MODELS = {
-    "resnet18": ResNet18,
-    "vgg16": lambda C, K, width, norm: vgg16(C, K),
-    "vgg16-linear": lambda C, K, width, norm: vgg16(C, K, linear=True),
+@dataclass(frozen=True)
+class Model:
+    """A network and what others need of it.
+
+    `make`: (C, K, width, norm) -> module. Its `cuts`, if it has any, are submodules through whose output everything passes
+    that later ones take from earlier ones: there a measured step cuts its graph, to free memory earlier. `adjustable`:
+    whether it has a width and a choice of norm; `least_side`: pixels a side that it needs.
+    """
+
+    make: Callable[[int, int, int, str], nn.Module]
+    adjustable: bool = False
+    least_side: int = 1
+
+
+MODELS = {  # a new model is one function, entered here
+    "resnet18": Model(ResNet18, adjustable=True),
+    "vgg16": Model(lambda C, K, width, norm: vgg16(C, K), least_side=32),
+    "vgg16-linear": Model(lambda C, K, width, norm: vgg16(C, K, linear=True), least_side=32),
 }
-DEFAULT_MODEL = {"fmnist": "vgg16"}  # by data set; resnet18 for all others
 
 
 def build(name: str, C: int, K: int, width: int, norm: str, seed: int) -> nn.Module:
@@ -122,7 +135,7 @@ def build(name: str, C: int, K: int, width: int, norm: str, seed: int) -> nn.Mod
         torch.default_generator.manual_seed(seed)
         torch.set_default_dtype(torch.float32)  # in float64 other numbers would be drawn: another network
         try:
-            return MODELS[name](C, K, width, norm)
+            return MODELS[name].make(C, K, width, norm)
         finally:
             torch.set_default_dtype(before)
 

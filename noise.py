@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 import data
-import datasets
 from data import InputError, Source
-from engine import noisefile, options
+from engine import checks, noisefile, options, sources
 from engine.labels import relabel
+from noises import NOISES
 
 
 def command_line():
@@ -45,18 +45,18 @@ def make(args) -> str:
     `InputError`.
     """
     out = Path(args.out)
-    wrong = options.noise_problems(args) + (idle(args) if args.true else options.data_problems(args))
+    wrong = checks.noise_problems(args) + (idle(args) if args.true else checks.data_problems(args))
     if out.suffix != ".npz":
         wrong.append(f"{out}: must end in .npz")
     elif os.path.lexists(out):
         wrong.append(f"{out}: exists already")
     elif not os.path.isdir(out.parent):
         wrong.append(f"{out}: there is no folder {out.parent}")
-    if args.true and args.noise_type == "instance":
-        wrong.append("--noise-type instance: needs the images, --true gives labels only")
+    if args.true and "images" in NOISES[args.noise_type].needs:
+        wrong.append(f"--noise-type {args.noise_type}: needs the images, --true gives labels only")
     if wrong:
         raise InputError("; ".join(wrong))
-    source = bare(args) if args.true else datasets.load(args)
+    source = bare(args) if args.true else sources.load(args)
     N = len(source.y_train)
     if args.true or args.val_frac == 0:
         index = data.drawn(N, args.split_seed, args.subset)

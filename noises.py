@@ -1,14 +1,15 @@
 """Label noise: one function for each type, entered in `NOISES`.
 
-A generator of noise is one function (true labels (n,) int64, K, rate, generator) -> labels (n,) int64; what else it
-needs (`images`, `flips`, `matrix`) it asks for by the name of a further argument. "Noisy" always means label != true
+A generator of noise is one function (true labels (n,) int64, K, rate, generator) -> labels (n,) int64, with a further
+argument for each thing that its entry says it needs (`images`, `flips`, `matrix`). "Noisy" always means label != true
 label: a re-drawn label that came out as the true one is clean. `rate` is always the nominal share: exactly
 round(rate n) examples are selected, and the law of the type is applied to those.
 
 Shapes: n examples of the training split, K classes, D values of an image.
 """
 
-import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -140,28 +141,6 @@ def instance(true: Tensor, K: int, rate: float, g: torch.Generator, images: Tens
     return labels
 
 
-NOISES = {  # a new noise is one function, entered here
-    "uniform": uniform,
-    "symmetric": symmetric,
-    "pair": pair,
-    "asymmetric": asymmetric,
-    "matrix": by_matrix,
-    "instance": instance,
-}
-FROM_FILE = ("human", "file", "matched")  # these take their labels and their rate from --noise-file
-TYPES = (*NOISES, "dynamic", *FROM_FILE)
-
-
-def needs(kind: str) -> set[str]:
-    """What else the generator of `kind` asks for: names of its arguments beyond the four that all have."""
-    return set(list(inspect.signature(NOISES[kind]).parameters)[4:])
-
-
-def apply(kind: str, true: Tensor, K: int, rate: float, seed: int, **more: Tensor) -> Tensor:
-    """Labels (n,) to train on: noise `kind` at the nominal `rate`, from the noise seed's own stream."""
-    return NOISES[kind](true, K, rate, generator(seed, "noise"), **more)
-
-
 def dynamic(true: Tensor, K: int, rate: float, seed: int, epoch: int) -> Tensor:
     """Labels (n,) of one epoch of noise that is never the same twice: `uniform`, drawn anew for every epoch.
 
@@ -182,3 +161,44 @@ def matched(true: Tensor, label: Tensor, K: int, g: torch.Generator) -> Tensor:
         mine = (true == k).nonzero().squeeze(1)
         labels[mine] = label[mine[torch.randperm(len(mine), generator=g)]]
     return labels
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A type of noise and what it needs.
+
+    `draw`: the generator; for a type that needs a "file", (true, label, K, generator) -> labels made of the file's, or None
+    where they are taken as they are. `needs`: further arguments of the generator ("flips": the data set's map of classes
+    taken for one another, "images", "matrix": the option's), or "file" and "label set" for the options that name them.
+    `by_epoch`: (true, K, rate, seed, epoch) -> labels, in place of `draw` for labels that are drawn anew each epoch; a
+    noise.npz stores rate and seed of `dynamic` alone. `reaches_one`: whether the rate may be 1.
+    """
+
+    draw: Callable[..., Tensor] | None
+    needs: frozenset[str] = frozenset()
+    by_epoch: Callable[..., Tensor] | None = None
+    reaches_one: bool = True
+
+    @property
+    def from_file(self) -> bool:
+        """Whether labels and rate are those of --noise-file."""
+        return "file" in self.needs
+
+
+NOISES = {  # a new noise is one function, entered here
+    "uniform": Noise(uniform),
+    "symmetric": Noise(symmetric),
+    "pair": Noise(pair),
+    "asymmetric": Noise(asymmetric, frozenset({"flips"})),
+    "matrix": Noise(by_matrix, frozenset({"matrix"})),
+    "instance": Noise(instance, frozenset({"images"}), reaches_one=False),
+    "dynamic": Noise(None, by_epoch=dynamic),
+    "human": Noise(None, frozenset({"file", "label set"})),
+    "file": Noise(None, frozenset({"file"})),
+    "matched": Noise(matched, frozenset({"file"})),
+}
+
+
+def apply(kind: str, true: Tensor, K: int, rate: float, seed: int, **more: Tensor) -> Tensor:
+    """Labels (n,) to train on: noise `kind` at the nominal `rate`, from the noise seed's own stream."""
+    return NOISES[kind].draw(true, K, rate, generator(seed, "noise"), **more)

@@ -1,31 +1,80 @@
 """Learning rate and momentum as pure functions of the step, so that nothing about them needs saving; and how much of a
-schedule a run sees."""
+schedule a run sees. `SCHEDULES` names the schedules: a new one is one function and one entry."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+def constant(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
+    """(lr, momentum) as given, at every step."""
+    return lr, momentum
+
+
+def cosine(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
+    """(lr, momentum): lr to 0 at step `sched_steps` (Loshchilov & Hutter 2017, no restarts), where it stays.
+
+    Up to there the values of torch's `CosineAnnealingLR`.
+    """
+    return anneal(lr, 0.0, min(step, sched_steps) / sched_steps), momentum
+
+
+def onecycle(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
+    """(lr, momentum): lr from lr/25 up to lr over 30 % of the steps and down to lr/25e4 at step sched_steps - 1, momentum
+    0.95 -> 0.85 -> 0.95 (Smith & Topin 2018, torch's defaults), where both stay.
+
+    Up to there the values of torch's `OneCycleLR`.
+    """
+    step, last, top = min(step, sched_steps - 1), sched_steps - 1, 0.3 * sched_steps - 1
+    if step <= top:
+        part = step / top
+        return anneal(lr / 25, lr, part), anneal(0.95, 0.85, part)
+    part = (step - top) / (last - top)
+    return anneal(lr, lr / 25e4, part), anneal(0.85, 0.95, part)
+
+
+def anneal(start: float, end: float, part: float) -> float:
+    """Half a cosine from `start` (`part` 0) to `end` (`part` 1)."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A schedule and what others need of it.
+
+    `values`: (0-based step, sched_steps, lr, momentum) -> (lr, momentum) of the update made at that step, a pure function;
+    after its end it keeps its last value. `label` names it in figures, where it has a `colour` (any of matplotlib's), a
+    `line` style and a `marker`. `moves`: which of "lr" and "momentum" change over a run; nothing for a rate without length.
+    """
+
+    values: Callable[[int, int, float, float], tuple[float, float]]
+    label: str
+    moves: tuple[str, ...] = ("lr",)
+    colour: str = "#CC79A7"
+    line: str = "-."
+    marker: str = "D"
+
+    @property
+    def help(self) -> str:
+        """What the option's help says of it; nothing where nothing moves."""
+        return " and ".join(self.moves)
+
+
+SCHEDULES = {  # colours: Okabe and Ito's blue, vermilion and green, told apart with every common colour vision deficiency
+    "constant": Schedule(constant, "constant learning rate", (), "#009E73", ":", "s"),
+    "cosine": Schedule(cosine, "cosine annealing", ("lr",), "#D55E00", "--", "^"),
+    "onecycle": Schedule(onecycle, "one-cycle", ("lr", "momentum"), "#0072B2", "-", "o"),
+}
+
+
+def entry(name: str) -> Schedule:
+    """The schedule `name`; for one that is not known here, which another version's runs may have, what figures need."""
+    return SCHEDULES.get(name) or Schedule(constant, name)
 
 
 def schedule(name: str, step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
-    """(lr, momentum) of the update made at 0-based `step`: a pure function of the step.
-
-    constant; cosine: lr to 0 at step `sched_steps` (Loshchilov & Hutter 2017, no restarts); onecycle: lr from lr/25
-    up to lr over 30 % of the steps and down to lr/25e4 at step sched_steps - 1, momentum 0.95 -> 0.85 -> 0.95
-    (Smith & Topin 2018, torch's defaults). At every step up to the end the values are those of torch's
-    `CosineAnnealingLR` and `OneCycleLR`; afterwards both keep their last value.
-    """
-
-    def anneal(start: float, end: float, part: float) -> float:
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
-
-    if name == "cosine":
-        return anneal(lr, 0.0, min(step, sched_steps) / sched_steps), momentum
-    if name == "onecycle":
-        step, last, top = min(step, sched_steps - 1), sched_steps - 1, 0.3 * sched_steps - 1
-        if step <= top:
-            part = step / top
-            return anneal(lr / 25, lr, part), anneal(0.95, 0.85, part)
-        part = (step - top) / (last - top)
-        return anneal(lr, lr / 25e4, part), anneal(0.85, 0.95, part)
-    return lr, momentum
+    """(lr, momentum) of the update made at 0-based `step`: a pure function of the step."""
+    return SCHEDULES[name].values(step, sched_steps, lr, momentum)
 
 
 def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) -> dict:
@@ -35,7 +84,7 @@ def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) ->
     of the run's updates made after the schedule has ended, at its last value. A constant rate has no length.
     """
     run = {"name": name, "run_steps": total_steps, "run_epochs": round(total_steps / steps_per_epoch, 4)}
-    if name == "constant":
+    if not entry(name).moves:
         return run
     return run | {
         "sched_steps": sched_steps,
@@ -52,8 +101,8 @@ def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
         epochs = seen[f"{of}_epochs"]
         return f"{seen[f'{of}_steps']:,} steps ({epochs:g} epoch{'s' * (epochs != 1)})"
 
-    if seen["name"] == "constant":
-        return f"schedule: constant, lr {lr:g} for all {length('run')}", None
+    if not entry(seen["name"]).moves:
+        return f"schedule: {seen['name']}, lr {lr:g} for all {length('run')}", None
     line, warning = f"schedule: {seen['name']} over {length('sched')}; the run makes {length('run')}: ", None
     if seen["fraction_seen"] < 1:
         line += f"{percent(seen['fraction_seen'])} of the schedule"

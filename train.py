@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-import datasets
 import measure
 import metrics
+import models
 import nulls
 from data import Batch, Images, InputError
-from engine import fast, memory, noisefile, options, pace, schema
+from engine import fast, identity, memory, noisefile, options, pace, roles, schema, sources
 from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
 from engine.interrupts import Interrupted, Signals, print_ended
 from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
@@ -320,16 +320,17 @@ def run(args, signals: Signals) -> int:
         check_folder(folder)
     earlier = first_config(folder) if args.resume else None
     if earlier:
-        options.continue_from(args, earlier)
+        identity.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.require_memory(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
-    source = datasets.load(args)
+    source = sources.load(args)
     indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
-    if args.model != "resnet18" and source.x_train.shape[1] < 32:
-        raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
+    least = models.MODELS[args.model].least_side
+    if source.x_train.shape[1] < least:
+        raise InputError(f"--model {args.model}: needs images of at least {least} pixels, not {source.x_train.shape[1]}")
     labels, ledger, by_epoch = relabel(args, source, index)
     if args.fake_mask is not None and ledger["changed"]:
         raise InputError(
@@ -345,7 +346,7 @@ def run(args, signals: Signals) -> int:
 
     def check(state: dict, path: Path) -> None:
         """Raise `InputError` unless a checkpoint's content is of this run."""
-        options.continue_from(args, state["config"])
+        identity.continue_from(args, state["config"])
         check_labels(state["config"], ledger, folder)
         schema.check_fits(state, job, path)
 
@@ -358,7 +359,7 @@ def run(args, signals: Signals) -> int:
     saved, now, ended = on_rank_zero(fabric, claim)
     state = load_everywhere(fabric, folder / saved, check) if saved else {}
     if now:  # it may have changed since
-        options.continue_from(args, now)
+        identity.continue_from(args, now)
         check_labels(now, ledger, folder)
     earlier = now or state.get("config") or {}
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
@@ -383,7 +384,7 @@ def run(args, signals: Signals) -> int:
         config = run_config(job, source, held, ledger)
         segment = {
             "step": job.state["step"],
-            **{k: config["options"][k] for k in options.HARDWARE},
+            **{k: config["options"][k] for k in roles.having(roles.HARDWARE)},
             **config["versions"],
             **{k: config["resolved"][k] for k in ("device", "cpu_features")},
         }

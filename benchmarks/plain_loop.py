@@ -20,10 +20,9 @@ from torch import nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
-import datasets  # noqa: E402
 import models  # noqa: E402
 from data import InputError  # noqa: E402
-from engine import options  # noqa: E402
+from engine import options, sources  # noqa: E402
 from engine.hardware import peak_memory_mb, synchronize  # noqa: E402
 
 WARMUP = 10  # steps not timed
@@ -58,7 +57,7 @@ def main() -> None:
     mine, rest = own.parse_known_args()
     args = options.parse(["--dataset", "synthetic", *rest])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = datasets.load(args)
+    source = sources.load(args)
     net = models.build(args.model, source.x_train.shape[-1], len(source.classes), args.width, args.norm, 0).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd)

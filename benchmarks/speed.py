@@ -34,10 +34,9 @@ import torch.nn.functional as F  # noqa: E402
 from plain_loop import loader  # noqa: E402
 
 import data  # noqa: E402
-import datasets  # noqa: E402
 import measure  # noqa: E402
 import train  # noqa: E402
-from engine import fast, hardware, options  # noqa: E402
+from engine import fast, hardware, options, sources  # noqa: E402
 from engine.labels import relabel  # noqa: E402
 from engine.record import Record  # noqa: E402
 
@@ -69,7 +68,7 @@ def make_job(*words: str, images: int = 2000) -> train.Job:
     args = parsed(*words)
     args.synthetic_train, args.synthetic_test, args.val_frac = images, 10, 0.1
     key = args.dataset, args.synthetic_train
-    source = SOURCES[key] = SOURCES.get(key) or datasets.load(args)
+    source = SOURCES[key] = SOURCES.get(key) or sources.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
     labels, *_ = relabel(args, source, indices[0])
     job = train.prepare(args, source, indices, labels, *train.make_fabric(args))
@@ -303,7 +302,7 @@ def part_data(mine) -> str:
     batches = [B for B in mine.batches if B in (16, 128, 1024)]
     # As many as the largest batch needs for three times what all workers have ahead.
     args = parsed("--synthetic-train", max(20_000, 9 * workers * max(batches, default=0)), "--synthetic-test", 10)
-    source = datasets.load(args)
+    source = sources.load(args)
     everything = torch.arange(len(source.x_train))
     for B in batches:
         job = make_job("--width", "16", "--bs", B, "--compile", "off")

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 import data
 import measure
 import models
+import optim
 from data import Images, TrainSet
 from engine import fast, options
 from engine.files import write_temporary
 from engine.hardware import average_buffers
+from engine.labels import fake_mask
 from engine.record import NotFinite, Record, load_state
 from measure import synchronised
 
@@ -77,7 +79,7 @@ def prepare(
     true = source.y_train[index]
     mask = None
     if args.fake_mask is not None:
-        mask = labels.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
+        mask = fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
@@ -87,12 +89,7 @@ def prepare(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in synchronised(module):
             m.register_forward_pre_hook(empty_as_float)
-    optimizer = torch.optim.SGD(
-        module.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd, fused=True
-    )
-    if args.momentum or args.sched == "onecycle":
-        for p in module.parameters():  # fused SGD leaves it uninitialised if 16-mixed overflows in the first step
-            optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"

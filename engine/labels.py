@@ -8,11 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-import datasets
 from data import InputError, Source, generator
-from engine import noisefile
+from engine import noisefile, sources
 from engine.noisefile import LabelFile, ledger
-from noises import FROM_FILE, apply, dynamic, matched, needs
+from noises import NOISES, apply, dynamic
 
 ByEpoch = Callable[[int], Tensor]  # epoch -> labels (n,)
 
@@ -25,33 +24,34 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     files and set do not go together.
     """
     true, K, kind = source.y_train[index], len(source.classes), args.noise_type
-    if kind in FROM_FILE:
+    noise = NOISES[kind]
+    if noise.from_file:
         return from_file(args, source, index)
     if source.given is not None:
         if args.noise is not None or kind != "uniform":
             option = f"--noise {args.noise}" if args.noise is not None else f"--noise-type {kind}"
-            where = "y_train_noisy" if args.dataset.endswith(".npz") else datasets.GIVEN
-            raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({where})")
+            brought = "y_train_noisy" if args.dataset.endswith(".npz") else sources.GIVEN
+            raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({brought})")
         labels = source.given[index]
         rate = (source.given != source.y_train).double().mean().item()
         return labels, ledger("given", rate, None, index, true, labels, K), None
     rate, seed = args.noise or 0.0, args.noise_seed
-    if kind == "dynamic":
-        return drawn_anew(kind, rate, seed, index, true, K)
-    more, wanted = {}, needs(kind)
-    if "flips" in wanted:
+    if noise.by_epoch:
+        return drawn_anew(kind, noise.by_epoch, rate, seed, index, true, K)
+    more: dict[str, Tensor] = {}
+    if "flips" in noise.needs:
         if source.flips is None:
             raise InputError(
                 f"--noise-type {kind}: {args.dataset} has no map of classes taken for one another; "
                 "use --noise-type matrix or pair"
             )
         more["flips"] = source.flips
-    if "matrix" in wanted:
+    if "matrix" in noise.needs:
         more["matrix"] = noisefile.read_matrix(args.noise_matrix, K)
-    if "images" in wanted:
+    if "images" in noise.needs:
         more["images"] = source.x_train[index]
-    if kind == "instance" and rate == 1:
-        raise InputError(f"--noise {args.noise}: instance noise cannot reach 1, its flip rates spread below it")
+    if rate == 1 and not noise.reaches_one:
+        raise InputError(f"--noise {args.noise}: {kind} noise cannot reach 1, its flip rates spread below it")
     labels = apply(kind, true, K, rate, seed, **more)
     return labels, ledger(kind, rate, seed, index, true, labels, K), None
 
@@ -61,11 +61,13 @@ def fake_mask(n: int, share: float, g: torch.Generator) -> Tensor:
     return torch.zeros(n, dtype=torch.bool).scatter(0, torch.randperm(n, generator=g)[: round(share * n)], True)
 
 
-def drawn_anew(kind: str, rate: float, seed: int, index: Tensor, true: Tensor, K: int) -> tuple[Tensor, dict, ByEpoch]:
-    """`relabel` for dynamic noise."""
+def drawn_anew(
+    kind: str, draw: Callable[..., Tensor], rate: float, seed: int, index: Tensor, true: Tensor, K: int
+) -> tuple[Tensor, dict, ByEpoch]:
+    """`relabel` for labels that `draw` makes anew each epoch."""
 
     def by_epoch(epoch: int) -> Tensor:
-        return dynamic(true, K, rate, seed, epoch)
+        return draw(true, K, rate, seed, epoch)
 
     labels = by_epoch(0)
     return labels, ledger(kind, rate, seed, index, true, labels, K, dynamic=True), by_epoch
@@ -73,25 +75,26 @@ def drawn_anew(kind: str, rate: float, seed: int, index: Tensor, true: Tensor, K
 
 def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch | None]:
     """`relabel` for the types that come from a file, whose true labels must be the data set's."""
-    said, kind, K, true = f"--noise-file {args.noise_file}", args.noise_type, len(source.classes), source.y_train[index]
+    where, kind, K, true = f"--noise-file {args.noise_file}", args.noise_type, len(source.classes), source.y_train[index]
+    shuffle = NOISES[kind].draw
     file = noisefile.read(args.noise_file, args.noise_labels)
-    at = locate(file, source, index, args.dataset, said)
+    at = locate(file, source, index, args.dataset, where)
     if file.dynamic is not None:
-        if kind == "matched":
-            raise InputError(f"{said}: its labels are drawn anew each epoch, so there is no matrix to match")
+        if shuffle:
+            raise InputError(f"{where}: its labels are drawn anew each epoch, so there is no matrix to match")
         if file.index is None or not torch.equal(file.index, index):
-            raise InputError(f"{said}: dynamic noise needs the same split (--split-seed, --val-frac, --subset)")
-        return drawn_anew(kind, *file.dynamic, index, true, K)
+            raise InputError(f"{where}: dynamic noise needs the same split (--split-seed, --val-frac, --subset)")
+        return drawn_anew(kind, dynamic, *file.dynamic, index, true, K)
     rate = (file.label != file.true).double().mean().item()
     labels, seed = file.label[at], None
-    if kind == "matched":
+    if shuffle:
         seed = args.noise_seed
-        labels = matched(true, labels, K, generator(seed, "noise"))
+        labels = shuffle(true, labels, K, generator(seed, "noise"))
     return labels, ledger(kind, rate, seed, index, true, labels, K), None
 
 
-def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, said: str) -> Tensor:
-    """Where in `file` the examples `index` (n,) of `source` stand, (n,) int64.
+def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, where: str) -> Tensor:
+    """Positions in `file` (n,) int64 of the examples `index` (n,) of `source`; `where` is what an error names.
 
     Raises `InputError` unless the file's true labels are the set's, its labels classes of it, and none is missing.
     """
@@ -99,21 +102,21 @@ def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, said: s
     known = torch.arange(len(file.true)) if file.index is None else file.index
     size = int(known.max()) + 1
     if size > N or (file.index is None and size < N):
-        raise InputError(f"{said}: is for a training set of {size} examples and {dataset} has {N}: another data set")
+        raise InputError(f"{where}: is for a training set of {size} examples and {dataset} has {N}: another data set")
     different = int((file.true != source.y_train[known]).sum())
     if different:
         raise InputError(
-            f"{said}: its true labels are not {dataset}'s for {different} of {len(known)} examples: "
+            f"{where}: its true labels are not {dataset}'s for {different} of {len(known)} examples: "
             "made for another data set or in another order"
         )
     if int(file.label.max()) >= K:
-        raise InputError(f"{said}: holds label {int(file.label.max())}, {dataset} has classes 0..{K - 1}")
+        raise InputError(f"{where}: holds label {int(file.label.max())}, {dataset} has classes 0..{K - 1}")
     at = torch.full((N,), -1)
     at[known] = torch.arange(len(known))
     absent = int((at[index] < 0).sum())
     if absent:
         raise InputError(
-            f"{said}: has no label for {absent} of the {len(index)} training examples; "
+            f"{where}: has no label for {absent} of the {len(index)} training examples; "
             "use the --split-seed, --val-frac and --subset it was made with"
         )
     return at[index]

@@ -9,13 +9,10 @@ from pathlib import Path
 import torch
 
 import models
+import optim
 from data import PAD, InputError, Source
+from datasets import known_shape
 
-DATASET_SIZES = {  # data set: training and test images, pixels a side, channels, classes
-    "cifar10": (50_000, 10_000, 32, 3, 10),
-    "cifar100": (50_000, 10_000, 32, 3, 100),
-    "fmnist": (60_000, 10_000, 32, 1, 10),
-}
 REFUSED = re.compile(r"DefaultCPUAllocator|bad_alloc|out of memory|can't allocate memory", re.IGNORECASE)
 AMOUNT = re.compile(r"allocate (\d+\.?\d*) ?(bytes|[KMGT]iB)", re.IGNORECASE)
 UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -43,10 +40,8 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     if source is not None:
         n, side, C = len(source.x_train), source.x_train.shape[1], source.x_train.shape[-1]
         size = n, len(source.x_test), side, C, len(source.classes)
-    elif args.dataset == "synthetic":
-        size = args.synthetic_train, args.synthetic_test, 32, 3, 10
     else:
-        size = DATASET_SIZES.get(args.dataset)
+        size = known_shape(args)
     parts = {}
     if size:
         n, n_test, side, C, _ = size
@@ -58,9 +53,9 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     with torch.device("meta"):
         module = models.build(args.model, *(size or (0, 0, 0, 3, 10))[3:], args.width, args.norm, 0)
     P = sum(p.numel() for p in module.parameters())
-    copies = 3 if args.momentum or args.sched == "onecycle" else 2
-    what = "weights, gradient and momentum" if copies == 3 else "weights and gradient"
-    parts[what] = copies * P * (8 if args.precision == "64-true" else 4)
+    state = optim.kept_state(args.optimizer, args.momentum, args.sched)
+    what = f"weights, gradient and {optim.OPTIMIZERS[args.optimizer].state_name}" if state else "weights and gradient"
+    parts[what] = (2 + len(state)) * P * (8 if args.precision == "64-true" else 4)
     return parts
 
 

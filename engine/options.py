@@ -13,18 +13,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from data import InputError
-from datasets import DATASETS
-from engine import startfrom
-from models import DEFAULT_MODEL, GROUP, MODELS
-from noises import FROM_FILE, TYPES
+from datasets import DATASETS, DataSet, default_model
+from engine import checks, roles, startfrom
+from models import MODELS
+from noises import NOISES
+from optim import OPTIMIZERS
+from schedules import SCHEDULES
 
-SCHEDULES = ("constant", "cosine", "onecycle")
-# Options that say where and on what a run happens, not what it computes: they are not part of its name.
-PLACE = (
-    *("data_dir", "runs", "name", "resume", "checkpoint_minutes", "config", "best"),
-    *("accelerator", "devices", "strategy", "num_nodes", "threads", "compile", "graph", "profile"),
-)
-FILES = ("noise_file", "noise_matrix")  # may lie elsewhere when a run is resumed: its labels are compared instead
 KNOWN = {  # checked here and not by the parser, for under `fabric run` they do not come through the parser
     "precision": ("auto", "32-true", "bf16-mixed", "16-mixed", "64-true"),
     "accelerator": ("auto", "cpu", "gpu", "cuda"),
@@ -32,13 +27,12 @@ KNOWN = {  # checked here and not by the parser, for under `fabric run` they do 
 }
 # Fabric's command line takes these for itself, before or after the script's name, and leaves them in LT_* variables.
 FABRIC = {"accelerator": "auto", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": "auto"}
-# Defaults that follow from --measure. Without `full` these options leave no trace in training: `compared` skips them.
+# Defaults that follow from --measure.
 MEASURE_DEFAULTS = {
     "off": {"permutations": 0, "null_every": None, "measure_budget": 0.0},
     "split": {"permutations": 1, "null_every": 2, "measure_budget": 0.01},
     "full": {"permutations": 4, "null_every": None, "measure_budget": 0.05},
 }
-HARDWARE = (*FABRIC, "threads", "compile", "graph")
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
@@ -147,7 +141,7 @@ def noise_options(p: Parser) -> None:
     """Add the options that choose the label noise, but for its seed."""
     g = p.add_argument_group("noise")
     g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (default: 0, or the file's own)")
-    g.add_argument("--noise-type", choices=TYPES, default="uniform", help="law of a selected example's label")
+    g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of a selected example's label")
     g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
     g.add_argument(
         "--noise-file", type=path, metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt"
@@ -161,17 +155,22 @@ def parser() -> Parser:
     data_options(p).add_argument("--no-augment", action="store_true", help="no random crop and flip")
     noise_options(p)
     g = p.add_argument_group("model")
-    g.add_argument("--model", choices=list(MODELS), help="default: vgg16 for fmnist, else resnet18")
+    others = [f"{entry.model} for {name}" for name, entry in DATASETS.items() if entry.model != DataSet.model]
+    defaults = ", ".join([*others, f"else {DataSet.model}"])
+    g.add_argument("--model", choices=list(MODELS), help=f"default: {defaults}")
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
+    moved = "; ".join(f"{name}: {sched.help}" for name, sched in SCHEDULES.items() if sched.moves)
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
+    about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
+    g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
     g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
     g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
     g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
-    g.add_argument("--sched", choices=SCHEDULES, default="constant", help="cosine: lr; onecycle: lr and momentum")
+    g.add_argument("--sched", choices=list(SCHEDULES), default="constant", help=moved)
     g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
@@ -271,15 +270,8 @@ def under_fabric_run() -> bool:
 
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
-    wrong = data_problems(args) + noise_problems(args)
-    args.model = args.model or DEFAULT_MODEL.get(args.dataset, "resnet18")
-    if args.model != "resnet18":
-        if args.width != 64:
-            wrong.append(f"--width {args.width}: only resnet18 has a width, not {args.model}")
-        if args.norm != "bn":
-            wrong.append(f"--norm {args.norm}: only resnet18 has it, not {args.model}")
-    elif args.norm == "gn" and args.width % GROUP:
-        wrong.append(f"--width {args.width}: --norm gn needs a multiple of {GROUP}")
+    args.model = args.model or default_model(args.dataset)
+    wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
@@ -307,61 +299,24 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("; ".join(wrong))
 
 
-def data_problems(args: argparse.Namespace) -> list[str]:
-    """What is wrong with the choice of the data set; fills in a folder's image size."""
-    wrong, folder = [], args.dataset not in DATASETS and os.path.isdir(args.dataset)
-    if args.dataset not in DATASETS and not folder:
-        if not args.dataset.endswith(".npz"):
-            sets = ", ".join(DATASETS)
-            wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
-        elif not os.path.isfile(args.dataset):
-            wrong.append(f"--dataset {args.dataset}: there is no such file")
-    if folder:
-        args.image_size = args.image_size or 32
-    elif args.image_size:
-        wrong.append(f"--image-size {args.image_size}: only a folder of images is resized, not {args.dataset}")
-    return wrong
-
-
-def noise_problems(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the choice of the noise."""
-    wrong, kind = [], args.noise_type
-    if kind in FROM_FILE and args.noise is not None:
-        wrong.append(f"--noise {args.noise}: --noise-type {kind} has the rate of its file; leave --noise out")
-    for option, value, wanted in (
-        ("--noise-file", args.noise_file, kind in FROM_FILE),
-        ("--noise-matrix", args.noise_matrix, kind == "matrix"),
-    ):
-        if wanted and value is None:
-            wrong.append(f"--noise-type {kind}: needs {option} FILE")
-        if value is not None and not wanted:
-            wrong.append(f"{option} {value}: --noise-type {kind} takes none")
-    if args.noise_labels is not None and kind not in FROM_FILE:
-        wrong.append(f"--noise-labels {args.noise_labels}: --noise-type {kind} takes none")
-    if kind == "human" and args.noise_labels is None:
-        names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
-        wrong.append(f"--noise-type human: needs --noise-labels, for CIFAR-10N one of {names}")
-    return wrong
-
-
 def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     """Folder name made from every option that changes the result and is not default: `noise0.5_sched-onecycle_bs1024`.
 
     Options of `always` are in it at their default too: `noise0`, `bs128`, `no-augment-off`; not one that has no value.
     """
-    always = set(always) - set(PLACE)
+    always = set(always) - set(roles.having(roles.PLACE))
     args = argparse.Namespace(**vars(args))
-    if "noise" in always and args.noise is None and args.noise_type not in FROM_FILE:
+    if "noise" in always and args.noise is None and not NOISES[args.noise_type].from_file:
         args.noise = 0
     if "sched_steps" in always and not (args.sched_epochs or args.sched_examples):
         args.sched_steps = args.sched_steps or 5000
     defaults = vars(parser().parse_args([]))
-    defaults |= {"model": DEFAULT_MODEL.get(args.dataset, "resnet18"), "precision": "auto", "sched_steps": 5000}
+    defaults |= {"model": default_model(args.dataset), "precision": "auto", "sched_steps": 5000}
     defaults |= {"image_size": 32} | MEASURE_DEFAULTS[args.measure]  # the size is that of a folder's images
-    parts = []
+    parts, place, files = [], roles.having(roles.PLACE), roles.having(roles.FILE)
     for key, value in vars(args).items():
         default = value in (None, defaults[key]) or (key == "noise" and value == 0)
-        if key in PLACE or value is None or (default and key not in always):
+        if key in place or value is None or (default and key not in always):
             continue
         key = key.replace("_", "-")
         if isinstance(value, bool):
@@ -370,7 +325,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
             parts.append(
                 Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
             )
-        elif key.replace("-", "_") in FILES:
+        elif key.replace("-", "_") in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem
             parts.append(f"{key}-{stem}-{path_hash(value)}")
@@ -386,66 +341,6 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
 def path_hash(path: str) -> str:
     """Six digits that tell a path from others of the same last part."""
     return hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:6]
-
-
-def compared(given: dict) -> dict:
-    """Options that decide what a run computes, in one spelling each, for two runs to be compared.
-
-    Without `PLACE`, and without `FILES`: their labels are compared instead. What only `full` measures by counts only there.
-    """
-    left_out = (*PLACE, *FILES, *(MEASURE_DEFAULTS["split"] if given.get("measure") != "full" else ()))
-    found = {key: value for key, value in given.items() if key not in left_out}
-    if "noise" in found:
-        found["noise"] = found["noise"] or 0
-    if "sched_steps" in found and not (found.get("sched_epochs") or found.get("sched_examples")):
-        found["sched_steps"] = found["sched_steps"] or 5000
-    if found.get("dataset", "cifar10") not in DATASETS:
-        found["dataset"] = os.path.realpath(found["dataset"])
-    return found
-
-
-def differences(first: dict, now: dict) -> dict[str, str]:
-    """{option: how it differs} of two runs' options; one that only one of them knows is left out."""
-    first, now = compared(first), compared(now)
-    return {
-        key: f"--{key.replace('_', '-')} was {first[key]} and is {value} now"
-        for key, value in now.items()
-        if key in first and value != first[key]
-    }
-
-
-def continue_from(args: argparse.Namespace, config: dict) -> None:
-    """Take over what a resumed run keeps from its first start, and refuse what differs, by name, in one `InputError`.
-
-    `config` is the run's config.json. Options of `PLACE` and `FILES` may differ; epochs and max-steps may grow.
-    """
-    first = {**vars(parser().parse_args([])), **config["options"]}  # an option newer than the run has its default
-    if args.precision == "auto":
-        args.precision = first["precision"]
-    args.threads = args.threads or first["threads"]
-    wrong = keep_masks(args, config["options"])
-    for key, said in differences(first, vars(args)).items():
-        grows = key in ("epochs", "max_steps")
-        if not grows or (getattr(args, key) or math.inf) < (first[key] or math.inf):
-            wrong.append(said + " (it may only grow)" * grows)
-    if wrong:
-        raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
-
-
-def keep_masks(args: argparse.Namespace, first: dict) -> list[str]:
-    """Without `--measure full`: take over a resumed run's masks and probe, unless others than the default are asked for;
-    returns what is wrong. A run started by a version without them goes on without."""
-    if args.measure == "full" or first.get("measure") != args.measure:
-        return []
-    if "null_every" not in first:
-        first = {"permutations": 0, "measure_budget": 0.0}
-    wrong = []
-    for name, default in MEASURE_DEFAULTS[args.measure].items():
-        was, now = first.get(name, default), getattr(args, name)
-        if now not in (was, default):
-            wrong.append(f"--{name.replace('_', '-')} was {was} and is {now} now")
-        setattr(args, name, was)
-    return wrong
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import optim
 from data import InputError
 from engine import options
 from engine.jsonfiles import (
@@ -297,7 +298,8 @@ def check_fits(state: dict, job, where: object) -> None:
         raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
     for name, mine in own.items():
         check_tensor(state["model"][name], mine, where, f"model.{name}")
-    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, f"{where}: optimizer")
+    names = optim.OPTIMIZERS[job.args.optimizer].state
+    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, f"{where}: optimizer")
     if job.scaler:
         scaler = job.scaler.state_dict()
         positive = real(sys.float_info.min, what="a positive number")
@@ -306,8 +308,9 @@ def check_fits(state: dict, job, where: object) -> None:
         check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
 
 
-def check_optimizer(found: dict, own: dict, parameters: list[Tensor], where: object) -> None:
-    """Raise `InputError` unless `found` is the state of an optimizer like the one of `own`; rate and momentum may differ."""
+def check_optimizer(found: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:
+    """Raise `InputError` unless `found` is the state of an optimizer like the one of `own`, which keeps tensors of these
+    `names` for each parameter; rate and momentum may differ."""
     check_fields(found, {"state": OBJECT}, where, required=("state", "param_groups"))
     groups = found["param_groups"]
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
@@ -322,11 +325,12 @@ def check_optimizer(found: dict, own: dict, parameters: list[Tensor], where: obj
             raise InputError(f"{where}: state.{describe_value(i)} belongs to no parameter")
     for i, parameter in enumerate(parameters):
         entry, field = found["state"].get(i, {}), f"state.{i}"
-        if not isinstance(entry, dict) or entry.keys() - {"momentum_buffer"}:
-            raise wrong_value(where, field, entry, "an object with a momentum_buffer")
-        buffer = entry.get("momentum_buffer")
-        if buffer is not None or own["state"].get(i, {}).get("momentum_buffer") is not None:
-            check_tensor(buffer, parameter, where, f"{field}.momentum_buffer")
+        if not isinstance(entry, dict) or entry.keys() - {*names}:
+            raise wrong_value(where, field, entry, f"an object with a {' and a '.join(names) or 'state of no name'}")
+        for name in names:
+            if entry.get(name) is not None or own["state"].get(i, {}).get(name) is not None:
+                like = torch.zeros(()) if name == "step" else parameter  # of Adam and the like
+                check_tensor(entry.get(name), like, where, f"{field}.{name}")
 
 
 # ------------------------------------------------------------------------------------------------------ exported runs

@@ -4,23 +4,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from data import InputError
+from engine import roles
 from engine.jsonfiles import Unreadable, read_json
-from noises import FROM_FILE
-
-# Options that say where, on what and how fast the other run ran, or what it was called: not taken over.
-LEFT_BEHIND = {
-    *("runs", "name", "resume", "checkpoint_minutes", "config", "best", "profile", "compile", "graph"),
-    *("accelerator", "devices", "strategy", "num_nodes", "threads"),
-}
-# An option of the command line on the left replaces these of the file as well: they belong together.
-TOGETHER = {
-    "dataset": ("model", "width", "norm", "image_size"),
-    "model": ("width", "norm"),
-    "noise_type": ("noise_file", "noise_labels", "noise_matrix"),
-    "sched_steps": ("sched_epochs", "sched_examples"),
-    "sched_epochs": ("sched_steps", "sched_examples"),
-    "sched_examples": ("sched_steps", "sched_epochs"),
-}
+from noises import NOISES
 
 
 def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
@@ -32,12 +18,12 @@ def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
     actions = {a.dest: a for a in parser._actions if a.option_strings and a.dest != "help"}
     named = {word.split("=")[0] for word in given}
     replaced = {key for key, action in actions.items() if named & set(action.option_strings)}
-    replaced |= {other for key in replaced for other in TOGETHER.get(key, ())}
-    if parser.parse_args(given).noise_type in FROM_FILE:
+    replaced |= {other for key in replaced for other in roles.REPLACES.get(key, ())}
+    if NOISES[parser.parse_args(given).noise_type].from_file:
         replaced.add("noise")  # the rate is the file's
-    words = []
+    words, own = [], roles.having(roles.OWN)
     for key, value in options_in(Path(file)).items():
-        if key in LEFT_BEHIND or value is None and (key not in actions or actions[key].default is None):
+        if key in own or value is None and (key not in actions or actions[key].default is None):
             continue
         if key not in actions:
             raise InputError(f"--config {file}: holds an option '{key}', which is not one of this version")

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine import options
+from engine import options, roles
+from schedules import SCHEDULES
 
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
 # run will log.
@@ -64,9 +65,9 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     full, split = given["measure"] == "full", given["measure"] != "off"
     controls = full and bool(plan.get("steps", True))
     if tag == "optim/lr":
-        return given["sched"] != "constant"  # a constant is in the table of options
+        return "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
-        return given["sched"] == "onecycle"
+        return "momentum" in SCHEDULES[given["sched"]].moves
     if group == "train":
         return noisy or name != "acc_noisy"
     if group == "grad":
@@ -117,7 +118,7 @@ def hparams_start(config: dict) -> list:
     from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 
     actions = {a.dest: a for a in options.parser()._actions if a.option_strings and a.dest != "help"}
-    rest = [key for key in actions if key not in (*options.PLACE, *FIRST_HPARAMS)]
+    rest = [key for key in actions if key not in (*roles.having(roles.PLACE), *FIRST_HPARAMS)]
     columns = []
     for key in (*FIRST_HPARAMS, *rest):
         column = api_pb2.HParamInfo(name=key, type=hparam_type(actions[key]))
@@ -130,7 +131,7 @@ def hparams_start(config: dict) -> list:
     row = SessionStartInfo(start_time_secs=time.time())
     resolved = {"noise": config["noise"]["nominal"], "sched_steps": config["resolved"]["sched_steps"]}
     for key, value in (config["options"] | resolved).items():
-        if key not in actions or key in options.PLACE or value is None:
+        if key not in actions or key in roles.having(roles.PLACE) or value is None:
             continue
         kind = hparam_type(actions[key])
         if kind == api_pb2.DATA_TYPE_BOOL:

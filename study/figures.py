@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from engine import roles
+from schedules import entry
 from study import findings, stats
 from study.drawing import (
     BLUE,
@@ -45,10 +47,14 @@ from study.results import Run, by, last, null_of, together
 REPORT_BN = "eval"  # BatchNorm's mode in the report's cosines
 # Options of a run's setting that change neither its training nor the three series that the report has, but for the
 # cosines under another --measure-bn, which are labelled: a run may differ from the report in these.
-TOLERATED = {"sync_bn", "measure_bn", "stratify", "chunks", "window"}
-SCHED_NAMES = {"onecycle": "one-cycle", "cosine": "cosine annealing", "constant": "constant learning rate"}
-COLOURS = {"onecycle": BLUE, "cosine": VERMILION, "constant": GREEN}
+TOLERATED = roles.having(roles.TOLERATED)
 REPORT_SCHEDS = ("onecycle", "cosine", "constant")  # figures 4, 5, 6 and so on
+
+
+def scheds_of(runs: list[Run]) -> list[str]:
+    """The schedules of `runs`, the report's first and in its order."""
+    there = {r.cell.sched for r in runs}
+    return [s for s in REPORT_SCHEDS if s in there] + sorted(there - set(REPORT_SCHEDS))
 
 
 # -------------------------------------------------------------------------------------------------- lines over time
@@ -196,7 +202,6 @@ def schedules(runs: list[Run]) -> Figure | None:
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     headline(figure, "Figure 3: schedules")
     axes = figure.subplots(1, 2)
-    styles = dict(zip(REPORT_SCHEDS, ("-", "--", ":"), strict=True))
     ends = [min(int(r.resolved.get("sched_steps") or 5000) * 1.2, r.series["optim/lr"][0][-1]) for r in chosen.values()]
     points = any(len(r.series["optim/lr"][0]) <= 3 for r in chosen.values())  # a line of one point cannot be seen
     for axis, tag, name in zip(axes, ("optim/lr", "optim/momentum"), ("learning rate", "momentum"), strict=True):
@@ -204,7 +209,8 @@ def schedules(runs: list[Run]) -> Figure | None:
         axis.set_xlabel(X_LABEL["steps"])
         for sched, run in chosen.items():
             steps, values = run.series[tag]
-            axis.plot(steps, values, COLOURS[sched], ls=styles[sched], lw=2, marker="o" * points, label=SCHED_NAMES[sched])
+            look = entry(sched)
+            axis.plot(steps, values, look.colour, ls=look.line, lw=2, marker="o" * points, label=look.label)
         axis.set_xlim(0, max(ends) or 1)
     axes[0].legend()
     foot(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()))
@@ -298,7 +304,6 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
     if not runs:
         return None
     levels = sorted({r.cell.noise for r in runs})
-    markers = {"onecycle": "o", "cosine": "^", "constant": "s"}
     fillings = {"any": "full", "steps": "full", "epochs": "none", "examples": "left"}
     figure = Figure(figsize=(max(3.4 * len(levels), 6) + 1.2, 6.6), layout="constrained")
     axes = figure.subplots(2, len(levels), sharey=True, sharex="row", squeeze=False)
@@ -318,16 +323,14 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
                         findings.ratio(r.cell, with_m),
                         last(r, "val/acc"),
                         color=colour(r.cell.B),
-                        marker=markers[r.cell.sched],
+                        marker=entry(r.cell.sched).marker,
                         fillstyle=fillings[r.budget],
                         ms=5,
                         alpha=0.8,
                     )
     marks = [Line2D([], [], color=colour(B), marker="o", ls="", label=str(B)) for B in sorted({r.cell.B for r in runs})]
     marks += [
-        Line2D([], [], color="0.4", marker=markers[s], ls="", label=SCHED_NAMES[s])
-        for s in REPORT_SCHEDS
-        if s in {r.cell.sched for r in runs}
+        Line2D([], [], color="0.4", marker=entry(s).marker, ls="", label=entry(s).label) for s in scheds_of(runs)
     ]
     budgets = [b for b in findings.BUDGETS if b in {r.budget for r in runs}]
     marks += [
@@ -346,7 +349,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
 def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     """The best batch size (top of a parabola through final validation accuracy on log2 B) against noise, by budget."""
     runs = [r for r in runs if not r.fake and r.finished and last(r, "val/acc") is not None]
-    scheds = [s for s in REPORT_SCHEDS if s in {r.cell.sched for r in runs}]
+    scheds = scheds_of(runs)
     found: dict[tuple, list[float]] = {}
     parts = by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
     for (*key, _), group in parts.items():
@@ -362,7 +365,7 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     looks = {"steps": (VERMILION, "o"), "epochs": (BLUE, "s"), "examples": (GREEN, "^"), "any": (GREY, "D")}
     names = {**{k: f"schedule matched in {k}" for k in findings.BUDGETS}, "any": "no schedule"}
     for axis, sched in zip(axes[0], scheds, strict=True):
-        axis.set_title(SCHED_NAMES[sched])
+        axis.set_title(entry(sched).label)
         momenta = sorted({key[2] for key in found})
         for budget, m in itertools.product(looks, momenta):
             levels = sorted(n for s, b, other, n in found if (s, b, other) == (sched, budget, m))

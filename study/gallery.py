@@ -5,6 +5,7 @@ A figure that cannot be drawn is named, with the reason, in a folded list.
 
 from collections.abc import Callable
 
+from schedules import entry
 from study import figures
 from study.drawing import Look, styled
 from study.page import Page
@@ -48,23 +49,24 @@ class Gallery:
         """The report's three series over time, for each schedule and budget of a setting."""
         fmnist = any(r.options["dataset"] == "fmnist" for r in s.runs)
         for tag, label, with_clean, first, first_fmnist in KINDS:
-            for i, sched in enumerate(figures.REPORT_SCHEDS):
+            for sched in figures.scheds_of(s.ratio_runs):
+                i = figures.REPORT_SCHEDS.index(sched) if sched in figures.REPORT_SCHEDS else None  # others: no number
                 for budget, words in BUDGET_WORDS.items():
                     runs = [r for r in s.ratio_runs if (r.cell.sched, r.budget) == (sched, budget)]
                     one_rate = [r for r in s.runs if (r.cell.sched, r.budget) == (sched, budget)]
                     if not runs:
                         continue
-                    number = first_fmnist if fmnist and i == 0 else first + i if not fmnist else None
+                    number = first_fmnist if fmnist and i == 0 else None if fmnist or i is None else first + i
                     pairs = figures.ratio_pairs(runs)  # figures 13 and 14; any other grid of rates has no number
                     wanted = [(None if pairs else number, tag.replace("/", "-"), one_rate, False)]
                     if s.ratio and tag == "val/acc":
-                        by_rate = ((13, None, 14)[i] if pairs else None, "val-acc-by-rate", runs, True)
+                        by_rate = ({0: 13, 2: 14}.get(i) if pairs else None, "val-acc-by-rate", runs, True)
                         wanted = [by_rate] if pairs else [*wanted, by_rate]
                     for number, stem, chosen, by_lr in wanted:
                         stem = f"figure-{number:02d}" if number else f"{stem}-{sched}"
                         stem = self.unique(stem + (f"-{budget}" if budget in ("epochs", "examples") else ""))
                         title = f"Figure {number}: " if number else ""
-                        title += f"{label}, {figures.SCHED_NAMES[sched]}{words}{', by rate' * by_lr} ({s.label})"
+                        title += f"{label}, {entry(sched).label}{words}{', by rate' * by_lr} ({s.label})"
                         args = (label, chosen, tag, self.look, with_clean)
                         self.add(stem, title, f"no run has {tag}", figures.curves, *args, by_lr=by_lr)
 
@@ -80,7 +82,7 @@ class Gallery:
                 own = [r for r in runs if r.budget == budget]
                 if not any(not r.fake for r in own):
                     continue
-                where = f"{figures.SCHED_NAMES[sched]}{words} ({s.label})"
+                where = f"{entry(sched).label}{words} ({s.label})"
                 end = f"{sched}-{budget}{number}"
                 for pair, name in (("cos_clean_all", "clean and all"), ("cos_clean_noisy", "clean and noisy")):
                     title = f"Cosine of {name} beside its null, {where}"

@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from data import InputError
-from engine import options
+from datasets import known_shape
+from engine import options, roles
+from engine.identity import differences
 
 REPORT_SIZES = "16,32,64,128,256,512"
 MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "
@@ -42,8 +44,9 @@ PRESETS = {
     },
 }
 
-SCHED_LENGTHS = ("--sched-steps", "--sched-epochs", "--sched-examples")
-PLACES = set(options.PLACE) - {"runs", "name", "resume"}  # not in a run's name: two such runs would be one
+SCHED_LENGTHS = tuple(f"--{option.replace('_', '-')}" for option in roles.having(roles.SCHED_LENGTH))
+NOT_VARIED = ("runs", "name", "resume")
+PLACES = set(roles.having(roles.PLACE)) - set(NOT_VARIED)  # not in a run's name: two such runs would be one
 
 
 @dataclass
@@ -60,8 +63,8 @@ class Job:
     @property
     def work(self) -> float:
         """Rough cost in examples, for estimates: training examples, and 150 more for each step's launches."""
-        total = {"fmnist": 60_000, "synthetic": self.args.synthetic_train}.get(self.args.dataset, 50_000)
-        n = (self.args.subset or total) * (1 - self.args.val_frac)
+        shape = known_shape(self.args)
+        n = (self.args.subset or (shape.train if shape else 50_000)) * (1 - self.args.val_frac)
         steps = self.args.epochs * math.ceil(n / self.args.bs)
         share = min(self.args.max_steps or steps, steps) / steps
         return share * (self.args.epochs * n + 150 * steps)
@@ -84,7 +87,7 @@ def axes(grid: str, said: str) -> list[list[list[str]]]:
         for key in keys:
             if key.replace("-", "_") in PLACES:
                 raise InputError(f"{said}: '{key}' changes where a run happens, not the run; give --{key} for all runs")
-            if key not in known or key in ("runs", "name", "resume", "help"):
+            if key not in known or key in (*NOT_VARIED, "help"):
                 raise InputError(f"{said}: '{key}' is not an option of train.py that a sweep can vary")
         alternatives = []
         for value in values.split(","):
@@ -161,7 +164,7 @@ def expand(
                 raise InputError(f"{said}: {e}") from e
             args.name = options.run_name(args, always)
             job = jobs.setdefault(args.name, Job(argv, args))
-            other = options.differences(vars(job.args), vars(args))
+            other = differences(vars(job.args), vars(args))
             if other:
                 raise InputError(f"{said}: two runs would be called {args.name}: {'; '.join(other.values())}")
     return list(jobs.values())

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError
-from engine import jsonfiles, options
+from engine import jsonfiles, options, roles
+from engine.identity import compared
 from study.grids import Job
 from study.outputs import whole_file
 from study.processes import LOGS, make_folder, state
@@ -70,11 +71,11 @@ def defaults() -> dict:
     return vars(options.parser().parse_args([]))
 
 
-def identity(given: dict) -> str:
+def identity_of(given: dict) -> str:
     """What tells a run from others: every option that decides what it computes, files included."""
     given = defaults() | given
-    files = {key: given.get(key) for key in options.FILES}
-    return json.dumps(options.compared(given) | files, sort_keys=True, default=str)
+    files = {key: given.get(key) for key in roles.having(roles.FILE)}
+    return json.dumps(compared(given) | files, sort_keys=True, default=str)
 
 
 def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> None:
@@ -86,10 +87,10 @@ def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[st
     known: dict[str, list[str]] = {}
     for sweep in sweeps:
         for job in sweep.jobs:
-            known.setdefault(identity(vars(job.args)), []).append(job.name)
+            known.setdefault(identity_of(vars(job.args)), []).append(job.name)
     for job in jobs:
         own = job.name
-        names = [own, *(known.get(identity(vars(job.args)), []) if known else []), options.run_name(job.args)]
+        names = [own, *(known.get(identity_of(vars(job.args)), []) if known else []), options.run_name(job.args)]
         for job.args.name in dict.fromkeys(names):
             if state(runs, job, done)[0] not in ("waiting", "other"):
                 break

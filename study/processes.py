@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError
-from engine import jsonfiles, locks, options, schema
+from engine import jsonfiles, locks, schema
+from engine.identity import differences
 from study.grids import Job
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -64,7 +65,7 @@ def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
     folder, wanted = runs / job.name, vars(job.args)
     if wanted["precision"] == "auto":  # what it became is the hardware's choice
         wanted = {key: value for key, value in wanted.items() if key != "precision"}
-    listed = any(not options.differences(found, wanted) for found in done.get(job.name, []))
+    listed = any(not differences(found, wanted) for found in done.get(job.name, []))
     if folder.is_dir():
         try:
             given, summary = options_of(folder), read(schema.read_summary, folder / "summary.json")
@@ -72,7 +73,7 @@ def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
             if held(folder):
                 return "running", str(e)
             return ("finished", "in a file of results") if listed else ("failed", str(e))
-        other = options.differences(given, wanted)
+        other = differences(given, wanted)
         if other:
             return "other", f"{folder} is a run of other options ({'; '.join(other.values())}); use another --runs"
         status = summary.get("status", "stopped")

@@ -18,28 +18,15 @@ from tqdm import tqdm
 
 import schedules
 from data import InputError
-from engine import jsonfiles, options, schema
+from engine import jsonfiles, options, roles, schema
 from study.events import scalars
 from study.findings import Cell, Row
 from study.outputs import whole_file
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
 # What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
-AXES = ("noise", "bs", "lr", "momentum", "wd", "sched", "sched_steps", "sched_epochs", "sched_examples", "fake_mask")
-SEEDS = ("seed", "noise_seed", "split_seed")
-NOT_SETTING = {
-    *AXES,
-    *SEEDS,
-    *options.PLACE,
-    "measure",
-    "measure_every",
-    "measure_budget",
-    "permutations",
-    "null_every",
-    "precision",
-    "resume",
-    "compile",
-}
+SEEDS = roles.having(roles.SEED)
+NOT_SETTING = roles.having(roles.AXIS, roles.SEED, roles.PLACE, roles.HARDWARE, roles.MEASURING)
 FORMAT = "label-noise runs 1"
 EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
@@ -82,7 +69,7 @@ class Run:
     @property
     def budget(self) -> str:
         """In what the schedule's length is given: steps, epochs, examples; `any` where there is no schedule."""
-        if self.options["sched"] == "constant":
+        if not schedules.entry(self.options["sched"]).moves:
             return "any"
         return next((unit for unit in ("epochs", "examples") if self.options.get(f"sched_{unit}")), "steps")
 

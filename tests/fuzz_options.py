@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import schedules
 from engine import options
 from fuzz_inputs import Inputs, Set
 
@@ -240,7 +241,7 @@ GENERATORS: dict[str, Generator] = {
     "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),
     "measure": sometimes(0.8, "off", "split", "full", "full"),
     "max_steps": max_steps,
-    "sched": sometimes(0.6, *options.SCHEDULES),
+    "sched": sometimes(0.6, *schedules.SCHEDULES),
     "sched_steps": sched_length("steps", 1, 2, 7, 5000),
     "sched_epochs": sched_length("epochs", 1, 2, 9),
     "sched_examples": sched_length("examples", 1, 100, 1001),

@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 import data
 import datasets
 from data import TrainSet
+from engine import sources
 
 
 def coordinates(n: int) -> torch.Tensor:
@@ -164,7 +165,7 @@ def test_pixel_statistics_are_exact():
 
 
 def test_real_cifar10(real_data):
-    source = datasets.load(SimpleNamespace(dataset="cifar10", data_dir=str(real_data)))
+    source = sources.load(SimpleNamespace(dataset="cifar10", data_dir=str(real_data)))
     assert source.x_train.shape == (50_000, 32, 32, 3) and source.x_test.shape == (10_000, 32, 32, 3)
     assert torch.bincount(source.y_train).tolist() == [5000] * 10
     mean, std = data.pixel_statistics(source.x_train)
@@ -172,7 +173,7 @@ def test_real_cifar10(real_data):
 
 
 def test_real_fashion_mnist(real_data):
-    source = datasets.load(SimpleNamespace(dataset="fmnist", data_dir=str(real_data)))
+    source = sources.load(SimpleNamespace(dataset="fmnist", data_dir=str(real_data)))
     assert source.x_train.shape == (60_000, 32, 32, 1) and source.x_test.shape == (10_000, 32, 32, 1)
     assert torch.bincount(source.y_train).tolist() == [6000] * 10
     raw = (real_data / "FashionMNIST/raw/train-images-idx3-ubyte").read_bytes()[16:]

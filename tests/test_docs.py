@@ -76,7 +76,7 @@ def test_a_wrong_default_would_be_noticed():
 
 def test_every_kind_of_noise_has_a_row():
     kinds = {re.match(r"`([\w-]+)`", row[0])[1] for row in table_rows("noise.md", "`--noise-type`")}
-    assert kinds == set(noises.TYPES)
+    assert kinds == set(noises.NOISES)
 
 
 # --------------------------------------------------------------------------------------------------------------- series

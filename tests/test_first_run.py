@@ -14,7 +14,7 @@ import report
 import schedules
 import train
 from conftest import same_weights, series, summary
-from engine import hardware, options, pace
+from engine import hardware, identity, options, pace
 from study import results
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
 
@@ -129,15 +129,15 @@ def test_runs_without_masks_resume_and_compare_as_before():
     words = ["--dataset", "synthetic", "--noise", "0.5"]
     old = vars(options.parse(words)) | {"permutations": 4, "measure_budget": 0.05, "threads": 1}
     del old["null_every"]
-    assert options.differences(old, vars(options.parse(words))) == {}
+    assert identity.differences(old, vars(options.parse(words))) == {}
     for config in (old, vars(options.parse([*words, "--permutations", "0", "--measure-budget", "0"]))):
         args = options.parse(words)
-        options.continue_from(args, {"options": config | {"threads": 1}})
+        identity.continue_from(args, {"options": config | {"threads": 1}})
         assert (args.permutations, args.measure_budget) == (0, 0.0)
         with pytest.raises(train.InputError, match="--permutations was 0 and is 3 now"):
-            options.continue_from(options.parse([*words, "--permutations", "3"]), {"options": config | {"threads": 1}})
+            identity.continue_from(options.parse([*words, "--permutations", "3"]), {"options": config | {"threads": 1}})
     full = [*words, "--measure", "full"]
-    assert set(options.differences(vars(options.parse(full)), vars(options.parse([*full, "--permutations", "2"])))) == {
+    assert set(identity.differences(vars(options.parse(full)), vars(options.parse([*full, "--permutations", "2"])))) == {
         "permutations"
     }
     spelled_out = [*words, "--permutations", "1", "--null-every", "2", "--measure-budget", "0.01"]

@@ -16,7 +16,7 @@ import datasets
 import train
 from conftest import ROOT, TINY
 from data import InputError
-from engine import memory, options
+from engine import memory, options, sources
 from study import grids
 
 LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
@@ -214,7 +214,8 @@ def test_one_of_several_processes_downloads(tmp_path):
         assert answer.wait(20)
         (Path(root) / "set" / "raw").mkdir(parents=True)
 
-    several = [threading.Thread(target=datasets.ready, args=(make, str(tmp_path / "d"), "set/raw", {})) for _ in "123"]
+    files = datasets.Files("set/raw", {}, make)
+    several = [threading.Thread(target=sources.fetch, args=(files, str(tmp_path / "d"))) for _ in "123"]
     for one in several:
         one.start()
     several[0].join(0.3)  # long enough for all to have asked
@@ -226,7 +227,7 @@ def test_one_of_several_processes_downloads(tmp_path):
 
 def test_a_lock_that_cannot_be_had_is_done_without(tmp_path):
     (tmp_path / ".download.lock").mkdir()  # a file of another user says no to everybody but root
-    datasets.ready(lambda root: (Path(root) / "set").mkdir(), str(tmp_path), "set", {})
+    sources.fetch(datasets.Files("set", {}, lambda root: (Path(root) / "set").mkdir()), str(tmp_path))
     assert (tmp_path / "set").is_dir()
 
 
@@ -350,7 +351,7 @@ def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
     def fail(*_):
         raise RuntimeError(CPU + "6442450944 bytes. Error code 12 (Cannot allocate memory)")
 
-    monkeypatch.setattr(*{"load": (train.datasets, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
+    monkeypatch.setattr(*{"load": (train.sources, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
     folder = go(status=1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err

@@ -25,9 +25,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_while_data_is_loaded(go, monkeypatch, capsys, name, tmp_path):
-    load, handler = train.datasets.load, signal.getsignal(getattr(signal, name))
+    load, handler = train.sources.load, signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as m:
-        m.setattr(train.datasets, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
+        m.setattr(train.sources, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
         folder = go("--max-steps", "1", status=3)
     assert f"stopped by {name} before training began; nothing was written\n" in capsys.readouterr().err
     assert not folder.parent.exists()
@@ -55,7 +55,7 @@ def make(root):
     open(os.path.join(root, "half"), "w").close()
     open({marker!r}, "w").close()
     {wait}
-datasets.DATASETS["cifar10"] = lambda args: datasets.ready(make, args.data_dir, "set/raw", dict())
+datasets.DATASETS["cifar10"] = datasets.DataSet(None, files=datasets.Files("set/raw", dict(), make))
 os._exit(train.main({argv!r}))
 """
 STORE = "torch.distributed.TCPStore('127.0.0.1', 0, 2, True)"

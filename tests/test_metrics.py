@@ -9,21 +9,20 @@ import torch
 import torch.nn.functional as F
 
 import data
-import datasets
 import measure
 import metrics
 import models
 import noises
 import train
 from conftest import TINY
-from engine import options
+from engine import options, sources
 
 
 def job_for(*argv: str) -> train.Job:
     """A prepared tiny job under the options `argv`."""
     args = options.parse([*TINY, "--noise", "0.5", *argv])
     torch.set_default_dtype(torch.float64 if args.precision == "64-true" else torch.float32)
-    source = datasets.load(args)
+    source = sources.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
     labels = noises.apply("uniform", source.y_train[indices[0]], 10, args.noise, 0)
     return train.prepare(args, source, indices, labels, *train.make_fabric(args))

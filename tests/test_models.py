@@ -9,7 +9,7 @@ import models
 
 def count(name: str, C: int, width: int = 64, norm: str = "bn") -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in models.MODELS[name](C, 10, width, norm).parameters())
+        return sum(p.numel() for p in models.MODELS[name].make(C, 10, width, norm).parameters())
 
 
 def test_parameter_counts():

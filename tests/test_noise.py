@@ -46,7 +46,8 @@ def law(kind: str) -> torch.Tensor:
     }[kind]
 
 
-LAWS = [kind for kind in noises.NOISES if kind != "instance"]
+DRAWN = [kind for kind, entry in noises.NOISES.items() if entry.draw and not entry.from_file]
+LAWS = [kind for kind in DRAWN if kind != "instance"]
 
 
 @pytest.mark.parametrize("kind", LAWS)
@@ -88,7 +89,7 @@ def test_matrix_at_rate_one_is_the_matrix():
     assert torch.equal(noises.by_matrix(labels(), K, 1.0, data.generator(0, "x"), torch.eye(K).double()), labels())
 
 
-@pytest.mark.parametrize("kind", list(noises.NOISES))
+@pytest.mark.parametrize("kind", DRAWN)
 def test_noise_depends_on_its_seed_alone(kind):
     first = draw(kind, 0.3, 0, 2000)
     torch.manual_seed(123)
@@ -244,9 +245,15 @@ def test_the_maps_are_the_usual_ones():
 
 
 def test_every_type_has_a_function_that_says_its_source():
-    for kind, f in noises.NOISES.items():
-        assert "(n,)" in inspect.getdoc(f), kind
-        assert noises.needs(kind) <= {"flips", "matrix", "images"}
+    """And that takes what its entry says it needs, by these names."""
+    for kind, entry in noises.NOISES.items():
+        function = entry.draw or entry.by_epoch
+        if function is None:
+            assert entry.from_file, kind
+            continue
+        assert "(n,)" in inspect.getdoc(function), kind
+        arguments = set(list(inspect.signature(function).parameters)[4:])
+        assert arguments == (entry.needs - {"file"} if entry.draw else {"epoch"}), kind
 
 
 def test_archive_repeats_the_noise_and_its_hash():

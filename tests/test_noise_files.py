@@ -14,7 +14,7 @@ import torch
 
 import data
 import noise
-from engine import noisefile
+from engine import noisefile, sources
 from engine import options
 import datasets
 from conftest import ROOT, TINY, same_weights, series
@@ -68,7 +68,7 @@ def test_human_labels_and_their_match(human, real_data):
     """The labels of CIFAR-10N stand at their own images, and `matched` has their matrix on the same split."""
     argv = ["--data-dir", str(real_data), "--noise-file", human, "--noise-labels", "worse_label"]
     args = options.parse([*argv, "--noise-type", "human"])
-    source, want = datasets.load(args), noisefile.read(human, "worse_label")
+    source, want = sources.load(args), noisefile.read(human, "worse_label")
     index = data.split(50_000, 0.2, 0)[0]
     labels, a, by_epoch = relabel(args, source, index)
     assert torch.equal(labels, want.label[index]) and by_epoch is None
@@ -169,7 +169,7 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     said = []
     for name in ("T.npy", "T.csv", "excel.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
-        said.append(relabel(args, datasets.load(args), torch.arange(200))[1])
+        said.append(relabel(args, sources.load(args), torch.arange(200))[1])
     assert said[0] == said[1] == said[2] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
 
 

@@ -1,5 +1,6 @@
 """CIFAR-100 with its superclasses, and own images in a folder."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -17,6 +18,7 @@ from torchvision.datasets import CIFAR100
 
 import data
 import datasets
+from engine import sources
 from test_inputs import refuse
 
 # ------------------------------------------------------------------------------------------------------------ CIFAR-100
@@ -28,14 +30,15 @@ def cifar100(tmp_path, monkeypatch) -> Path:
     folder, rng = tmp_path / "data" / datasets.CIFAR100_FOLDER, np.random.default_rng(0)
     folder.mkdir(parents=True)
     fine = [k for k in range(100) for _ in range(2)]
-    entry = {"fine_labels": fine, "coarse_labels": [7 * k % 20 for k in fine]}
+    content = {"fine_labels": fine, "coarse_labels": [7 * k % 20 for k in fine]}
     for name in ("train", "test"):
-        entry["data"] = rng.integers(0, 256, (200, 3 * 32 * 32), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps(entry))
+        content["data"] = rng.integers(0, 256, (200, 3 * 32 * 32), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps(content))
     names = [f"class {k}" for k in range(100)]
     (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names, "coarse_label_names": ["c"] * 20}))
     md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in datasets.CIFAR100_MD5}
-    monkeypatch.setattr(datasets, "CIFAR100_MD5", md5)
+    entry = datasets.DATASETS["cifar100"]
+    monkeypatch.setitem(datasets.DATASETS, "cifar100", dataclasses.replace(entry, files=entry.files._replace(md5=md5)))
     monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
     monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
     monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
@@ -48,7 +51,7 @@ def test_md5_of_cifar100_are_torchvisions():
 
 
 def test_cifar100_flips_within_its_superclasses(cifar100):
-    source = datasets.load(SimpleNamespace(dataset="cifar100", data_dir=str(cifar100)))
+    source = sources.load(SimpleNamespace(dataset="cifar100", data_dir=str(cifar100)))
     assert source.x_train.shape == (200, 32, 32, 3) and len(source.classes) == 100
     # Superclass 0 holds classes 0, 20, 40, 60, 80; each is taken for the next, the last for the first.
     assert [int(source.flips[k]) for k in (0, 20, 40, 60, 80)] == [20, 40, 60, 80, 0]
@@ -94,7 +97,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_a_folder_is_read_in_order_resized_and_cut(photos):
-    source = datasets.load_folder(str(photos), 28)
+    source = sources.load_folder(str(photos), 28)
     assert source.x_train.shape == (36, 28, 28, 3) and source.x_test.shape == (12, 28, 28, 3)
     assert source.classes == CLASSES and source.given is None and source.flips is None
     assert source.y_train.tolist() == [0] * 12 + [1] * 12 + [2] * 12
@@ -110,16 +113,16 @@ def test_a_folder_is_read_in_order_resized_and_cut(photos):
 def test_a_grey_folder_has_one_channel(photos):
     for path in photos.rglob("*.*"):
         Image.open(path).convert("L").save(path)
-    source = datasets.load_folder(str(photos), 32)
+    source = sources.load_folder(str(photos), 32)
     assert source.x_train.shape == (36, 32, 32, 1) and len(source.mean) == 1
     Image.new("RGB", (32, 32), (1, 2, 3)).save(photos / "test" / "ant" / "00.bmp")  # one of colour, and all have three
-    assert datasets.load_folder(str(photos), 32).x_train.shape == (36, 32, 32, 3)
+    assert sources.load_folder(str(photos), 32).x_train.shape == (36, 32, 32, 3)
 
 
 def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):  # the second as Excel saves it
-        (photos / datasets.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n", encoding=encoding)
-        source = datasets.load_folder(str(photos), 28)
+        (photos / sources.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n", encoding=encoding)
+        source = sources.load_folder(str(photos), 28)
         assert (source.given != source.y_train).nonzero().squeeze(1).tolist() == [0, 35]
         assert source.given[[0, 35]].tolist() == [1, 0]
     argv = ["--dataset", str(photos), "--image-size", "28", "--bs", "8", "--measure-every", "1", "--epochs", "1"]
@@ -127,11 +130,11 @@ def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["noise"]["type"] == "given" and config["options"]["image_size"] == 28
     capsys.readouterr()
-    refuse(capsys, tmp_path / "runs", [*argv, "--noise", "0.5"], "--noise 0.5", "own noisy labels", datasets.GIVEN)
-    (photos / datasets.GIVEN).write_text("ant/00.bmp,wasp\n")
-    refuse(capsys, tmp_path / "runs", argv, datasets.GIVEN, "entry 1", "wasp")
-    (photos / datasets.GIVEN).write_bytes(b"\xff\xfe,\x00")
-    refuse(capsys, tmp_path / "runs", argv, datasets.GIVEN)
+    refuse(capsys, tmp_path / "runs", [*argv, "--noise", "0.5"], "--noise 0.5", "own noisy labels", sources.GIVEN)
+    (photos / sources.GIVEN).write_text("ant/00.bmp,wasp\n")
+    refuse(capsys, tmp_path / "runs", argv, sources.GIVEN, "entry 1", "wasp")
+    (photos / sources.GIVEN).write_bytes(b"\xff\xfe,\x00")
+    refuse(capsys, tmp_path / "runs", argv, sources.GIVEN)
 
 
 def test_classes_of_any_name(photos, go, monkeypatch):

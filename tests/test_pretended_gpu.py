@@ -11,11 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import datasets
 import measure
 import train
 from conftest import TINY
-from engine import options
+from engine import options, sources
 from engine.labels import relabel
 from test_metrics import default_dtype  # noqa: F401
 
@@ -85,7 +84,7 @@ def pretended_job(*argv: str) -> train.Job:
     args = options.parse([*TINY, "--noise", "0.5", *argv])
     args.accelerator = "cuda"
     torch.set_default_dtype(torch.float64 if args.precision == "64-true" else torch.float32)
-    source = datasets.load(args)
+    source = sources.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed)
     labels, _, by_epoch = relabel(args, source, indices[0])
 

@@ -189,7 +189,7 @@ def test_precision_and_threads_are_kept(go, monkeypatch):
     config = {
         "options": vars(train.options.parse(["--dataset", "synthetic", "--threads", "3"])) | {"precision": "64-true"}
     }
-    train.options.continue_from(args, config)
+    train.identity.continue_from(args, config)
     assert (args.precision, args.threads) == ("64-true", 3)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine import options
-from train import schedule
+from schedules import SCHEDULES, entry, schedule
 
 
 def torchs(make, steps: int) -> list[tuple[float, float]]:
@@ -58,3 +58,15 @@ def test_length_in_each_unit():
     assert length("--sched-steps", "70") == 70
     assert length("--sched-epochs", "3") == 240
     assert length("--sched-examples", "201") == 3
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_entries_say_what_moves(name):
+    """`moves` is what plots, memory and the optimizer go by."""
+    values = [schedule(name, step, 100, 0.1, 0.9) for step in range(120)]
+    changed = {what for what, column in zip(("lr", "momentum"), zip(*values, strict=True), strict=True) if len(set(column)) > 1}
+    assert changed == set(SCHEDULES[name].moves)
+
+
+def test_an_unknown_schedule_of_another_versions_runs_still_has_a_name_and_a_style():
+    assert entry("warm").label == "warm" and entry("warm").marker

@@ -16,7 +16,7 @@ import report
 import train
 from conftest import TINY
 from data import InputError
-from engine import options, record, schema
+from engine import identity, options, record, schema, sources
 from study import processes, results
 
 # 48 training examples, 3 steps an epoch
@@ -36,12 +36,11 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def job(made):
     """What a checkpoint is compared with, built as a run builds it."""
-    import datasets
     from engine.hardware import make_fabric
     from engine.job import prepare
 
     args = options.parse([*ARGV, "--runs", str(made.parent), "--name", "r"])
-    source = datasets.load(args)
+    source = sources.load(args)
     indices = data.split(len(source.x_train), args.val_frac, args.split_seed, None)
     fabric, scaler = make_fabric(args)
     return prepare(args, source, indices, source.y_train[indices[0]], fabric, scaler)
@@ -126,7 +125,7 @@ def test_mutations_are_refused_or_read(made, job, what):
                 job.module.load_state_dict(changed["model"])
             elif what == "config":
                 config = schema.check_config(changed, "f", resume=True)
-                options.differences(config["options"], vars(job.args))
+                identity.differences(config["options"], vars(job.args))
                 json.dumps(config, allow_nan=False)
             else:
                 schema.check_fields(changed, schema.SUMMARY_FIELDS, "f")

@@ -16,7 +16,7 @@ import pytest
 import sweep
 from conftest import ROOT, TINY
 from data import InputError
-from engine import options
+from engine import identity, options
 from study import grids, processes, results
 from study.cluster import Request, fit
 
@@ -182,9 +182,9 @@ def test_a_schedule_of_the_default_length_is_the_same_run_however_it_is_written(
     first = {"options": vars(options.parse(["--sched", "onecycle", "--threads", "1"]))}
     again = options.parse(["--sched", "onecycle", "--sched-steps", "5000"])
     assert again.name == first["options"]["name"]
-    options.continue_from(again, first)
+    identity.continue_from(again, first)
     with pytest.raises(InputError, match="--sched-steps was 5000 and is 4000 now"):
-        options.continue_from(options.parse(["--sched", "onecycle", "--sched-steps", "4000"]), first)
+        identity.continue_from(options.parse(["--sched", "onecycle", "--sched-steps", "4000"]), first)
 
 
 def preset(name: str, *parts: str, sizes: str = grids.REPORT_SIZES) -> list[grids.Job]:

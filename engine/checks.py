@@ -1,0 +1,59 @@
+"""Whether options go together: data, noise and model. Each check returns what is wrong, a line for each problem."""
+
+import argparse
+import os
+
+from datasets import DATASETS
+from models import GROUP, MODELS
+from noises import NOISES
+
+
+def data_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the choice of the data set; fills in a folder's image size."""
+    wrong, folder = [], args.dataset not in DATASETS and os.path.isdir(args.dataset)
+    if args.dataset not in DATASETS and not folder:
+        if not args.dataset.endswith(".npz"):
+            sets = ", ".join(DATASETS)
+            wrong.append(f"--dataset '{args.dataset}': neither one of {sets} nor a path to an .npz or a folder")
+        elif not os.path.isfile(args.dataset):
+            wrong.append(f"--dataset {args.dataset}: there is no such file")
+    if folder:
+        args.image_size = args.image_size or 32
+    elif args.image_size:
+        wrong.append(f"--image-size {args.image_size}: only a folder of images is resized, not {args.dataset}")
+    return wrong
+
+
+def noise_problems(args: argparse.Namespace) -> list[str]:
+    """What does not go together in the choice of the noise."""
+    wrong, kind, needs = [], args.noise_type, NOISES[args.noise_type].needs
+    if "file" in needs and args.noise is not None:
+        wrong.append(f"--noise {args.noise}: --noise-type {kind} has the rate of its file; leave --noise out")
+    for option, value, wanted in (
+        ("--noise-file", args.noise_file, "file" in needs),
+        ("--noise-matrix", args.noise_matrix, "matrix" in needs),
+    ):
+        if wanted and value is None:
+            wrong.append(f"--noise-type {kind}: needs {option} FILE")
+        if value is not None and not wanted:
+            wrong.append(f"{option} {value}: --noise-type {kind} takes none")
+    if args.noise_labels is not None and "file" not in needs:
+        wrong.append(f"--noise-labels {args.noise_labels}: --noise-type {kind} takes none")
+    if "label set" in needs and args.noise_labels is None:
+        names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
+        wrong.append(f"--noise-type {kind}: needs --noise-labels, for CIFAR-10N one of {names}")
+    return wrong
+
+
+def model_problems(args: argparse.Namespace) -> list[str]:
+    """What the model does not have."""
+    wrong = []
+    if not MODELS[args.model].adjustable:
+        adjustable = " and ".join(name for name, model in MODELS.items() if model.adjustable)
+        if args.width != 64:
+            wrong.append(f"--width {args.width}: only {adjustable} has a width, not {args.model}")
+        if args.norm != "bn":
+            wrong.append(f"--norm {args.norm}: only {adjustable} has it, not {args.model}")
+    elif args.norm == "gn" and args.width % GROUP:
+        wrong.append(f"--width {args.width}: --norm gn needs a multiple of {GROUP}")
+    return wrong
