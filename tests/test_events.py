@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from study import events, results
+from study import events, runfolders
 
 
 def record(data: bytes) -> bytes:
@@ -144,7 +144,7 @@ def test_what_is_no_file_is_left_out_by_name(tmp_path, capsys):
     (tmp_path / "events.out.tfevents.2").mkdir()
     os.mkfifo(tmp_path / "events.out.tfevents.3")
     write(tmp_path, scalar(0))
-    assert results.read_events(tmp_path).keys() == {"val/acc"}
+    assert runfolders.read_events(tmp_path).keys() == {"val/acc"}
     err = capsys.readouterr().err
     assert err.count("not a regular file") == err.count("\n") == 2 and "tfevents.3" in err
 
@@ -156,5 +156,5 @@ def test_text_and_pictures_are_passed_over(tmp_path, capsys):
     writer.add_scalar("loss", 2.0, 3)
     writer.add_scalar("loss", 1.0, 4, new_style=True)
     writer.close()
-    assert {t: [v.tolist() for v in s] for t, s in results.read_events(tmp_path).items()} == {"loss": [[3, 4], [2, 1]]}
+    assert {t: [v.tolist() for v in s] for t, s in runfolders.read_events(tmp_path).items()} == {"loss": [[3, 4], [2, 1]]}
     assert capsys.readouterr().err == ""

@@ -121,7 +121,7 @@ def test_a_report_on_runs_of_odd_names(odd_runs, tmp_path, capfd):
     assert texts(page, "td").count("bad <class> 'a|b' # x") == 2 == texts(made, "td").count("bad <class> 'a|b' # x")
     for figure in tmp_path.glob("*.svg"):
         ET.parse(figure)
-    assert {r.name for r in results.load([str(tmp_path / "all.npz")])} == {os.fsdecode(name) for name in NAMES}
+    assert {r.name for r in results.load_runs([str(tmp_path / "all.npz")])} == {os.fsdecode(name) for name in NAMES}
     assert oct((tmp_path / "report.md").stat().st_mode & 0o777) == oct(0o666 & ~umask())
 
 
