@@ -113,13 +113,13 @@ def look_of(args, reference: list[Run]) -> Look:
 
 
 def print_verdicts(judged: Judged) -> None:
-    """A line for each finding that these runs can speak about."""
+    """A line for each finding whose statistic these runs give; the other findings by name."""
     for setting, result in judged:
         if has_statistic(result):
             print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
-    silent = dict.fromkeys(result.finding.id for _, result in judged if not has_statistic(result))
-    if silent:
-        print(f"these runs cannot judge: {', '.join(silent)}")
+    unjudged = dict.fromkeys(result.finding.id for _, result in judged if not has_statistic(result))
+    if unjudged:
+        print(f"these runs cannot judge: {', '.join(unjudged)}")
 
 
 def make_report(args) -> int:

@@ -144,12 +144,11 @@ def parser() -> options.Parser:
     return p
 
 
-def run_sweep(args, extra: list[str]) -> int:
-    """Do what was asked for; returns the exit status. Raises `InputError`."""
-    for word in extra:
-        if word.split("=")[0] in ("--name", "--resume"):
-            raise InputError(f"{word}: the sweep names and resumes its runs itself")
-    runs = Path(args.runs)
+def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str, list[dict]]]:
+    """Every job once, under the name that its run has in RUNS, and {name: options} of finished runs in files (`--done`).
+
+    Raises `InputError`.
+    """
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
@@ -164,7 +163,16 @@ def run_sweep(args, extra: list[str]) -> int:
     for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
         done.setdefault(r.name, []).append(r.options)
     find_earlier(jobs, sweeps, runs, done)
-    jobs = list({job.name: job for job in jobs}.values())
+    return list({job.name: job for job in jobs}.values()), done
+
+
+def run_sweep(args, extra: list[str]) -> int:
+    """Do what was asked for; returns the exit status. Raises `InputError`."""
+    for word in extra:
+        if word.split("=")[0] in ("--name", "--resume"):
+            raise InputError(f"{word}: the sweep names and resumes its runs itself")
+    runs = Path(args.runs)
+    jobs, done = named_jobs(args, extra, runs)
     if args.status:
         print_status(jobs, runs, done)
         return 0
@@ -209,7 +217,7 @@ def run_sweep(args, extra: list[str]) -> int:
     else:
         slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
         ended, interrupted = run_here(queue, runs, slots, threads, done, skipped, again)
-    # a run that was never started is looked at again: another process may have it
+    # a run that was never started may have been run by another process
     statuses = [
         ended.get(job.name) or (run_state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs
     ]

@@ -66,7 +66,7 @@ def fit_to_nodes(where: Request, nodes: list[tuple[float, float]]) -> tuple[int,
 def run_task(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple[int, int, str]:
     """On the worker; uses the standard library alone, since only the function travels.
 
-    Returns the run's exit status, the byte of the log at which its words begin, and why it was not started if it was not.
+    Returns the run's exit status, the byte of the log at which its output begins, and why it was not started if it was not.
     """
     import ctypes
     import json
@@ -164,7 +164,7 @@ def run_on_ray(
         if nothing_to_start(status, job, again):
             finish(job, status, detail)
         elif status == "running":
-            again.discard(job.name)  # somebody else repeats it
+            again.discard(job.name)  # another process repeats it
             elsewhere.append(job)
         else:
             log, folder = runs / LOGS / f"{job.name}.log", runs / job.name
@@ -178,7 +178,7 @@ def run_on_ray(
         job, log = pending.pop(ref)
         try:
             code, begin, lost = ray.get(ref)
-        except Exception as e:  # the machine is lost once too often, or the task cancelled before it began
+        except Exception as e:  # the machine was lost too often, or the task cancelled before its start
             code, begin, lost = 1, 0, type(e).__name__
         status, detail = run_state(runs, job, done)
         if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
@@ -195,8 +195,8 @@ def run_on_ray(
             while pending or ((queue or elsewhere) and not stop.asked):
                 if stop.asked > cancelled:
                     for ref in pending:
-                        # an interrupt in the task, which passes it on, and then the end of it and of the run; tasks
-                        # that wait never start
+                        # first an interrupt, which the task passes on to its run, then the end of both; waiting
+                        # tasks never start
                         ray.cancel(ref, force=cancelled > 0)
                     cancelled = stop.asked
                 while queue and not stop.asked and len(pending) < (where.jobs or len(pending) + 1):
@@ -209,7 +209,7 @@ def run_on_ray(
                     time.sleep(5 * POLL)
                 if elsewhere and not queue:
                     queue, elsewhere[:] = list(elsewhere), []
-        except BaseException:  # a full disk, say: no run goes on unseen
+        except BaseException:  # such as a full disk: no run is left behind
             for ref in pending:
                 ray.cancel(ref)
             if pending:

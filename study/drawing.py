@@ -102,7 +102,7 @@ class Look:
 
     x: str = "steps"
     log_x: bool | None = None
-    bands_text: str = "seeds"
+    bands: str = "seeds"
     reference: list[Run] = field(default_factory=list)
 
 

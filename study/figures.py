@@ -1,6 +1,6 @@
-"""Figures 3 to 17 of the report, and the new ones, from runs read by results.py.
+"""Figures 3 to 17 of the report, and the new ones.
 
-Panels are noise levels, side by side. `drawing.py` says what colours, markers, lines and bands mean.
+Panels are noise levels, side by side. `drawing.py` documents what colours, markers, lines and bands mean.
 """
 
 import itertools

@@ -130,8 +130,8 @@ def best_shift(values: Values) -> float:
     return statistics.fmean(clean - noisy for clean, noisy in best_log2_pairs(values))
 
 
-def best_at_an_end(values: Values) -> str | None:
-    """Which tested batch size is the best only because none beyond it was tested: a shift is a bound then, no estimate."""
+def best_at_range_end(values: Values) -> str | None:
+    """A warning where the best batch size is the smallest or largest tested one: the shift is a bound then, no estimate."""
     sizes = {math.log2(c.B): c.B for c in values}
     ends = {min(sizes): "below", max(sizes): "above"}
     try:
@@ -168,9 +168,10 @@ def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and how it is tested. `needs`: the value of a run; `speaks_of`: which cells; `direction` of the claim;
+    """A claim and how it is tested. `needs`: the run's value it is computed from; `covers`: the cells it is about; `direction` of
+    the claim;
     `margin`: a key of `MARGINS`; `null`: whether the claim needs A/A runs, which must give 0; `limit`: what one seed's
-    cells leave open, in words, if they do."""
+    cells leave open, in words, if anything."""
 
     id: str
     title: str
@@ -180,7 +181,7 @@ class Finding:
     contrast: Callable[[Values], float]
     direction: int
     margin: str
-    speaks_of: Callable[[Cell], bool]
+    covers: Callable[[Cell], bool]
     null: bool = False
     limit: Callable[[Values], str | None] | None = None
 
@@ -200,7 +201,7 @@ FINDINGS = (
             "slope of probe/memorized at the end on log2 B", "memorized", slope_on_log2, +1, "acc", scheduled_noisy),
     Finding("3", "The best batch size shrinks with noise", "the optimal batch size can reduce with more label noise (section 1)",
             "best log2 B without noise minus best log2 B at the highest noise", "val_acc", best_shift, +1, "log2b",
-            lambda c: c.sched in SCHEDULED, limit=best_at_an_end),
+            lambda c: c.sched in SCHEDULED, limit=best_at_range_end),
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
             "accuracy of the smaller minus the larger batch at equal lr/B, one-cycle with noise minus constant without",
             "val_acc", ratio_gap(False), +1, "acc",
@@ -217,7 +218,7 @@ FINDINGS = (
 
 @dataclass
 class Result:
-    """A finding's verdict with everything it rests on."""
+    """A finding's verdict, with the intervals and the missing runs that led to it."""
 
     finding: Finding
     verdict: str
@@ -291,7 +292,7 @@ def spread_of(finding: Finding, table: dict[Cell, list[float]]) -> float:
 def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS) -> Result:
     """The verdict on a finding from all rows of one setting, under every budget that has runs."""
     margin = margins[finding.margin]
-    real = [r for r in rows if not r.fake and finding.speaks_of(r.cell)]
+    real = [r for r in rows if not r.fake and finding.covers(r.cell)]
     cells = {r.cell for r in real if r.budget in ("steps", "epochs", "any")}
     result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin)
     tables = {}

@@ -18,7 +18,7 @@ FOLDED = 5  # a list of more unfinished runs than these is folded
 
 
 def write_state(page: Page, runs: list[Run]) -> None:
-    """Which runs there are, and what they were made with."""
+    """How many runs there are, and on which versions and devices they were made."""
     finished = sum(r.finished for r in runs)
     text = f"{len(runs)} runs, {finished} finished."
     made = {(r.versions.get("torch"), r.resolved.get("device"), r.options.get("precision")) for r in runs if r.versions}
@@ -28,7 +28,7 @@ def write_state(page: Page, runs: list[Run]) -> None:
 
 
 def write_unfinished(page: Page, runs: list[Run]) -> None:
-    """What is wrong with the runs that did not finish; a long list is folded."""
+    """State and reason of the runs that did not finish; a long list is folded."""
     rest = [r for r in runs if not r.finished]
     rows = [
         [
@@ -116,7 +116,7 @@ def schedule_text(runs: list[Run]) -> str:
 
 
 def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
-    """A table without the columns that no row has anything in."""
+    """A table without its empty columns."""
     kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 

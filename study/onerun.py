@@ -1,6 +1,6 @@
-"""The report on a single run: one picture, and tables of what it reached.
+"""The report on a single run: one picture, and tables of its final values and options.
 
-The picture is what a first run is looked at for: cosines beside their nulls, and accuracy on the noisy examples.
+The picture shows what most first runs are made for: cosines beside their nulls, and accuracy on the noisy examples.
 """
 
 import math
@@ -58,7 +58,7 @@ WORDS = {
 
 
 def label_of(tag: str) -> str:
-    """A series in a legend. A null says of which kind it is: random masks, or the closed form."""
+    """A series' label in a legend. A null says of which kind it is: random masks, or the closed form."""
     if tag.startswith("null/"):
         kind = "random masks" if "permuted_" in tag else "closed form"
         return f"its null ({kind})"
@@ -82,7 +82,7 @@ def with_paired_nulls(run: Run) -> tuple[Run, dict[str, float]]:
 
 
 def panels_of(run: Run) -> dict[str, list[tuple]]:
-    """Panels {title: [(tag, colour, marker, line style), ...]}, those that a first look is for first."""
+    """Panels {title: [(tag, colour, marker, line style), ...]}, the most important first."""
     cosines = []
     for pair, color, marker in zip(PAIRS, (VERMILION, BLUE), "so", strict=True):
         cosines += [(f"grad/{pair}", color, marker, "-"), (null_tag(run, pair), color, marker, "--")]
@@ -164,7 +164,7 @@ def caption_parts(figure: Figure, run: Run, here: dict, alphas: dict, look: Look
 
 
 def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png", "svg")) -> None:
-    """The report on a single run: its picture first, then what it reached and the options it was made with."""
+    """The report on a single run: its picture, then its final values and options."""
     page.heading(1, run.name)
     if save_styled(run_figure, run, look, stem=page.out / "run", formats=formats):
         page.figure("run", run.name)

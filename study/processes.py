@@ -22,7 +22,7 @@ from study.grids import Job
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 POLL = 0.2  # seconds between looks at the running processes
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
-LAST_WORDS = 65536  # bytes of a log that are read for a reason
+LOG_TAIL = 65536  # bytes of a log that are read for a reason
 STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 
@@ -52,12 +52,12 @@ def read_or_empty(reader, path: Path) -> dict:
 
 
 def options_of(folder: Path) -> dict:
-    """A run's options as its folder has them, {} if it does not tell. Raises `InputError` as `read` does."""
+    """A run's options as in its folder, {} where config.json is absent or damaged. Raises `InputError` as `read_or_empty` does."""
     return read_or_empty(schema.read_config, folder / "config.json").get("options", {})
 
 
 def threads_of(folder: Path) -> int | None:
-    """The CPU threads that a run was started with, None if its folder does not tell."""
+    """The CPU threads that a run was started with, None if its folder does not hold them."""
     try:
         return options_of(folder).get("threads")
     except InputError:
@@ -65,13 +65,13 @@ def threads_of(folder: Path) -> int | None:
 
 
 def run_state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
-    """(one of `STATES`, what there is to say about it) of a run, from its folder alone, or from files of results.
+    """(one of `STATES`, a detail for the user, maybe empty) of a run, from its folder alone, or from files of results.
 
     `done`: name and options of the finished runs in such files. "other": the folder is that of another run. A folder
     whose files have a wrong field is that of a failed run, for it cannot be resumed.
     """
     folder, wanted = runs / job.name, vars(job.args)
-    if wanted["precision"] == "auto":  # what it became is the hardware's choice
+    if wanted["precision"] == "auto":  # the run's folder holds what the hardware resolved it to
         wanted = {key: value for key, value in wanted.items() if key != "precision"}
     listed = any(not options.differences(opts, wanted) for opts in done.get(job.name, []))
     if folder.is_dir():
@@ -124,13 +124,13 @@ def failure_reason(log: Path, code: int, start: int) -> str:
     """
     try:
         with open(log, "rb") as f:
-            f.seek(max(start, f.seek(0, os.SEEK_END) - LAST_WORDS))
+            f.seek(max(start, f.seek(0, os.SEEK_END) - LOG_TAIL))
             lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines()]
     except OSError:
         lines = []
     last_line = [line[:300] for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
     if code < 0:
-        return "; last words: ".join([f"killed by signal {-code}", *last_line])
+        return "; last line: ".join([f"killed by signal {-code}", *last_line])
     return last_line[0] if last_line else f"exit status {code}"
 
 
@@ -257,13 +257,13 @@ def run_here(
                     del active[process]
                     free.append(slot)
                     status, detail = run_state(runs, job, done)
-                    # a signal that comes before the run listens for it ends it without a word, and that is no failure
+                    # a signal that arrives before the run has its handlers ends it without output: no failure
                     if status == "failed" or (
                         status in ("waiting", "stopped") and code not in (0, 3) and not stop.asked
                     ):
                         status, detail = "failed", detail if status == "failed" else failure_reason(log, code, begin)
                         note_failure(runs, job.name, detail)
-                    if status == "running":  # somebody else was faster
+                    if status == "running":  # another process has taken it
                         elsewhere.append(job)
                     else:
                         finish(job, status, detail)
@@ -286,14 +286,14 @@ def run_here(
                     if nothing_to_start(status, job, again):
                         finish(job, status, detail)
                     elif status == "running":
-                        again.discard(job.name)  # somebody else repeats it
+                        again.discard(job.name)  # another process repeats it
                         elsewhere.append(job)
                     else:
                         start(job)
                 if not active and not queue and not elsewhere:
                     break
                 time.sleep(POLL)
-        except BaseException:  # a full disk, say: no run goes on unseen
+        except BaseException:  # such as a full disk: no run is left behind
             asked = stop.asked
             for process in active:
                 process.terminate()

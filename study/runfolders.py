@@ -16,7 +16,7 @@ from engine import options, schema
 from study.events import scalars
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
-# What one run is not told apart by from another of the same setting: the cell, the seed, and where and how it ran.
+# Options in which runs of one setting may differ: axes of the grid, seeds, where and how a run was made and measured.
 AXES = ("noise", "bs", "lr", "momentum", "wd", "sched", "sched_steps", "sched_epochs", "sched_examples", "fake_mask")
 SEEDS = ("seed", "noise_seed", "split_seed")
 NOT_SETTING = {

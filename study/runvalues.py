@@ -18,6 +18,7 @@ def schedule_shares(run: Run) -> tuple[float, float] | None:
 
 
 def last_value(run: Run, tag: str) -> float | None:
+    """The last value of a series; None where the run has none."""
     return float(run.series[tag][1][-1]) if tag in run.series and len(run.series[tag][1]) else None
 
 
@@ -33,13 +34,13 @@ def mean_at_common_steps(run: Run, a: str, b: str, how, start: int = 0) -> float
 
 def null_tag(run: Run, pair: str) -> str:
     """The series that a raw cosine, `cos_clean_noisy` or `cos_clean_all`, is to be set beside: that of random masks, which
-    are exchangeable with the real one where there is no effect; without it the closed form, a ratio of means."""
+    are exchangeable with the real one where there is no effect; else that of the closed form, a ratio of means."""
     masks = f"null/permuted_{pair}"
     return masks if masks in run.series else f"null/{pair}"
 
 
 def finding_values(run: Run) -> dict[str, float]:
-    """What the findings need of a run, without what it lacks."""
+    """{name: value} of what the findings need of a run, without what it did not measure."""
     corrected = run.series.get("corrected/cos_clean_noisy")
     measured = {
         "val_acc": last_value(run, "val/acc"),

@@ -46,6 +46,7 @@ def group_settings(runs: list[Run]) -> list[Setting]:
 
 
 def group_by(runs: list[Run], key) -> dict:
+    """{key(run): runs}, in order of first use."""
     groups: dict = {}
     for run in runs:
         groups.setdefault(key(run), []).append(run)

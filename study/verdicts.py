@@ -1,4 +1,4 @@
-"""The findings' part of a report: what these runs say about each claim, and by which rules.
+"""The findings' part of a report: what follows from these runs for each claim, and by which rules.
 
 A finding whose statistic these runs do not give, because something it needs was not measured or has not run, has a line in a
 folded table and nothing else.
@@ -24,7 +24,7 @@ def interval_text(i: findings.Interval | None) -> str:
 
 
 def judge(settings: list[Setting], margins: dict[str, float], tuned: bool) -> Judged:
-    """(setting, result) of every finding: in each setting that has something to say on it, or in the largest one."""
+    """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one."""
     judged = []
     for finding in findings.FINDINGS:
         by_ratio = finding.id.startswith("4")
@@ -47,27 +47,27 @@ def has_statistic(result: findings.Result) -> bool:
 
 def write_findings(page: Page, judged: Judged) -> None:
     """Verdicts with their intervals; what is missing and what cannot be judged is folded."""
-    speaking = [(setting, r) for setting, r in judged if has_statistic(r)]
-    if speaking:
+    judged_here = [(setting, r) for setting, r in judged if has_statistic(r)]
+    if judged_here:
         header = ["finding", "setting", "verdict", *findings.BUDGETS.values(), "margin"]
         rows = []
-        for setting, r in speaking:
+        for setting, r in judged_here:
             intervals = [interval_text(r.intervals[b]) for b in findings.BUDGETS]
             title = f"{r.finding.id}. {r.finding.title}"
             rows.append([title, setting, f"**{r.verdict}**", *intervals, f"{r.margin:g}"])
         page.table(header, rows)
-        page.bullets([explanation(setting, r) for setting, r in speaking])
-    lists = [[f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in speaking if len(r.missing) > NAMED]
+        page.bullets([explanation(setting, r) for setting, r in judged_here])
+    lists = [[f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in judged_here if len(r.missing) > NAMED]
     if lists:
         with page.folded(f"Missing runs of {len(lists)} finding{'s' * (len(lists) > 1)}"):
             page.table(["finding", "missing"], lists)
-    silent = [(setting, r) for setting, r in judged if not has_statistic(r)]
-    if silent:
-        ids = ", ".join(dict.fromkeys(r.finding.id for _, r in silent))
-        with page.folded(f"{len(silent)} finding{'s' * (len(silent) > 1)} these runs cannot judge: {ids}"):
+    unjudged = [(setting, r) for setting, r in judged if not has_statistic(r)]
+    if unjudged:
+        ids = ", ".join(dict.fromkeys(r.finding.id for _, r in unjudged))
+        with page.folded(f"{len(unjudged)} finding{'s' * (len(unjudged) > 1)} these runs cannot judge: {ids}"):
             rows = [
                 [f"{r.finding.id}. {r.finding.title}", setting, f"**{r.verdict}**", "; ".join(r.missing)]
-                for setting, r in silent
+                for setting, r in unjudged
             ]
             page.table(["finding", "setting", "verdict", "missing"], rows)
 

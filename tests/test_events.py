@@ -43,8 +43,8 @@ def test_crc32c_of_published_examples():
         b"": 0,
     }
     blob, ends = b"".join(examples), np.cumsum([len(e) for e in examples])
-    found = events.crc32c(blob, ends - [len(e) for e in examples], ends)
-    assert found.tolist() == list(examples.values())
+    sums = events.crc32c(blob, ends - [len(e) for e in examples], ends)
+    assert sums.tolist() == list(examples.values())
 
 
 def test_crc32c_of_any_length_and_place_is_that_of_tensorboard(monkeypatch):
@@ -53,8 +53,8 @@ def test_crc32c_of_any_length_and_place_is_that_of_tensorboard(monkeypatch):
     blob = rng.integers(0, 256, 20_000, np.uint8).tobytes()
     begins = rng.integers(0, 10_000, 150)
     lengths = np.r_[np.arange(140), rng.integers(140, 10_000, 10)]
-    found = events.masked(events.crc32c(blob, begins, begins + lengths))
-    assert found.tolist() == [masked_crc32c(blob[b : b + n]) for b, n in zip(begins, lengths, strict=True)]
+    sums = events.masked(events.crc32c(blob, begins, begins + lengths))
+    assert sums.tolist() == [masked_crc32c(blob[b : b + n]) for b, n in zip(begins, lengths, strict=True)]
 
 
 def test_every_damaged_byte_is_noticed_and_named(tmp_path, capsys):

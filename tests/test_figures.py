@@ -212,11 +212,11 @@ def test_no_two_batch_sizes_and_rates_share_a_colour():
     sizes, rates = (16, 32, 64, 128, 256, 512, 1024), (0.05, 0.1, 0.2)
     runs = [made(f"{B}-{lr}", accuracy(0.1, 0.5), bs=B, lr=lr) for B in sizes for lr in rates]
     figure = figures.curves("t", "y", runs, "val/acc", Look(), True, by_lr=True)
-    found = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
-    assert len(found) == len({to_hex(c) for c in found.values()}) == len(sizes) * len(rates)
-    brightness = [sum(found[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
+    colours = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
+    assert len(colours) == len({to_hex(c) for c in colours.values()}) == len(sizes) * len(rates)
+    brightness = [sum(colours[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
     assert brightness == sorted(brightness, reverse=True)  # dark for the larger rate, as the report has it
-    assert found["B/lr = 640\n(B 64, lr 0.1)"] == pytest.approx(figures.colour(64))
+    assert colours["B/lr = 640\n(B 64, lr 0.1)"] == pytest.approx(figures.colour(64))
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1  # the legend fits

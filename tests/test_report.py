@@ -271,14 +271,14 @@ def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"
     assert report.main([str(curves), "--out", str(out), "--format", "png", "--reference", str(curves)]) == 0
-    said = (out / "report.md").read_text()
-    rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
+    page_text = (out / "report.md").read_text()
+    rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", page_text, re.M)
     assert len(rows) == 17 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
     assert {"figure-04.png", "figure-07.png", "figure-10.png", "figure-13.png"} <= {p.name for p in out.iterdir()}
     verdicts = capsys.readouterr().out
     assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")
-    assert "7 findings these runs cannot judge" in said and "these runs cannot judge: 1a raw" in verdicts
-    assert "0.6958" in said  # figure 4, batch 16, no noise: the last value
+    assert "7 findings these runs cannot judge" in page_text and "these runs cannot judge: 1a raw" in verdicts
+    assert "0.6958" in page_text  # figure 4, batch 16, no noise: the last value
 
 
 # ------------------------------------------------------------------------------------------------ figures and verdicts
@@ -306,14 +306,14 @@ def made(planted, tmp_path_factory) -> Path:
 
 
 def test_a_report_from_planted_runs(made):
-    said = (made / "report.md").read_text()
-    rows = dict(re.findall(r"^\| (\w+(?: raw| corrected)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", said, re.M))
+    page_text = (made / "report.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+(?: raw| corrected)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", page_text, re.M))
     assert rows["1a raw"] == rows["1a corrected"] == rows["1b"] == "supported"
     assert rows["2"] == "confounded"  # planted under the step budget only
     assert rows["4"] == rows["5c"] == "not resolved"
-    assert "train/loss is nan at step 3" in said
-    assert "no finished run that the claim speaks of" in said
-    assert "excludes 0 in the claimed direction" in said  # the rule beside the verdict
+    assert "train/loss is nan at step 3" in page_text
+    assert "no finished run that the claim speaks of" in page_text
+    assert "excludes 0 in the claimed direction" in page_text  # the rule beside the verdict
 
 
 def test_a_page_begins_with_the_cells(made):
@@ -357,7 +357,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for B in (16, 64):
         plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
-    said = (tmp_path / "out" / "report.md").read_text()
+    page_text = (tmp_path / "out" / "report.md").read_text()
     for tag in (
         "grad/cos_clean_all",
         "train/acc_noisy",
@@ -365,21 +365,21 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
         "probe/memorized",
         "corrected/cos_clean_noisy",
     ):
-        assert re.search(rf"^- .*no run.* has {tag}", said, re.M), tag
-    assert "its run has no probe/memorized" in said
-    assert set(re.findall(r"\*\*([a-z ]+)\*\*", said)) & {"supported", "not supported", "confounded"} == set()
+        assert re.search(rf"^- .*no run.* has {tag}", page_text, re.M), tag
+    assert "its run has no probe/memorized" in page_text
+    assert set(re.findall(r"\*\*([a-z ]+)\*\*", page_text)) & {"supported", "not supported", "confounded"} == set()
 
 
 def test_a_single_run_gives_one_page(planted, tmp_path):
     folder = Path(shutil.copytree(sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0], tmp_path / "bs16"))
     assert report.main([str(folder), "--format", "svg,pdf"]) == 0  # in the run's own folder, where none is given
-    said = (folder / "report" / "report.md").read_text()
+    page_text = (folder / "report" / "report.md").read_text()
     assert {p.name for p in (folder / "report").iterdir()} == {"report.md", "report.html", "run.svg", "run.pdf"}
     ET.parse(folder / "report" / "run.svg")
     assert "data:image/svg+xml;base64," in (folder / "report" / "report.html").read_text()
     assert [r.name for r in results.load_runs([str(tmp_path)])] == ["bs16"]  # the report is no run
-    assert said.startswith(f"# {folder.name}") and "| finished |" in said and said.index("run.svg") < said.index("| finished |")
-    number = float(re.search(r"minus its null \| (\S+) \|", said)[1])
+    assert page_text.startswith(f"# {folder.name}") and "| finished |" in page_text and page_text.index("run.svg") < page_text.index("| finished |")
+    number = float(re.search(r"minus its null \| (\S+) \|", page_text)[1])
     assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
 
 
@@ -445,9 +445,9 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
                 )
                 plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
-    said = (tmp_path / "out" / "report.md").read_text()
+    page_text = (tmp_path / "out" / "report.md").read_text()
     assert (
-        "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
+        "## Findings at each cell's best learning rate" in page_text and (tmp_path / "out" / "figure-06-tuned.png").exists()
     )
     (setting,) = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path / "runs")])))
     assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}

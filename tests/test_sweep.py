@@ -87,7 +87,7 @@ def test_seeds_set_initialization_and_noise():
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "message"),
     [
         ("bs=16,x", "--bs: 'x' is not a whole number"),
         ("what=1", "'what' is not an option"),
@@ -101,15 +101,15 @@ def test_seeds_set_initialization_and_noise():
         ("data_dir=a,b", "give --data-dir for all runs"),
     ],
 )
-def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path):
+def test_a_bad_grid_is_one_line_and_status_2(grid, message, fake, capsys, tmp_path):
     assert fake("--grid", grid) == 2
     err = capsys.readouterr().err
-    assert err.startswith("sweep.py: error: --grid") and said in err and err.count("\n") == 1
+    assert err.startswith("sweep.py: error: --grid") and message in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--preset", "report", "--part", "9"], "--part 9"),
         (["--grid", "bs=16", "--with-1024"], "--with-1024"),
@@ -122,10 +122,10 @@ def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path)
         (["--seeds", "1"], "--preset"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
+def test_bad_options_are_one_line_and_status_2(argv, message, fake, capsys):
     assert fake(*argv) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("below", ["file/below", "file/below/that", "folder"])
@@ -296,7 +296,7 @@ def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
     assert fake("--grid", "lr=9 epochs=1") == 1  # remembered, though there is no folder
     assert "failed before: train.py: error: --lr 9" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1") == 1
-    assert "wd9.0_epochs1: failed: killed by signal 9; last words: step 1 is done" in capsys.readouterr().err
+    assert "wd9.0_epochs1: failed: killed by signal 9; last line: step 1 is done" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1", "--status") == 0
     assert "stopped   killed" in capsys.readouterr().out
 
@@ -307,7 +307,7 @@ def test_a_reason_is_of_this_attempt(tmp_path):
     begin = log.stat().st_size
     assert processes.failure_reason(log, -9, begin) == "killed by signal 9" and processes.failure_reason(log, 1, begin) == "exit status 1"
     with open(log, "a") as f:
-        f.write("x" * 2 * processes.LAST_WORDS + "\ntoo few examples\r 3/9 [2.1step/s]\n")
+        f.write("x" * 2 * processes.LOG_TAIL + "\ntoo few examples\r 3/9 [2.1step/s]\n")
     assert processes.failure_reason(log, 2, begin) == "too few examples"
 
 

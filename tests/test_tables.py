@@ -18,12 +18,12 @@ PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0
 
 def made(name: str, source: str = "here", **opts) -> Run:
     rng = np.random.default_rng(len(name) + opts.get("bs", 0))
-    found = {
+    series = {
         "val/acc": (np.array([0, 50, 100]), rng.random(3)),
         "grad/cos_clean_noisy": (np.arange(0, 100, 10), rng.normal(size=10) * 1e-7),
     }
-    summary = {"status": "finished", "val_acc": float(found["val/acc"][1][-1]), "reason": None, "parts": {"a": 1}}
-    return Run(name, PLAIN | opts, {"classes": ["a, b", 'c "d"']}, summary, found, source, {"torch": "2.8"})
+    summary = {"status": "finished", "val_acc": float(series["val/acc"][1][-1]), "reason": None, "parts": {"a": 1}}
+    return Run(name, PLAIN | opts, {"classes": ["a, b", 'c "d"']}, summary, series, source, {"torch": "2.8"})
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -33,17 +33,17 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_every_value_reads_back(tmp_path):
     runs = [made("a", bs=16), made("b", bs=64, noise=0.5), made("a", "elsewhere", bs=32)]
-    said = tables.write_tables(iter(runs), tmp_path / "all.csv")
-    assert "3 runs" in said and "39 values" in said
-    found: dict = {}
+    summary_line = tables.write_tables(iter(runs), tmp_path / "all.csv")
+    assert "3 runs" in summary_line and "39 values" in summary_line
+    read_back: dict = {}
     for row in read(tmp_path / "all.csv"):
-        found.setdefault((row["run"], row["tag"]), []).append((int(row["step"]), float(row["value"])))
+        read_back.setdefault((row["run"], row["tag"]), []).append((int(row["step"]), float(row["value"])))
     want = {
         (name, tag): list(zip(steps.tolist(), values.tolist(), strict=True))
         for name, run in zip(("a", "b", "a (2)"), runs, strict=True)
         for tag, (steps, values) in run.series.items()
     }
-    assert found == want  # every bit of every float
+    assert read_back == want  # every bit of every float
     rows = read(tmp_path / "all-runs.csv")
     assert [(r["run"], r["source"], r["bs"], r["noise"]) for r in rows] == [
         ("a", "here", "16", "0.0"), ("b", "here", "64", "0.5"), ("a (2)", "elsewhere", "32", "0.0")]  # fmt: skip
