@@ -53,7 +53,10 @@ def main(out: str, named: list[str]) -> None:
     )
     print(" fresh/index | isotropy (isotropic) |\n" + "|---" * (len(tags) + 6) + "|")
     for name, run in runs.items():
-        cells = [f"{runvalues.last_value(run, 'noise/realised'):.4f}", *(f"{runvalues.last_value(run, tag):.3f}" for tag in tags)]
+        cells = [
+            f"{runvalues.last_value(run, 'noise/realised'):.4f}",
+            *(f"{runvalues.last_value(run, tag):.3f}" for tag in tags),
+        ]
         for c in cosines:
             null = f"null/{c}"
             cells.append(", ".join((mean(run, f"grad/{c}", null), mean(run, null), mean(run, f"null/permuted_{c}"))))

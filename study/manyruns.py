@@ -68,7 +68,9 @@ def write_cells(page: Page, setting: Setting) -> None:
         for tag in ("val/acc", "test/acc", "grad/cos_clean_all", "train/acc_noisy", "probe/memorized"):
             values = [
                 v
-                for v in (last_value(r, tag) if tag.startswith(("test", "probe")) else final_value(r, tag) for r in same)
+                for v in (
+                    last_value(r, tag) if tag.startswith(("test", "probe")) else final_value(r, tag) for r in same
+                )
                 if v is not None
             ]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""

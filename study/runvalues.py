@@ -11,7 +11,9 @@ def schedule_shares(run: Run) -> tuple[float, float] | None:
     """(fraction of the schedule that the run sees, share of the run that stands at the schedule's last value); None for a
     constant rate, or where it is not known."""
     seen = run.resolved.get("schedule")
-    if seen is None and {"sched_steps", "total_steps", "steps_per_epoch"} <= run.resolved.keys():  # a run of an older version
+    if (
+        seen is None and {"sched_steps", "total_steps", "steps_per_epoch"} <= run.resolved.keys()
+    ):  # a run of an older version
         lengths = (run.resolved[name] for name in ("sched_steps", "total_steps", "steps_per_epoch"))
         seen = schedules.span(run.options["sched"], *lengths)
     return (seen["fraction_seen"], seen["share_at_end"]) if seen and "fraction_seen" in seen else None
@@ -46,7 +48,9 @@ def finding_values(run: Run) -> dict[str, float]:
         "val_acc": last_value(run, "val/acc"),
         "test_acc": last_value(run, "test/acc"),
         "memorized": last_value(run, "probe/memorized"),
-        "cos_minus_null": mean_at_common_steps(run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract),
+        "cos_minus_null": mean_at_common_steps(
+            run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract
+        ),
         "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
         # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
         "participation_minus_1": mean_at_common_steps(

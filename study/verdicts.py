@@ -57,7 +57,9 @@ def write_findings(page: Page, judged: Judged) -> None:
             rows.append([title, setting, f"**{r.verdict}**", *intervals, f"{r.margin:g}"])
         page.table(header, rows)
         page.bullets([explanation(setting, r) for setting, r in judged_here])
-    lists = [[f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in judged_here if len(r.missing) > NAMED]
+    lists = [
+        [f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in judged_here if len(r.missing) > NAMED
+    ]
     if lists:
         with page.folded(f"Missing runs of {len(lists)} finding{'s' * (len(lists) > 1)}"):
             page.table(["finding", "missing"], lists)

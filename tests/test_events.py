@@ -156,5 +156,7 @@ def test_text_and_pictures_are_passed_over(tmp_path, capsys):
     writer.add_scalar("loss", 2.0, 3)
     writer.add_scalar("loss", 1.0, 4, new_style=True)
     writer.close()
-    assert {t: [v.tolist() for v in s] for t, s in runfolders.read_events(tmp_path).items()} == {"loss": [[3, 4], [2, 1]]}
+    assert {t: [v.tolist() for v in s] for t, s in runfolders.read_events(tmp_path).items()} == {
+        "loss": [[3, 4], [2, 1]]
+    }
     assert capsys.readouterr().err == ""

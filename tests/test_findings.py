@@ -227,7 +227,9 @@ def test_the_ratio_study_pairs_equal_ratios():
     assert findings.ratio_gap(False)(values) == pytest.approx(0.16 - 0.01)
     assert findings.ratio_gap(True)(values) == pytest.approx(0.15)
     assert findings.lr_batch_ratio(Cell("constant", 0, 100, 0.1, 0.9), True) == pytest.approx(0.01)
-    assert findings.lr_batch_ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(0.01)  # momentum 0.85 at the top
+    assert findings.lr_batch_ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(
+        0.01
+    )  # momentum 0.85 at the top
     with pytest.raises(stats.Incomplete, match="lr/B"):
         findings.ratio_gap(False)({Cell("onecycle", 0.5, 64, 0.05): 0.8})
 

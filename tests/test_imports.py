@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 from conftest import ROOT, TINY
 
 REPORTS_ONLY = ("matplotlib", "scipy", "markdown", "pandas")
@@ -26,9 +24,8 @@ def test_training_and_sweeps_need_nothing_of_what_reports_need(tmp_path):
     assert (tmp_path / "r" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["matplotlib", "scipy"])
-def test_reports_do_need_it(name):
+def test_a_hidden_package_is_missing():
     """The other test's way of hiding a package does hide it."""
-    code = f"import sys; sys.modules[{name!r}] = None; import report"
+    code = "import sys; sys.modules['scipy'] = None; import study.stats"
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1 and f"import of {name} halted" in ended.stderr
+    assert ended.returncode == 1 and "import of scipy halted" in ended.stderr

@@ -305,7 +305,10 @@ def test_a_reason_is_of_this_attempt(tmp_path):
     log = tmp_path / "log"
     log.write_text("an earlier reason\n")
     begin = log.stat().st_size
-    assert processes.failure_reason(log, -9, begin) == "killed by signal 9" and processes.failure_reason(log, 1, begin) == "exit status 1"
+    assert (
+        processes.failure_reason(log, -9, begin) == "killed by signal 9"
+        and processes.failure_reason(log, 1, begin) == "exit status 1"
+    )
     with open(log, "a") as f:
         f.write("x" * 2 * processes.LOG_TAIL + "\ntoo few examples\r 3/9 [2.1step/s]\n")
     assert processes.failure_reason(log, 2, begin) == "too few examples"
