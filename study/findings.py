@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from study.runfolders import Cell
-from study.stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slopes
+from study.stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
 MARGINS = {"acc": 0.01, "cos": 0.05, "log2b": 0.5}  # smallest effects of interest: share, cosine, doublings of B
@@ -88,11 +88,8 @@ def group_cells(values: Values, by: Callable[[Cell], tuple]) -> dict[tuple, Valu
 
 def slope_on_log2(values: Values) -> float:
     """Slope on log2 B (per doubling) in each schedule and noise level, averaged."""
-    lines = group_cells(values, lambda c: (c.sched, c.noise)).values()
-    alike: dict[tuple, list] = defaultdict(list)  # lines through the same batch sizes, which one fit can take
-    for line in lines:
-        alike[tuple(c.B for c in line)].append(list(line.values()))
-    return statistics.fmean(slope for sizes, y in alike.items() for slope in slopes([math.log2(B) for B in sizes], y))
+    lines = group_cells(values, lambda c: (c.sched, c.noise))
+    return statistics.fmean(slope([math.log2(c.B) for c in line], list(line.values())) for line in lines.values())
 
 
 def lost_to_noise(values: Values) -> Values:

@@ -1,7 +1,8 @@
 """The statistics behind the verdicts: t intervals, slopes, the top of a parabola, and how many seeds would do.
 
-Quantiles are SciPy's, least squares NumPy's; the tests compare both with printed tables. `scipy.special` holds the functions that
-`scipy.stats.t` calls, and takes a fraction of the time to import.
+Quantiles are SciPy's: `scipy.special` holds the functions that `scipy.stats.t` calls, and takes a fraction of its time to import.
+Parabolas are NumPy's. Slopes are the standard library's: `numpy.polyfit` takes ten times as long, and its rounding can show in
+the fourth decimal of a table where a value ends in 5.
 """
 
 import bisect
@@ -61,11 +62,11 @@ def interval(values: Iterable[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, sd, n)
 
 
-def slopes(x: Sequence[float], y: Sequence[Sequence[float]]) -> list[float]:
-    """Least-squares slopes on x (n,) of the k lines y (k, n). Raises `Incomplete` with fewer than two different x."""
+def slope(x: Sequence[float], y: Sequence[float]) -> float:
+    """Least-squares slope of y on x. Raises `Incomplete` with fewer than two different x."""
     if len(set(x)) < 2:
         raise Incomplete("at least two batch sizes")
-    return np.polyfit(x, np.transpose(y), 1)[0].tolist()
+    return statistics.linear_regression(x, y).slope
 
 
 def best_log2(B: Sequence[int], acc: Sequence[float]) -> float:
