@@ -18,12 +18,12 @@ from pathlib import Path
 from data import InputError
 from engine import options
 from engine.hardware import cores
-from study import results
+from study import exports
 from study.cluster import Request, run_on_ray
 from study.grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
 from study.joblist import Sweep, find_earlier, read_jobs, write_jobs
 from study.outputs import CannotWrite
-from study.processes import STATES, command, over, run_here, state
+from study.processes import STATES, command, nothing_to_start, run_here, run_state
 
 
 def jobs_of(args, extra: list[str]) -> list[Job]:
@@ -57,7 +57,7 @@ def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> lis
     return [job for sweep in sweeps for job in sweep.jobs]
 
 
-def tell_end(statuses: list[str], before: int) -> None:
+def print_totals(statuses: list[str], before: int) -> None:
     """How many runs are in which state, all of them; `before`: how many of them had finished before."""
     counts = Counter(statuses)
     line = f"{counts['finished']} of {len(statuses)} runs finished" + f" ({before} of them before)" * (before > 0)
@@ -66,11 +66,11 @@ def tell_end(statuses: list[str], before: int) -> None:
 
 def print_status(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> None:
     """A table of all runs, and how many are in which state."""
-    found = [(job, *state(runs, job, done)) for job in jobs]
+    states = [(job, *run_state(runs, job, done)) for job in jobs]
     width = max((len(job.name) for job in jobs), default=4)
-    for job, status, said in found:
-        print(f"{job.name:<{width}}  {status:<8}  {said}".rstrip())
-    counts = Counter(status for _, status, _ in found)
+    for job, status, detail in states:
+        print(f"{job.name:<{width}}  {status:<8}  {detail}".rstrip())
+    counts = Counter(status for _, status, _ in states)
     print(", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]) + f" of {len(jobs)}")
 
 
@@ -144,12 +144,11 @@ def parser() -> options.Parser:
     return p
 
 
-def run(args, extra: list[str]) -> int:
-    """Do what was asked for; returns the exit status. Raises `InputError`."""
-    for word in extra:
-        if word.split("=")[0] in ("--name", "--resume"):
-            raise InputError(f"{word}: the sweep names and resumes its runs itself")
-    runs = Path(args.runs)
+def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str, list[dict]]]:
+    """Every job once, under the name that its run has in RUNS, and {name: options} of finished runs in files (`--done`).
+
+    Raises `InputError`.
+    """
     there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
     if not there.is_dir():
         raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
@@ -161,16 +160,25 @@ def run(args, extra: list[str]) -> int:
     else:
         jobs = jobs_of(args, extra)
     done: dict[str, list[dict]] = {}
-    for r in (r for path in args.done for r in results.read_export(Path(path)) if r.finished):
+    for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
         done.setdefault(r.name, []).append(r.options)
     find_earlier(jobs, sweeps, runs, done)
-    jobs = list({job.name: job for job in jobs}.values())
+    return list({job.name: job for job in jobs}.values()), done
+
+
+def run_sweep(args, extra: list[str]) -> int:
+    """Do what was asked for; returns the exit status. Raises `InputError`."""
+    for word in extra:
+        if word.split("=")[0] in ("--name", "--resume"):
+            raise InputError(f"{word}: the sweep names and resumes its runs itself")
+    runs = Path(args.runs)
+    jobs, done = named_jobs(args, extra, runs)
     if args.status:
         print_status(jobs, runs, done)
         return 0
-    states = {job.name: state(runs, job, done) for job in jobs}
+    states = {job.name: run_state(runs, job, done) for job in jobs}
     again = {name for name, (status, _) in states.items() if status == "failed" and args.retry_failed}
-    queue = [job for job in jobs if not over(states[job.name][0], job, again)]
+    queue = [job for job in jobs if not nothing_to_start(states[job.name][0], job, again)]
     for job in jobs:
         if states[job.name][0] == "other":
             print(f"{job.name}: {states[job.name][1]}", file=sys.stderr)
@@ -209,11 +217,11 @@ def run(args, extra: list[str]) -> int:
     else:
         slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
         ended, interrupted = run_here(queue, runs, slots, threads, done, skipped, again)
-    # a run that was never started is looked at again: another process may have it
+    # a run that was never started may have been run by another process
     statuses = [
-        ended.get(job.name) or (state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs
+        ended.get(job.name) or (run_state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs
     ]
-    tell_end(statuses, sum(status == "finished" for status, _ in states.values()))
+    print_totals(statuses, sum(status == "finished" for status, _ in states.values()))
     if interrupted or not set(statuses) <= {"finished", "failed", "other"}:
         return 3
     return 1 if set(statuses) - {"finished"} else 0
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         words = sys.argv[1:] if argv is None else argv
         args, extra = parser().parse_known_args(words)
         args.words = words
-        return run(args, extra)
+        return run_sweep(args, extra)
     except InputError as e:
         print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from study import results  # noqa: E402
+from study import runfolders, runvalues  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
     ("validation accuracy", "val/acc", None),
@@ -24,7 +24,7 @@ PANELS = [  # title, tag, its null or None
 
 
 def main(out: str, named: list[str]) -> None:
-    runs = {name: results.read_folder(Path(folder)) for name, _, folder in (word.partition("=") for word in named)}
+    runs = {name: runfolders.read_folder(Path(folder)) for name, _, folder in (word.partition("=") for word in named)}
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, tag, null) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for i, (name, run) in enumerate(runs.items()):
@@ -53,7 +53,10 @@ def main(out: str, named: list[str]) -> None:
     )
     print(" fresh/index | isotropy (isotropic) |\n" + "|---" * (len(tags) + 6) + "|")
     for name, run in runs.items():
-        cells = [f"{results.last(run, 'noise/realised'):.4f}", *(f"{results.last(run, tag):.3f}" for tag in tags)]
+        cells = [
+            f"{runvalues.last_value(run, 'noise/realised'):.4f}",
+            *(f"{runvalues.last_value(run, tag):.3f}" for tag in tags),
+        ]
         for c in cosines:
             null = f"null/{c}"
             cells.append(", ".join((mean(run, f"grad/{c}", null), mean(run, null), mean(run, f"null/permuted_{c}"))))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm  # noqa: E402
 
-from study.findings import FINDINGS, MARGINS, RULES, Cell, Finding, Row, evaluate  # noqa: E402
+from study.findings import FINDINGS, MARGINS, RULES, Cell, Finding, Row, evaluate_finding  # noqa: E402
 
 NOISE = (0.0, 0.2, 0.5)
 SIZES = (16, 32, 64, 128, 256, 512)
@@ -32,7 +32,7 @@ SCENARIOS = {  # effect under the step budget and under matched epochs, in margi
 }
 
 
-def value(finding: Finding, cell: Cell, effect: float) -> float:
+def planted_value(finding: Finding, cell: Cell, effect: float) -> float:
     """What a run in `cell` would give if the finding's statistic were exactly `effect` (in its own units)."""
     x = math.log2(cell.B)
     if finding.id.startswith("1"):
@@ -68,8 +68,8 @@ def plant(
         for cell in grid:
             for budget in ("any",) if cell.sched == "constant" else tuple(effects):
                 effect = effects["steps" if budget == "any" else budget]
-                found = value(finding, cell, effect) + offset + rng.gauss(0, run_sd * scale)
-                rows.append(Row(cell, str(seed), budget, {name: found}))
+                result = planted_value(finding, cell, effect) + offset + rng.gauss(0, run_sd * scale)
+                rows.append(Row(cell, str(seed), budget, {name: result}))
         if finding.null:
             rows.append(
                 Row(Cell("onecycle", 0.0, 64), str(seed), "steps", {name: rng.gauss(0, run_sd * scale)}, fake=True)
@@ -87,12 +87,12 @@ def error_rates(finding: Finding, sweeps: int, seeds: int, run_sd: float = RUN_S
             continue  # without a schedule there is only one budget, and so no such confound
         effects = {"steps": steps * size, "epochs": epochs * size}
         counts[name] = Counter(
-            evaluate(finding, plant(finding, effects, seeds, rng, run_sd)).verdict for _ in range(sweeps)
+            evaluate_finding(finding, plant(finding, effects, seeds, rng, run_sd)).verdict for _ in range(sweeps)
         )
     return counts
 
 
-def table(rates: dict[str, dict[str, Counter]], sweeps: int, seeds: int, run_sd: float = RUN_SD) -> str:
+def error_table(rates: dict[str, dict[str, Counter]], sweeps: int, seeds: int, run_sd: float = RUN_SD) -> str:
     """Error rates {finding: {scenario: counts}} in lines: for each finding and scenario the share of each verdict and of wrong ones.
 
     Wrong is a definite verdict that is not the planted one; "not resolved" is a lack of runs, not an error.
@@ -113,5 +113,5 @@ if __name__ == "__main__":
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each sweep")
     p.add_argument("--run-sd", type=float, default=RUN_SD, metavar="X", help="deviation of one run, as a share")
     args = p.parse_args()
-    found = {f.id: error_rates(f, args.sweeps, args.seeds, args.run_sd) for f in tqdm(FINDINGS, unit="finding")}
-    print(table(found, args.sweeps, args.seeds, args.run_sd))
+    rates = {f.id: error_rates(f, args.sweeps, args.seeds, args.run_sd) for f in tqdm(FINDINGS, unit="finding")}
+    print(error_table(rates, args.sweeps, args.seeds, args.run_sd))

@@ -14,14 +14,14 @@ from study.processes import (
     LOGS,
     POLL,
     Progress,
-    Stop,
+    StopSignals,
     command,
-    how_it_ended,
+    end_line,
+    failure_reason,
     make_folder,
     note_failure,
-    over,
-    state,
-    why,
+    nothing_to_start,
+    run_state,
 )
 
 
@@ -37,7 +37,7 @@ class Request:
     retries: int
 
 
-def fit(where: Request, nodes: list[tuple[float, float]]) -> tuple[int, float]:
+def fit_to_nodes(where: Request, nodes: list[tuple[float, float]]) -> tuple[int, float]:
     """(CPU threads of a process, GPUs of a run) that some node of (CPUs, GPUs) has. Raises `InputError` if none has.
 
     Threads that are not given are the same for all runs, for their bits depend on them: so many that every node that is
@@ -50,8 +50,8 @@ def fit(where: Request, nodes: list[tuple[float, float]]) -> tuple[int, float]:
     most = max(cpus for cpus, _ in usable)
     needed = where.size * (where.threads or 1)
     if most < needed:
-        said = f"{where.size} processes of {where.threads or 1} threads"
-        raise InputError(f"--ray {where.address}: a run needs {needed} CPUs ({said}), the largest node has {most}")
+        made_of = f"{where.size} processes of {where.threads or 1} threads"
+        raise InputError(f"--ray {where.address}: a run needs {needed} CPUs ({made_of}), the largest node has {most}")
     if where.threads:
         return where.threads, share
     usable = [(cpus, gpus) for cpus, gpus in usable if cpus >= where.size]
@@ -63,10 +63,10 @@ def fit(where: Request, nodes: list[tuple[float, float]]) -> tuple[int, float]:
     return threads, share
 
 
-def work(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple[int, int, str]:
+def run_task(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> tuple[int, int, str]:
     """On the worker; uses the standard library alone, since only the function travels.
 
-    Returns the run's exit status, the byte of the log at which its words begin, and why it was not started if it was not.
+    Returns the run's exit status, the byte of the log at which its output begins, and why it was not started if it was not.
     """
     import ctypes
     import json
@@ -145,26 +145,26 @@ def run_on_ray(
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise InputError(f"--ray {where.address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    threads, share = fit(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
+    threads, share = fit_to_nodes(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
     runs = runs.resolve()  # a worker starts elsewhere
     make_folder(runs)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
-    task = ray.remote(work).options(num_cpus=threads * where.size, num_gpus=share, max_retries=where.retries)
+    task = ray.remote(run_task).options(num_cpus=threads * where.size, num_gpus=share, max_retries=where.retries)
     queue, elsewhere, pending, ended, again = list(queue), [], {}, {}, set(again)
     progress, cancelled = Progress(queue, skipped), 0
 
-    def finish(job: Job, status: str, said: str) -> None:
+    def finish(job: Job, status: str, detail: str) -> None:
         ended[job.name] = status
         progress.end(job, ended, len(pending))
         if status != "finished":
-            tqdm.write(how_it_ended(job, status, said), file=sys.stderr)
+            tqdm.write(end_line(job, status, detail), file=sys.stderr)
 
     def submit(job: Job) -> None:
-        status, said = state(runs, job, done)
-        if over(status, job, again):
-            finish(job, status, said)
+        status, detail = run_state(runs, job, done)
+        if nothing_to_start(status, job, again):
+            finish(job, status, detail)
         elif status == "running":
-            again.discard(job.name)  # somebody else repeats it
+            again.discard(job.name)  # another process repeats it
             elsewhere.append(job)
         else:
             log, folder = runs / LOGS / f"{job.name}.log", runs / job.name
@@ -178,25 +178,25 @@ def run_on_ray(
         job, log = pending.pop(ref)
         try:
             code, begin, lost = ray.get(ref)
-        except Exception as e:  # the machine is lost once too often, or the task cancelled before it began
+        except Exception as e:  # the machine was lost too often, or the task cancelled before its start
             code, begin, lost = 1, 0, type(e).__name__
-        status, said = state(runs, job, done)
+        status, detail = run_state(runs, job, done)
         if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
             elsewhere.append(job)
             return
         if not cancelled and (status == "failed" or (status in ("waiting", "stopped") and code not in (0, 3))):
-            said = said if status == "failed" else lost or why(log, code, begin)
+            detail = detail if status == "failed" else lost or failure_reason(log, code, begin)
             status = "failed"
-            note_failure(runs, job.name, said)
-        finish(job, status, said)
+            note_failure(runs, job.name, detail)
+        finish(job, status, detail)
 
-    with Stop() as stop:
+    with StopSignals() as stop:
         try:
             while pending or ((queue or elsewhere) and not stop.asked):
                 if stop.asked > cancelled:
                     for ref in pending:
-                        # an interrupt in the task, which passes it on, and then the end of it and of the run; tasks
-                        # that wait never start
+                        # first an interrupt, which the task passes on to its run, then the end of both; waiting
+                        # tasks never start
                         ray.cancel(ref, force=cancelled > 0)
                     cancelled = stop.asked
                 while queue and not stop.asked and len(pending) < (where.jobs or len(pending) + 1):
@@ -209,7 +209,7 @@ def run_on_ray(
                     time.sleep(5 * POLL)
                 if elsewhere and not queue:
                     queue, elsewhere[:] = list(elsewhere), []
-        except BaseException:  # a full disk, say: no run goes on unseen
+        except BaseException:  # such as a full disk: no run is left behind
             for ref in pending:
                 ray.cancel(ref)
             if pending:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from study.markup import printable
-from study.results import Run
+from study.runfolders import Run
 
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
 BATCH_ALPHA = 0.05
@@ -85,7 +85,7 @@ def alpha_of(tag: str, points: int = LEAST_POINTS) -> float:
     return 1.0 if tag.startswith(UNSMOOTHED) or points < LEAST_POINTS else ALPHA.get(tag, BATCH_ALPHA)
 
 
-def limits(tag: str) -> tuple[float, float]:
+def value_limits(tag: str) -> tuple[float, float]:
     """The values that `tag` can take: a share lies between 0 and 1, a cosine between -1 and 1."""
     if tag.startswith("probe/") or "/acc" in tag:
         return 0.0, 1.0
@@ -106,7 +106,7 @@ class Look:
     reference: list[Run] = field(default_factory=list)
 
 
-def along(run: Run, steps: np.ndarray, x: str) -> np.ndarray | None:
+def x_values(run: Run, steps: np.ndarray, x: str) -> np.ndarray | None:
     """Steps as steps, epochs or examples; None where the run does not say how many steps an epoch has."""
     if x == "steps":
         return steps.astype(float)
@@ -123,7 +123,7 @@ def drawable(run: Run, tag: str, look: Look) -> bool:
     return bool(len(run.series.get(tag, ((), ()))[0])) and (look.x == "steps" or bool(run.steps_per_epoch))
 
 
-def settled(look: Look, runs: list[Run], tags: Iterable[str]) -> Look:
+def with_x_scale(look: Look, runs: list[Run], tags: Iterable[str]) -> Look:
     """`look` with its x axis chosen: logarithmic where the batch sizes' lines differ in length by more than `SLIVER`."""
     if look.log_x is not None:
         return look
@@ -131,13 +131,13 @@ def settled(look: Look, runs: list[Run], tags: Iterable[str]) -> Look:
     for run in runs:
         for tag in tags:
             if drawable(run, tag, look):
-                end = along(run, run.series[tag][0][-1:], look.x)[0]
+                end = x_values(run, run.series[tag][0][-1:], look.x)[0]
                 ends[run.cell.B] = max(ends.get(run.cell.B, 0.0), float(end))
     lengths = [end for end in ends.values() if end > 0]
     return replace(look, log_x=bool(lengths) and max(lengths) > SLIVER * min(lengths))
 
 
-def marked(x: np.ndarray, log_x: bool, offset: float) -> list[int]:
+def marker_points(x: np.ndarray, log_x: bool, offset: float) -> list[int]:
     """The points of a line that carry a marker: all of a few, else `MARKED` evenly over the axis, from `offset` (0 to 1) of
     their distance on, so that the markers of several lines do not lie on each other."""
     if len(x) <= MARKED:
@@ -169,7 +169,7 @@ def draw_line(
     for run in runs:
         if drawable(run, tag, look):
             steps, values = run.series[tag]
-            curves.append((along(run, steps, look.x), values, *smooth(values, alpha)))
+            curves.append((x_values(run, steps, look.x), values, *smooth(values, alpha)))
     if not curves:
         return False
     x = np.unique(np.concatenate([c[0] for c in curves]))
@@ -182,7 +182,7 @@ def draw_line(
     if style == "-" and alpha < 1:
         axis.plot(x[thin], raw[thin], color=color, lw=0.6, alpha=0.22, zorder=1)
     points = {"marker": marker, "ms": 4, "fillstyle": fill}
-    points["markevery"] = marked(x[thin], bool(look.log_x), MARKERS.index(marker) / len(MARKERS))
+    points["markevery"] = marker_points(x[thin], bool(look.log_x), MARKERS.index(marker) / len(MARKERS))
     if style != "-" and len(x) > MARKED:
         points = {}
     axis.plot(x[thin], middle[thin], color=color, lw=1.7 if style == "-" else 1.2, ls=style, zorder=3, **points)
@@ -190,7 +190,7 @@ def draw_line(
     if look.bands == "window" and alpha < 1:  # what is not smoothed has no window
         spread = at(3)
     if spread is not None and style == "-":
-        low, high = (np.clip(middle + sign * spread, *limits(tag))[thin] for sign in (-1, 1))
+        low, high = (np.clip(middle + sign * spread, *value_limits(tag))[thin] for sign in (-1, 1))
         axis.fill_between(x[thin], low, high, color=color, alpha=0.15, lw=0, zorder=2)
     return True
 
@@ -209,7 +209,7 @@ def panels(
         row[0].set_ylabel(textwrap.fill(ylabel, int(9 * height)))
     for axis in axes[-1]:
         axis.set_xlabel(xlabel)
-        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.xaxis.set_major_formatter(FuncFormatter(short_number))
     return figure, axes
 
 
@@ -230,7 +230,7 @@ def log_axes(axes: list) -> None:
         axis.set_xscale("symlog", linthresh=least, linscale=0.3)
         axis.xaxis.set_major_locator(FixedLocator([xs[0] if xs[0] > 0 else 0.0, *ticks]))
         axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(short))
+        axis.xaxis.set_major_formatter(FuncFormatter(short_number))
         axis.set_xlim(0.95 * xs[0], 1.15 * most)
 
 
@@ -259,7 +259,7 @@ def wrapped(title: str, width: int) -> str:
     return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
-def short(x: float, _=None) -> str:
+def short_number(x: float, _=None) -> str:
     """A number for an axis: 25k rather than 25000."""
     return f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k" if abs(x) >= 1e3 else f"{x:g}"
 
@@ -269,11 +269,11 @@ def smoothed(runs: list[Run], tag: str) -> bool:
     return any(alpha_of(tag, len(r.series[tag][0])) < 1 for r in runs if tag in r.series)
 
 
-def averaged(tag: str) -> str:
+def smoothing_text(tag: str) -> str:
     return f"exponential average, alpha {alpha_of(tag):g}"
 
 
-def bands(figure: Figure, look: Look, smoothed: bool) -> list[str]:
+def bands_text(figure: Figure, look: Look, smoothed: bool) -> list[str]:
     """What the bands of a figure are, in words; nothing where none is drawn."""
     if not any(axis.collections for axis in figure.axes):
         return []
@@ -282,7 +282,7 @@ def bands(figure: Figure, look: Look, smoothed: bool) -> list[str]:
     return ["bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window")]
 
 
-def foot(figure: Figure, text: str) -> None:
+def footer(figure: Figure, text: str) -> None:
     lines = wrapped(printable(text), int(17 * figure.get_figwidth()))
     figure.supxlabel(lines, fontsize=7, color="0.35", parse_math=False)
 
@@ -323,7 +323,7 @@ def formats_of(text: str) -> tuple[str, ...]:
     return named if {"png", "svg"} & set(named) else ("png", *named)  # the pages show a PNG or an SVG
 
 
-def save(figure: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> None:
+def save_figure(figure: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) -> None:
     """STEM.png, STEM.svg and so on. The same figure gives the same bytes: no file holds the time."""
     for name in formats:
         date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(name)
@@ -331,7 +331,7 @@ def save(figure: Figure, stem: Path, formats: Iterable[str] = ("png", "svg")) ->
         figure.set_layout_engine("none")  # every format has the first one's layout, which takes a third of the time
 
 
-def styled(
+def save_styled(
     make: Callable[..., Figure | None], *args, stem: Path, formats: Iterable[str] = ("png", "svg"), **kwargs
 ) -> bool:
     """Make a figure in the common style and save it; whether there was anything to draw."""
@@ -339,5 +339,5 @@ def styled(
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name in a script that the font lacks
         figure = make(*args, **kwargs)
         if figure is not None:
-            save(figure, stem, formats)
+            save_figure(figure, stem, formats)
     return figure is not None

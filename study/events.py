@@ -45,7 +45,7 @@ def byte_tables() -> np.ndarray:
     return tables
 
 
-def apply(tables: np.ndarray, registers: np.ndarray) -> np.ndarray:
+def apply_linear_map(tables: np.ndarray, registers: np.ndarray) -> np.ndarray:
     """A linear map of 32 bits, given as (4, 256) uint32 of what each byte's value contributes, on (n,) uint32."""
     out = tables[0][registers & 255]
     for i in (1, 2, 3):
@@ -60,7 +60,7 @@ def zeros_tables(power: int) -> np.ndarray:
         byte = np.arange(256, dtype=np.uint32)
         return np.stack([byte_tables()[0], byte, byte << 8, byte << 16])
     half = zeros_tables(power - 1)
-    return np.stack([apply(half, row) for row in half])
+    return np.stack([apply_linear_map(half, row) for row in half])
 
 
 def add_zeros(registers: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ def add_zeros(registers: np.ndarray, counts: np.ndarray) -> np.ndarray:
     out = registers.copy()
     for power in range(int(counts.max(initial=0)).bit_length()):
         those = np.flatnonzero(counts >> power & 1)
-        out[those] = apply(zeros_tables(power), out[those])
+        out[those] = apply_linear_map(zeros_tables(power), out[those])
     return out
 
 
@@ -144,7 +144,7 @@ def records(blob: bytes) -> tuple[np.ndarray, np.ndarray, Damaged | None]:
     return begins, ends, damaged
 
 
-def number(tensor) -> float:
+def scalar_value(tensor) -> float:
     """The one number that a `TensorProto` holds. Raises `ValueError` for anything else."""
     from tensorboard.compat.proto import types_pb2
     from tensorboard.util import tensor_util
@@ -168,19 +168,19 @@ def values(blob: bytes) -> Iterable[tuple[str, int, float]]:
     for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
         try:
             event = Event.FromString(blob[begin:end])
-            found = []
+            points = []
             for value in event.summary.value:
                 if value.HasField("simple_value"):
-                    found.append((value.tag, event.step, value.simple_value))
+                    points.append((value.tag, event.step, value.simple_value))
                 elif value.metadata.plugin_data.plugin_name == "scalars" and value.HasField("tensor"):
-                    found.append((value.tag, event.step, number(value.tensor)))
-            if any(not tag or step < 0 for tag, step, _ in found):
+                    points.append((value.tag, event.step, scalar_value(value.tensor)))
+            if any(not tag or step < 0 for tag, step, _ in points):
                 raise ValueError("a scalar without a name, or at a step below 0")
         except DecodeError:
             raise Damaged("it is no TensorBoard event", begin - HEADER) from None
         except ValueError as e:  # also text that is not UTF-8, in protobuf's Python implementation
             raise Damaged("a tag that is no text" if isinstance(e, UnicodeError) else str(e), begin - HEADER) from None
-        yield from found
+        yield from points
     if damaged:
         raise damaged
 

@@ -1,6 +1,6 @@
-"""Figures 3 to 17 of the report, and the new ones, from runs read by results.py.
+"""Figures 3 to 17 of the report, and the new ones.
 
-Panels are noise levels, side by side. `drawing.py` says what colours, markers, lines and bands mean.
+Panels are noise levels, side by side. `drawing.py` documents what colours, markers, lines and bands mean.
 """
 
 import itertools
@@ -24,25 +24,27 @@ from study.drawing import (
     VERMILION,
     X_LABEL,
     Look,
-    averaged,
-    bands,
+    bands_text,
     batch_axis,
     colour,
     draw_line,
     drawable,
     finish_axes,
-    foot,
+    footer,
     headline,
     marker_of,
     named_momentum,
     noise_title,
     over_seeds,
     panels,
-    settled,
     shade,
     smoothed,
+    smoothing_text,
+    with_x_scale,
 )
-from study.results import Run, by, last, null_of, together
+from study.runfolders import Run
+from study.runvalues import last_value, mean_at_common_steps, null_tag
+from study.settings import group_by
 
 REPORT_BN = "eval"  # BatchNorm's mode in the report's cosines
 # Options of a run's setting that change neither its training nor the three series that the report has, but for the
@@ -69,8 +71,8 @@ def conditions(figure: Figure, runs: list[Run], tag: str, look: Look, beside: bo
     if seeds > 1:
         parts.append("lines: mean over seeds, where all of them have values")
     if smoothed(runs, tag):
-        parts.append(f"faint: raw values; {'strong' if seeds > 1 else 'lines'}: {averaged(tag)}")
-    parts += bands(figure, look, smoothed(runs, tag))
+        parts.append(f"faint: raw values; {'strong' if seeds > 1 else 'lines'}: {smoothing_text(tag)}")
+    parts += bands_text(figure, look, smoothed(runs, tag))
     if beside:
         modes = other_modes(runs, tag)
         parts.append("dashed: the report's own curve, one run")
@@ -96,7 +98,7 @@ def curves(
     runs = [r for r in candidates if drawable(r, tag, look)]
     if not runs:
         return None
-    look = settled(look, runs, [tag])
+    look = with_x_scale(look, runs, [tag])
     levels = sorted({r.cell.noise for r in runs})
     figure, axes = panels(len(levels), title, ylabel, X_LABEL[look.x])
     # without rates to tell apart a cell is its batch size: tuned runs of one cell may differ in rate from seed to seed
@@ -107,7 +109,7 @@ def curves(
     shown = []
     for axis, noise in zip(axes[0], levels, strict=True):
         axis.set_title(noise_title(noise))
-        for key, same in sorted(by([r for r in runs if r.cell.noise == noise], line).items()):
+        for key, same in sorted(group_by([r for r in runs if r.cell.noise == noise], line).items()):
             draw_line(axis, same, tag, look, tint(*key), **mark(*key))
             for reference in look.reference:
                 if all(comparable(r, reference) for r in same) and draw_line(
@@ -134,7 +136,7 @@ def curves(
         if key in {f"{r.cell.noise:g}, {r.cell.B}" for r in runs}:
             noise, B = key.split(", ")
             lacking.append(f"no dashed curve at {noise_title(float(noise))} for batch {B} ({why})")
-    foot(figure, "; ".join([conditions(figure, runs, tag, look, bool(shown)), *lacking]))
+    footer(figure, "; ".join([conditions(figure, runs, tag, look, bool(shown)), *lacking]))
     return figure
 
 
@@ -189,7 +191,7 @@ def ratio_pairs(runs: list[Run]) -> bool:
     return len(sizes) == len(rates) == 2 and math.isclose(sizes[1] / sizes[0], rates[1] / rates[0])
 
 
-def schedules(runs: list[Run]) -> Figure | None:
+def schedule_curves(runs: list[Run]) -> Figure | None:
     """Figure 3: learning rate and momentum over time, of one run for each schedule."""
     chosen = {}
     for run in runs:
@@ -213,7 +215,7 @@ def schedules(runs: list[Run]) -> Figure | None:
             axis.plot(steps, values, look.colour, ls=look.line, lw=2, marker="o" * points, label=look.label)
         axis.set_xlim(0, max(ends) or 1)
     axes[0].legend()
-    foot(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()))
+    footer(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()))
     return figure
 
 
@@ -224,14 +226,14 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
     """A run's mean raw cosine, its null and the corrected one against batch size; A/A runs beside them."""
     raw, corrected = f"grad/{pair}", f"corrected/{pair}"
     real = [r for r in runs if not r.fake and r.cell.noise > 0 and raw in r.series]
-    if not real or not any(null_of(r, pair) in r.series or corrected in r.series for r in real):
+    if not real or not any(null_tag(r, pair) in r.series or corrected in r.series for r in real):
         return None
     fakes = [r for r in runs if r.fake and raw in r.series]
     # a column holds what differs in nothing but batch size and seed: its bars are deviations over seeds
     columns = []
-    for (noise, m), here in sorted(by(real, lambda r: (r.cell.noise, r.cell.momentum)).items()):
+    for (noise, m), here in sorted(group_by(real, lambda r: (r.cell.noise, r.cell.momentum)).items()):
         columns.append((noise_title(noise) + named_momentum(m, real), here))
-    for (fake, m, budget), here in sorted(by(fakes, lambda r: (r.fake, r.cell.momentum, r.budget)).items()):
+    for (fake, m, budget), here in sorted(group_by(fakes, lambda r: (r.fake, r.cell.momentum, r.budget)).items()):
         other = f"\nschedule in {budget}" * (budget != "any" and {budget} != {r.budget for r in real + fakes})
         columns.append((f"A/A: clean labels, fake mask {fake:.0%}" + named_momentum(m, real + fakes) + other, here))
     figure, axes = panels(len(columns), title, "cosine, mean over the run", "batch size")
@@ -241,9 +243,9 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
         for kind in looks:
             points: dict[int, list[float]] = {}
             for run in here:  # raw and null at the same steps: a cosine changes as the run goes on
-                null = null_of(run, pair)
+                null = null_tag(run, pair)
                 tag = {"raw": raw, "null": null, "corrected": corrected}[kind]
-                mean = together(run, tag, tag if kind == "corrected" else null, lambda a, _: a)
+                mean = mean_at_common_steps(run, tag, tag if kind == "corrected" else null, lambda a, _: a)
                 if mean is not None:
                     points.setdefault(run.cell.B, []).append(mean)
             if points:
@@ -253,7 +255,7 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
         batch_axis(axis, {r.cell.B for r in real + fakes})
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
-    foot(
+    footer(
         figure,
         f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds; "
         "noisy gradients pull elsewhere where raw lies below its null",
@@ -268,7 +270,7 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     runs = [r for r in candidates if any(drawable(r, k, look) for k in kinds)]
     if not runs:
         return None
-    look = settled(look, runs, kinds)
+    look = with_x_scale(look, runs, kinds)
     levels = sorted({r.cell.noise for r in runs})
     line = lambda r: (r.cell.B, r.cell.momentum)  # noqa: E731
     momenta = sorted({r.cell.momentum for r in runs})
@@ -279,7 +281,7 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
         row[0].set_ylabel(f"share {name}")
         for axis, noise in zip(row, levels, strict=True):
             axis.set_ylim(0, 1)
-            for key, same in sorted(by([r for r in runs if r.cell.noise == noise], line).items()):
+            for key, same in sorted(group_by([r for r in runs if r.cell.noise == noise], line).items()):
                 draw_line(axis, same, tag, look, tint(*key), **mark(*key))
         finish_axes(row, look, f"no {tag}")
     for axis, noise in zip(axes[0], levels, strict=True):
@@ -291,7 +293,7 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     figure.legend(handles=marks, title="batch size", loc="outside right center")
     names = {line(r): f"batch {r.cell.B}{named_momentum(r.cell.momentum, candidates)}" for r in candidates}
     lacking = left_out(candidates, runs, levels, names, line, "probe/memorized", look)
-    foot(figure, "; ".join([conditions(figure, runs, "probe/memorized", look), *lacking]))
+    footer(figure, "; ".join([conditions(figure, runs, "probe/memorized", look), *lacking]))
     return figure
 
 
@@ -300,7 +302,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
 
     Colour: batch size; shape: schedule; filling: in what its length is given.
     """
-    runs = [r for r in runs if not r.fake and r.finished and last(r, "val/acc") is not None]
+    runs = [r for r in runs if not r.fake and r.finished and last_value(r, "val/acc") is not None]
     if not runs:
         return None
     levels = sorted({r.cell.noise for r in runs})
@@ -320,8 +322,8 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
             for r in runs:
                 if r.cell.noise == noise:
                     axis.plot(
-                        findings.ratio(r.cell, with_m),
-                        last(r, "val/acc"),
+                        findings.lr_batch_ratio(r.cell, with_m),
+                        last_value(r, "val/acc"),
                         color=colour(r.cell.B),
                         marker=entry(r.cell.sched).marker,
                         fillstyle=fillings[r.budget],
@@ -339,26 +341,26 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
         if len(budgets) > 1
     ]
     figure.legend(handles=marks, title="batch size", loc="outside right center")
-    foot(
+    footer(
         figure,
         f"{len(runs)} finished runs; m: the momentum, for one-cycle its {findings.PEAK_MOMENTUM} at the largest rate",
     )
     return figure
 
 
-def best_sizes(title: str, runs: list[Run]) -> Figure | None:
+def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     """The best batch size (top of a parabola through final validation accuracy on log2 B) against noise, by budget."""
-    runs = [r for r in runs if not r.fake and r.finished and last(r, "val/acc") is not None]
+    runs = [r for r in runs if not r.fake and r.finished and last_value(r, "val/acc") is not None]
     scheds = scheds_of(runs)
-    found: dict[tuple, list[float]] = {}
-    parts = by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
+    tops: dict[tuple, list[float]] = {}
+    parts = group_by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
     for (*key, _), group in parts.items():
         try:
-            top = stats.best_log2([r.cell.B for r in group], [last(r, "val/acc") for r in group])
+            top = stats.best_log2([r.cell.B for r in group], [last_value(r, "val/acc") for r in group])
         except stats.Incomplete:
             continue
-        found.setdefault(tuple(key), []).append(top)
-    scheds = [s for s in scheds if any(key[0] == s for key in found)]
+        tops.setdefault(tuple(key), []).append(top)
+    scheds = [s for s in scheds if any(key[0] == s for key in tops)]
     if not scheds:
         return None
     figure, axes = panels(len(scheds), title, "best batch size", "label noise (nominal)")
@@ -366,12 +368,12 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     names = {**{k: f"schedule matched in {k}" for k in findings.BUDGETS}, "any": "no schedule"}
     for axis, sched in zip(axes[0], scheds, strict=True):
         axis.set_title(entry(sched).label)
-        momenta = sorted({key[2] for key in found})
+        momenta = sorted({key[2] for key in tops})
         for budget, m in itertools.product(looks, momenta):
-            levels = sorted(n for s, b, other, n in found if (s, b, other) == (sched, budget, m))
+            levels = sorted(n for s, b, other, n in tops if (s, b, other) == (sched, budget, m))
             if levels:
                 color, marker = looks[budget]
-                groups = [found[sched, budget, m, n] for n in levels]
+                groups = [tops[sched, budget, m, n] for n in levels]
                 spread = [np.std(g, ddof=1) if len(g) > 1 else 0 for g in groups]
                 axis.errorbar(
                     levels,
@@ -387,7 +389,7 @@ def best_sizes(title: str, runs: list[Run]) -> Figure | None:
     axes[0][0].set_yticks([math.log2(B) for B in sizes], [str(B) for B in sizes])
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right center")
-    foot(
+    footer(
         figure, "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
     )
     return figure

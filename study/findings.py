@@ -12,24 +12,14 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
+from study.runfolders import Cell
 from study.stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
 MARGINS = {"acc": 0.01, "cos": 0.05, "log2b": 0.5}  # smallest effects of interest: share, cosine, doublings of B
 PEAK_MOMENTUM = 0.85  # one-cycle's at its largest learning rate
 SCHEDULED, CONSTANT = ("cosine", "onecycle"), ("constant",)
-
-
-class Cell(NamedTuple):
-    """What a run is, apart from its seed and its budget."""
-
-    sched: str
-    noise: float
-    B: int
-    lr: float = 0.1
-    momentum: float = 0.9
 
 
 @dataclass(frozen=True)
@@ -88,17 +78,17 @@ def mean_value(values: Values) -> float:
     return statistics.fmean(values.values())
 
 
-def groups(values: Values, by: Callable[[Cell], tuple]) -> dict[tuple, Values]:
+def group_cells(values: Values, by: Callable[[Cell], tuple]) -> dict[tuple, Values]:
     """`values` in groups of cells with the same `by(cell)`."""
-    found: dict[tuple, Values] = defaultdict(dict)
+    grouped: dict[tuple, Values] = defaultdict(dict)
     for cell, value in values.items():
-        found[by(cell)][cell] = value
-    return found
+        grouped[by(cell)][cell] = value
+    return grouped
 
 
 def slope_on_log2(values: Values) -> float:
     """Slope on log2 B (per doubling) in each schedule and noise level, averaged."""
-    lines = groups(values, lambda c: (c.sched, c.noise))
+    lines = group_cells(values, lambda c: (c.sched, c.noise))
     return statistics.fmean(slope([math.log2(c.B) for c in line], list(line.values())) for line in lines.values())
 
 
@@ -120,35 +110,35 @@ def lost_slope(values: Values) -> float:
     return slope_on_log2(lost_to_noise(values))
 
 
-def best_sizes(values: Values) -> list[tuple[float, float]]:
+def best_log2_pairs(values: Values) -> list[tuple[float, float]]:
     """The best log2 B without noise and at the highest noise level, for each schedule. Raises `Incomplete`."""
-    found = []
-    for by_sched in groups(values, lambda c: (c.sched,)).values():
-        levels = groups(by_sched, lambda c: (c.noise,))
+    pairs = []
+    for by_sched in group_cells(values, lambda c: (c.sched,)).values():
+        levels = group_cells(by_sched, lambda c: (c.noise,))
         if (0.0,) not in levels or len(levels) < 2:
             raise Incomplete("noise 0 and a higher level")
         ends = (levels[(0.0,)], levels[max(levels)])
-        found.append(tuple(best_log2([c.B for c in end], list(end.values())) for end in ends))
-    return found
+        pairs.append(tuple(best_log2([c.B for c in end], list(end.values())) for end in ends))
+    return pairs
 
 
 def best_shift(values: Values) -> float:
     """Best log2 B without noise minus best log2 B at the highest noise level, averaged over schedules."""
-    return statistics.fmean(clean - noisy for clean, noisy in best_sizes(values))
+    return statistics.fmean(clean - noisy for clean, noisy in best_log2_pairs(values))
 
 
-def best_at_an_end(values: Values) -> str | None:
-    """Which tested batch size is the best only because none beyond it was tested: a shift is a bound then, no estimate."""
+def best_at_range_end(values: Values) -> str | None:
+    """A warning where the best batch size is the smallest or largest tested one: the shift is a bound then, no estimate."""
     sizes = {math.log2(c.B): c.B for c in values}
     ends = {min(sizes): "below", max(sizes): "above"}
     try:
-        pinned = sorted({best for pair in best_sizes(values) for best in pair if best in ends})
+        pinned = sorted({best for pair in best_log2_pairs(values) for best in pair if best in ends})
     except Incomplete:
         return None
     return "the best batch size may lie " + " or ".join(f"{ends[b]} {sizes[b]}" for b in pinned) if pinned else None
 
 
-def ratio(cell: Cell, with_momentum: bool) -> float:
+def lr_batch_ratio(cell: Cell, with_momentum: bool) -> float:
     """lr / B, or lr / (B (1 - m)) with one-cycle's momentum at its largest learning rate."""
     m = PEAK_MOMENTUM if cell.sched == "onecycle" else cell.momentum
     return cell.lr / (cell.B * (1 - m)) if with_momentum else cell.lr / cell.B
@@ -159,7 +149,7 @@ def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:
 
     def gap(values: Values) -> float:
         sides = defaultdict(list)
-        by_ratio = groups(values, lambda c: (c.sched, c.noise, f"{ratio(c, with_momentum):.6g}"))
+        by_ratio = group_cells(values, lambda c: (c.sched, c.noise, f"{lr_batch_ratio(c, with_momentum):.6g}"))
         for (sched, noise, _), same in by_ratio.items():
             side = {("onecycle", True): "noisy", ("constant", False): "clean"}.get((sched, noise > 0))
             if side and len({c.B for c in same}) > 1:
@@ -175,9 +165,10 @@ def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and how it is tested. `needs`: the value of a run; `speaks_of`: which cells; `direction` of the claim;
+    """A claim and how it is tested. `needs`: the run's value it is computed from; `covers`: the cells it is about; `direction` of
+    the claim;
     `margin`: a key of `MARGINS`; `null`: whether the claim needs A/A runs, which must give 0; `limit`: what one seed's
-    cells leave open, in words, if they do."""
+    cells leave open, in words, if anything."""
 
     id: str
     title: str
@@ -187,7 +178,7 @@ class Finding:
     contrast: Callable[[Values], float]
     direction: int
     margin: str
-    speaks_of: Callable[[Cell], bool]
+    covers: Callable[[Cell], bool]
     null: bool = False
     limit: Callable[[Values], str | None] | None = None
 
@@ -207,7 +198,7 @@ FINDINGS = (
             "slope of probe/memorized at the end on log2 B", "memorized", slope_on_log2, +1, "acc", scheduled_noisy),
     Finding("3", "The best batch size shrinks with noise", "the optimal batch size can reduce with more label noise (section 1)",
             "best log2 B without noise minus best log2 B at the highest noise", "val_acc", best_shift, +1, "log2b",
-            lambda c: c.sched in SCHEDULED, limit=best_at_an_end),
+            lambda c: c.sched in SCHEDULED, limit=best_at_range_end),
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
             "accuracy of the smaller minus the larger batch at equal lr/B, one-cycle with noise minus constant without",
             "val_acc", ratio_gap(False), +1, "acc",
@@ -224,7 +215,7 @@ FINDINGS = (
 
 @dataclass
 class Result:
-    """A finding's verdict with everything it rests on."""
+    """A finding's verdict, with the intervals and the missing runs that led to it."""
 
     finding: Finding
     verdict: str
@@ -235,7 +226,7 @@ class Result:
     needed: int | None = None
 
 
-def describe(cell: Cell) -> str:
+def cell_label(cell: Cell) -> str:
     """A cell in words."""
     return f"{cell.sched}, noise {cell.noise:g}, B {cell.B}, lr {cell.lr:g}"
 
@@ -260,17 +251,17 @@ def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) 
                 if (seed, cell) in lacking
                 else "no finished run"
             )
-            missing.append(f"{BUDGETS[budget]}: {describe(cell)}, seed {seed}: {why}")
+            missing.append(f"{BUDGETS[budget]}: {cell_label(cell)}, seed {seed}: {why}")
         if not absent:
             complete.append(values)
             limit = finding.limit(values) if finding.limit else None
             if limit:
                 missing.append(f"{BUDGETS[budget]}, seed {seed}: {limit}")
     try:
-        found = [finding.contrast(values) for values in complete]
+        per_seed = [finding.contrast(values) for values in complete]
     except Incomplete as e:
         return [], [*missing, f"{BUDGETS[budget]}: needs {e}"], {}
-    return found, missing, {cell: [v[cell] for v in complete] for cell in cells} if complete else {}
+    return per_seed, missing, {cell: [v[cell] for v in complete] for cell in cells} if complete else {}
 
 
 SERIES_OF = {  # which series a value comes from, for saying what is missing
@@ -295,10 +286,10 @@ def spread_of(finding: Finding, table: dict[Cell, list[float]]) -> float:
     return sd * math.sqrt(sum(((finding.contrast(means | {c: means[c] + h}) - base) / h) ** 2 for c in means))
 
 
-def evaluate(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS) -> Result:
+def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS) -> Result:
     """The verdict on a finding from all rows of one setting, under every budget that has runs."""
     margin = margins[finding.margin]
-    real = [r for r in rows if not r.fake and finding.speaks_of(r.cell)]
+    real = [r for r in rows if not r.fake and finding.covers(r.cell)]
     cells = {r.cell for r in real if r.budget in ("steps", "epochs", "any")}
     result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin)
     tables = {}
@@ -308,8 +299,8 @@ def evaluate(finding: Finding, rows: list[Row], margins: dict[str, float] = MARG
             if budget != "examples":  # examples are shown, the rule does not ask for them
                 result.missing.append(f"{BUDGETS[budget]}: no finished run that the claim speaks of")
             continue
-        found, missing, tables[budget] = statistic(finding, under, budget, cells)
-        result.intervals[budget] = interval(found) if found else None
+        per_seed, missing, tables[budget] = statistic(finding, under, budget, cells)
+        result.intervals[budget] = interval(per_seed) if per_seed else None
         if budget != "examples":
             result.missing += missing
     if finding.null:
@@ -342,17 +333,17 @@ def tuned(rows: list[Row]) -> list[Row]:
     Best by mean validation accuracy. The cell keeps no trace of what was chosen, so that cells can be compared; seeds
     without any other seed to choose on are left out. Where no run of a cell finished, one that did not stands for it.
     """
-    found: dict[tuple, dict[tuple, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    candidates: dict[tuple, dict[tuple, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if "val_acc" in row.values:
             where = (row.cell._replace(lr=0.0), row.budget, row.fake)
-            found[where][(row.cell.lr, row.wd)][row.seed] = row
+            candidates[where][(row.cell.lr, row.wd)][row.seed] = row
     chosen = []
     for row in rows:
         cell = row.cell._replace(lr=0.0)
-        if not row.finished and (cell, row.budget, row.fake) not in found:
+        if not row.finished and (cell, row.budget, row.fake) not in candidates:
             chosen.append(replace(row, cell=cell))
-    for (cell, _, _), choices in found.items():
+    for (cell, _, _), choices in candidates.items():
         for seed in sorted({s for by_seed in choices.values() for s in by_seed}):
             scores = {}
             for value, by_seed in choices.items():

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from schedules import entry
 from study import figures
-from study.drawing import Look, styled
+from study.drawing import Look, save_styled
 from study.page import Page
-from study.results import Setting
+from study.settings import Setting
 
 KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10, on Fashion-MNIST
     ("val/acc", "validation accuracy", True, 4, 15),
@@ -35,7 +35,7 @@ class Gallery:
     def add(self, stem: str, title: str, reason: str, make: Callable, *args, **kwargs) -> None:
         """One figure, `make(title, ...)`, saved as STEM; where it comes to nothing, title and `reason` are kept instead."""
         stem += self.suffix
-        if styled(make, title, *args, stem=self.page.out / stem, formats=self.formats, **kwargs):
+        if save_styled(make, title, *args, stem=self.page.out / stem, formats=self.formats, **kwargs):
             self.page.figure(stem, title)
         elif reason:
             self.absent.append(f"{title}: {reason}")
@@ -100,15 +100,15 @@ class Gallery:
         self.add(f"ratio{number}", title, "no finished run", figures.by_ratio, s.ratio_runs)
         title = f"Best batch size against noise ({s.label})"
         reason = "needs finished runs of three batch sizes"
-        self.add(f"best-batch{number}", title, reason, figures.best_sizes, s.runs)
+        self.add(f"best-batch{number}", title, reason, figures.best_batch_sizes, s.runs)
 
 
-def draw(page: Page, settings: list[Setting], look: Look, formats: tuple[str, ...], suffix: str = "") -> None:
+def add_figures(page: Page, settings: list[Setting], look: Look, formats: tuple[str, ...], suffix: str = "") -> None:
     """Every figure that the runs have series for; those that cannot be drawn are named."""
     gallery = Gallery(page, look, formats, suffix)
     if not suffix:
         runs = [r for s in settings for r in s.runs]
-        gallery.add("figure-03", "Figure 3: schedules", "", lambda _, runs: figures.schedules(runs), runs)
+        gallery.add("figure-03", "Figure 3: schedules", "", lambda _, runs: figures.schedule_curves(runs), runs)
     for i, s in enumerate(settings):
         number = f"-{i + 1}" if i else ""
         gallery.report_figures(s)

@@ -15,7 +15,7 @@ from engine import jsonfiles, options, roles
 from engine.identity import compared
 from study.grids import Job
 from study.outputs import whole_file
-from study.processes import LOGS, make_folder, state
+from study.processes import LOGS, make_folder, run_state
 
 FORMAT = "label-noise sweep 1"
 
@@ -92,7 +92,7 @@ def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[st
         own = job.name
         names = [own, *(known.get(identity_of(vars(job.args)), []) if known else []), options.run_name(job.args)]
         for job.args.name in dict.fromkeys(names):
-            if state(runs, job, done)[0] not in ("waiting", "other"):
+            if run_state(runs, job, done)[0] not in ("waiting", "other"):
                 break
         else:
             job.args.name = own

@@ -1,6 +1,6 @@
-"""The report on a single run: one picture, and tables of what it reached.
+"""The report on a single run: one picture, and tables of its final values and options.
 
-The picture is what a first run is looked at for: cosines beside their nulls, and accuracy on the noisy examples.
+The picture shows what most first runs are made for: cosines beside their nulls, and accuracy on the noisy examples.
 """
 
 import math
@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
-from study import findings, results
+from study import findings, runvalues
 from study.drawing import (
     BATCH_ALPHA,
     BLUE,
@@ -21,19 +21,20 @@ from study.drawing import (
     X_LABEL,
     Look,
     alpha_of,
-    bands,
+    bands_text,
     draw_line,
     drawable,
-    foot,
+    footer,
     headline,
     log_axes,
-    settled,
-    short,
-    styled,
+    save_styled,
+    short_number,
+    with_x_scale,
 )
 from study.markup import literal
 from study.page import Page
-from study.results import Run, null_of
+from study.runfolders import Run
+from study.runvalues import null_tag
 
 PAIRS = ("cos_clean_noisy", "cos_clean_all")
 SMOOTHED_PAIRS = 100  # a cosine and its null are smoothed, both alike, from this many common steps on
@@ -57,34 +58,34 @@ WORDS = {
 
 
 def label_of(tag: str) -> str:
-    """A series in a legend. A null says of which kind it is: random masks, or the closed form."""
+    """A series' label in a legend. A null says of which kind it is: random masks, or the closed form."""
     if tag.startswith("null/"):
         kind = "random masks" if "permuted_" in tag else "closed form"
         return f"its null ({kind})"
     return WORDS.get(tag, tag)
 
 
-def paired(run: Run) -> tuple[Run, dict[str, float]]:
+def with_paired_nulls(run: Run) -> tuple[Run, dict[str, float]]:
     """The run with every raw cosine and its null at the steps that both have, and the smoothing {tag: alpha} of these.
 
     Nulls may be rarer: an average over the same number of points would reach back much further for one than for the other.
     """
-    found, alphas = {}, {}
+    common, alphas = {}, {}
     for pair in PAIRS:
-        raw, null = f"grad/{pair}", null_of(run, pair)
+        raw, null = f"grad/{pair}", null_tag(run, pair)
         (steps, values), (rare, nulls) = (run.series.get(tag, ((), ())) for tag in (raw, null))
         both, i, j = np.intersect1d(steps, rare, return_indices=True)
         if len(both):
-            found |= {raw: (both, values[i]), null: (both, nulls[j])}
+            common |= {raw: (both, values[i]), null: (both, nulls[j])}
             alphas |= dict.fromkeys((raw, null), BATCH_ALPHA if len(both) >= SMOOTHED_PAIRS else 1.0)
-    return replace(run, series=run.series | found), alphas
+    return replace(run, series=run.series | common), alphas
 
 
-def groups_of(run: Run) -> dict[str, list[tuple]]:
-    """Panels {title: [(tag, colour, marker, line style), ...]}, those that a first look is for first."""
+def panels_of(run: Run) -> dict[str, list[tuple]]:
+    """Panels {title: [(tag, colour, marker, line style), ...]}, the most important first."""
     cosines = []
     for pair, color, marker in zip(PAIRS, (VERMILION, BLUE), "so", strict=True):
-        cosines += [(f"grad/{pair}", color, marker, "-"), (null_of(run, pair), color, marker, "--")]
+        cosines += [(f"grad/{pair}", color, marker, "-"), (null_tag(run, pair), color, marker, "--")]
     return {
         "cosine of gradients": [*cosines, ("corrected/cos_clean_noisy", PURPLE, "^", "-")],
         "accuracy": [
@@ -107,18 +108,18 @@ def groups_of(run: Run) -> dict[str, list[tuple]]:
     }
 
 
-def single(run: Run, look: Look) -> Figure | None:
+def run_figure(run: Run, look: Look) -> Figure | None:
     """One run on a page: cosines with their nulls, accuracies, probes, losses, norms, learning rate; what the run has.
 
     None where it has nothing that can be drawn.
     """
-    run, alphas = paired(run)
-    groups = groups_of(run)
+    run, alphas = with_paired_nulls(run)
+    groups = panels_of(run)
     here = {name: [row for row in rows if drawable(run, row[0], look)] for name, rows in groups.items()}
     here = {name: rows for name, rows in here.items() if rows}
     if not here:
         return None
-    look = settled(look, [run], [tag for rows in here.values() for tag, *_ in rows])
+    look = with_x_scale(look, [run], [tag for rows in here.values() for tag, *_ in rows])
     across = min(len(here), 3)
     down = math.ceil(len(here) / across)
     figure = Figure(figsize=(max(3.7 * across, 6), 3.1 * down), layout="constrained")
@@ -129,7 +130,7 @@ def single(run: Run, look: Look) -> Figure | None:
     for axis, (name, rows) in zip(axes, here.items(), strict=False):
         axis.set_title(name)
         axis.set_xlabel(X_LABEL[look.x])
-        axis.xaxis.set_major_formatter(short)
+        axis.xaxis.set_major_formatter(short_number)
         for tag, color, marker, style in rows:
             draw_line(axis, [run], tag, look, color, style, alphas.get(tag), marker)
             axis.plot([], [], color=color, ls=style, marker=marker if style == "-" else "", ms=4, label=label_of(tag))
@@ -139,18 +140,18 @@ def single(run: Run, look: Look) -> Figure | None:
         if look.log_x:
             log_axes([axis])
         axis.legend(fontsize=7)
-    foot(figure, "; ".join(explained(figure, run, here, alphas, look, groups)))
+    footer(figure, "; ".join(caption_parts(figure, run, here, alphas, look, groups)))
     return figure
 
 
-def explained(figure: Figure, run: Run, here: dict, alphas: dict, look: Look, groups: dict) -> list[str]:
+def caption_parts(figure: Figure, run: Run, here: dict, alphas: dict, look: Look, groups: dict) -> list[str]:
     """The line under the picture: smoothing, how to read a cosine, what the run has no series for."""
     drawn = [tag for rows in here.values() for tag, *_ in rows]
     averages = any(alphas.get(t, alpha_of(t, len(run.series[t][0]))) < 1 for t in drawn)
     parts = []
     if averages:
         parts.append("faint: raw values; lines: exponential average, alpha 0.05 (validation accuracy and loss 0.5)")
-    parts += bands(figure, look, averages)
+    parts += bands_text(figure, look, averages)
     if alphas:
         parts.append("a cosine means something only beside its null, dashed: below it, noisy gradients pull elsewhere")
         parts += ["both at the null's steps, neither smoothed"] * (set(alphas.values()) == {1.0})
@@ -163,13 +164,13 @@ def explained(figure: Figure, run: Run, here: dict, alphas: dict, look: Look, gr
 
 
 def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png", "svg")) -> None:
-    """The report on a single run: its picture first, then what it reached and the options it was made with."""
+    """The report on a single run: its picture, then its final values and options."""
     page.heading(1, run.name)
-    if styled(single, run, look, stem=page.out / "run", formats=formats):
+    if save_styled(run_figure, run, look, stem=page.out / "run", formats=formats):
         page.figure("run", run.name)
     else:
         page.text("Nothing to draw: the run has no values yet.")
-    values = results.values_of(run)
+    values = runvalues.finding_values(run)
     means = {"cos_minus_null": "cosine of clean and noisy minus its null", "corrected_minus_1": "corrected cosine minus 1",
              "participation_minus_1": "participation ratio over its isotropic value, minus 1"}  # fmt: skip
     page.table(

@@ -1,4 +1,8 @@
-"""A text in two forms: Markdown with its figures beside it, and one HTML file that holds them."""
+"""A text in two forms: Markdown with its figures beside it, and one HTML file that holds them.
+
+Both are written from the same calls. Making the HTML from the Markdown with the `markdown` package would take more code: it leaves
+tables inside <details> as text, shows the backslash of escapes it does not know (\\$, \\~, \\|) and passes on any HTML.
+"""
 
 import base64
 import html

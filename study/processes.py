@@ -23,16 +23,16 @@ from study.grids import Job
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 POLL = 0.2  # seconds between looks at the running processes
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
-LAST_WORDS = 65536  # bytes of a log that are read for a reason
+LOG_TAIL = 65536  # bytes of a log that are read for a reason
 STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 
-def held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
     """Whether a living process holds the lock of a run's folder."""
     return locks.is_locked(folder / locks.NAME)
 
 
-def read(reader, path: Path) -> dict:
+def read_or_empty(reader, path: Path) -> dict:
     """What `reader` of schema.py reads, {} for a file that is absent or damaged: resuming can do without it.
 
     Raises `InputError` for one that has a wrong field, with which the run cannot be resumed.
@@ -44,33 +44,33 @@ def read(reader, path: Path) -> dict:
 
 
 def options_of(folder: Path) -> dict:
-    """A run's options as its folder has them, {} if it does not tell. Raises `InputError` as `read` does."""
-    return read(schema.read_config, folder / "config.json").get("options", {})
+    """A run's options as in its folder, {} where config.json is absent or damaged. Raises `InputError` as `read_or_empty` does."""
+    return read_or_empty(schema.read_config, folder / "config.json").get("options", {})
 
 
 def threads_of(folder: Path) -> int | None:
-    """The CPU threads that a run was started with, None if its folder does not tell."""
+    """The CPU threads that a run was started with, None if its folder does not hold them."""
     try:
         return options_of(folder).get("threads")
     except InputError:
         return None
 
 
-def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
-    """(one of `STATES`, what there is to say about it) of a run, from its folder alone, or from files of results.
+def run_state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
+    """(one of `STATES`, a detail for the user, maybe empty) of a run, from its folder alone, or from files of results.
 
     `done`: name and options of the finished runs in such files. "other": the folder is that of another run. A folder
     whose files have a wrong field is that of a failed run, for it cannot be resumed.
     """
     folder, wanted = runs / job.name, vars(job.args)
-    if wanted["precision"] == "auto":  # what it became is the hardware's choice
+    if wanted["precision"] == "auto":  # the run's folder holds what the hardware resolved it to
         wanted = {key: value for key, value in wanted.items() if key != "precision"}
-    listed = any(not differences(found, wanted) for found in done.get(job.name, []))
+    listed = any(not differences(opts, wanted) for opts in done.get(job.name, []))
     if folder.is_dir():
         try:
-            given, summary = options_of(folder), read(schema.read_summary, folder / "summary.json")
+            given, summary = options_of(folder), read_or_empty(schema.read_summary, folder / "summary.json")
         except InputError as e:
-            if held(folder):
+            if is_held(folder):
                 return "running", str(e)
             return ("finished", "in a file of results") if listed else ("failed", str(e))
         other = differences(given, wanted)
@@ -80,7 +80,7 @@ def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
         if status == "finished":
             accuracy = summary.get("val_acc")
             return "finished", f"val/acc {accuracy:.4f}" if isinstance(accuracy, float) else ""
-        if held(folder):
+        if is_held(folder):
             return "running", f"{summary.get('steps') or 0} steps at the last summary"
         if listed:
             return "finished", "in a file of results"
@@ -96,7 +96,7 @@ def state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, str]:
         return "waiting", ""
 
 
-def over(status: str, job: Job, again: set[str]) -> bool:
+def nothing_to_start(status: str, job: Job, again: set[str]) -> bool:
     """Whether there is nothing to start. `again`: failed runs to repeat; one that failed since then is not among them."""
     return status in ("finished", "other") or (status == "failed" and job.name not in again)
 
@@ -109,21 +109,21 @@ def command(job: Job, runs: Path, resume: bool, threads: int | None = None) -> l
     return [sys.executable, str(TRAIN), *job.argv, *place, *(["--resume"] if resume else [])]
 
 
-def why(log: Path, code: int, start: int) -> str:
+def failure_reason(log: Path, code: int, start: int) -> str:
     """A reason for a failure: the signal, or the last line that the process wrote after the log's byte `start`.
 
     Progress bars do not count.
     """
     try:
         with open(log, "rb") as f:
-            f.seek(max(start, f.seek(0, os.SEEK_END) - LAST_WORDS))
+            f.seek(max(start, f.seek(0, os.SEEK_END) - LOG_TAIL))
             lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines()]
     except OSError:
         lines = []
-    said = [line[:300] for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
+    last_line = [line[:300] for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
     if code < 0:
-        return "; last words: ".join([f"killed by signal {-code}", *said])
-    return said[0] if said else f"exit status {code}"
+        return "; last line: ".join([f"killed by signal {-code}", *last_line])
+    return last_line[0] if last_line else f"exit status {code}"
 
 
 def note_failure(runs: Path, name: str, reason: str) -> None:
@@ -132,9 +132,9 @@ def note_failure(runs: Path, name: str, reason: str) -> None:
         (runs / LOGS / f"{name}.failed").write_text(reason + "\n")
 
 
-def how_it_ended(job: Job, status: str, said: str) -> str:
+def end_line(job: Job, status: str, detail: str) -> str:
     """One line on a run that did not finish."""
-    return f"{job.name}: {status}: {said}" if said else f"{job.name}: {status}"
+    return f"{job.name}: {status}: {detail}" if detail else f"{job.name}: {status}"
 
 
 def make_folder(runs: Path) -> None:
@@ -153,7 +153,7 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-class Stop:
+class StopSignals:
     """Signals that ask a run to save and end, as a flag: `asked` counts them. A context manager; old handlers come back."""
 
     def __enter__(self):
@@ -219,11 +219,11 @@ def run_here(
     free, passed_on = list(slots), 0
     progress = Progress(queue, skipped)
 
-    def finish(job: Job, status: str, said: str) -> None:
+    def finish(job: Job, status: str, detail: str) -> None:
         ended[job.name] = status
         progress.end(job, ended, len(active))
         if status != "finished":
-            tqdm.write(how_it_ended(job, status, said), file=sys.stderr)
+            tqdm.write(end_line(job, status, detail), file=sys.stderr)
 
     def start(job: Job) -> None:
         again.discard(job.name)
@@ -239,7 +239,7 @@ def run_here(
             active[process] = (job, free.pop(0), log, out.tell())
         progress.show(ended, len(active))
 
-    with Stop() as stop:
+    with StopSignals() as stop:
         try:
             while True:
                 for process, (job, slot, log, begin) in list(active.items()):
@@ -248,17 +248,17 @@ def run_here(
                         continue
                     del active[process]
                     free.append(slot)
-                    status, said = state(runs, job, done)
-                    # a signal that comes before the run listens for it ends it without a word, and that is no failure
+                    status, detail = run_state(runs, job, done)
+                    # a signal that arrives before the run has its handlers ends it without output: no failure
                     if status == "failed" or (
                         status in ("waiting", "stopped") and code not in (0, 3) and not stop.asked
                     ):
-                        status, said = "failed", said if status == "failed" else why(log, code, begin)
-                        note_failure(runs, job.name, said)
-                    if status == "running":  # somebody else was faster
+                        status, detail = "failed", detail if status == "failed" else failure_reason(log, code, begin)
+                        note_failure(runs, job.name, detail)
+                    if status == "running":  # another process has taken it
                         elsewhere.append(job)
                     else:
-                        finish(job, status, said)
+                        finish(job, status, detail)
                 if stop.asked > passed_on:
                     if not passed_on:
                         tqdm.write(
@@ -274,18 +274,18 @@ def run_here(
                     time.sleep(5 * POLL)
                 while queue and free and not stop.asked:
                     job = queue.pop(0)
-                    status, said = state(runs, job, done)
-                    if over(status, job, again):
-                        finish(job, status, said)
+                    status, detail = run_state(runs, job, done)
+                    if nothing_to_start(status, job, again):
+                        finish(job, status, detail)
                     elif status == "running":
-                        again.discard(job.name)  # somebody else repeats it
+                        again.discard(job.name)  # another process repeats it
                         elsewhere.append(job)
                     else:
                         start(job)
                 if not active and not queue and not elsewhere:
                     break
                 time.sleep(POLL)
-        except BaseException:  # a full disk, say: no run goes on unseen
+        except BaseException:  # such as a full disk: no run is left behind
             asked = stop.asked
             for process in active:
                 process.terminate()

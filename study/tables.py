@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data import InputError
-from study.results import Run
+from study.runfolders import Run
 
 HEADER = ("run", "tag", "step", "value")
 
@@ -21,7 +21,7 @@ def runs_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-runs.csv")
 
 
-def check(path: Path, inputs: list[Path]) -> None:
+def check_targets(path: Path, inputs: list[Path]) -> None:
     """Raises `InputError` where the two tables cannot go to `path`, or would overwrite one of `inputs`."""
     if path.suffix != ".csv":
         raise InputError(f"--csv {path}: the name must end in .csv")
@@ -34,16 +34,16 @@ def check(path: Path, inputs: list[Path]) -> None:
             raise InputError(f"--csv {path}: would overwrite {target}, which is read")
 
 
-def row_of(run: Run, name: str) -> dict[str, str]:
+def table_row(run: Run, name: str) -> dict[str, str]:
     """A run's row: its name, state, options, last values by tag, then `summary.*`, `resolved.*` and `versions.*`."""
     row = {"run": name, "status": run.summary.get("status"), "source": run.source} | run.options
     row |= {tag: float(values[-1]) for tag, (_, values) in run.series.items() if len(values)}
     for group in ("summary", "resolved", "versions"):
         row |= {f"{group}.{k}": v for k, v in getattr(run, group).items()}
-    return {k: written(v) for k, v in row.items()}
+    return {k: cell_text(v) for k, v in row.items()}
 
 
-def written(value) -> str:
+def cell_text(value) -> str:
     """A value as a cell; None is an empty one, a list or an object is JSON."""
     if value is None:
         return ""
@@ -52,12 +52,12 @@ def written(value) -> str:
 
 def columns(rows: list[dict[str, str]]) -> list[str]:
     """Every column that a row has: options first, then tags, then the rest, each in the order of its first use."""
-    found = dict.fromkeys(k for row in rows for k in row)
+    every = dict.fromkeys(k for row in rows for k in row)
     kind = lambda k: 2 if k.split(".")[0] in ("summary", "resolved", "versions") else int("/" in k)  # noqa: E731
-    return sorted(found, key=kind)
+    return sorted(every, key=kind)
 
 
-def write(runs: Iterable[Run], path: Path) -> str:
+def write_tables(runs: Iterable[Run], path: Path) -> str:
     """Both tables, whole or not at all; returns a line that says what was written.
 
     A name that several runs have, from different folders, is numbered from the second on: `NAME (2)`. Raises `InputError` where
@@ -76,7 +76,7 @@ def write(runs: Iterable[Run], path: Path) -> str:
                 for tag, (steps, values) in run.series.items():
                     out.writerows((name, tag, s, v) for s, v in zip(steps.tolist(), values.tolist(), strict=True))
                     points += len(steps)
-                rows.append(row_of(run, name))
+                rows.append(table_row(run, name))
         with open(parts[1], "w", newline="") as f:
             table = csv.DictWriter(f, columns(rows), restval="")
             table.writeheader()

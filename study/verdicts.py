@@ -1,4 +1,4 @@
-"""The findings' part of a report: what these runs say about each claim, and by which rules.
+"""The findings' part of a report: what follows from these runs for each claim, and by which rules.
 
 A finding whose statistic these runs do not give, because something it needs was not measured or has not run, has a line in a
 folded table and nothing else.
@@ -6,16 +6,16 @@ folded table and nothing else.
 
 import math
 
-from study import findings, results
+from study import findings, runvalues
 from study.page import Page
-from study.results import Setting
+from study.settings import Setting
 
 NAMED = 3  # missing runs named in a finding's own line; the rest is folded
 
 Judged = list[tuple[str, findings.Result]]  # (setting, result)
 
 
-def shown(i: findings.Interval | None) -> str:
+def interval_text(i: findings.Interval | None) -> str:
     """Mean, interval and number of seeds."""
     if i is None:
         return "no runs"
@@ -24,50 +24,52 @@ def shown(i: findings.Interval | None) -> str:
 
 
 def judge(settings: list[Setting], margins: dict[str, float], tuned: bool) -> Judged:
-    """(setting, result) of every finding: in each setting that has something to say on it, or in the largest one."""
+    """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one."""
     judged = []
     for finding in findings.FINDINGS:
         by_ratio = finding.id.startswith("4")
         if tuned and by_ratio:
             continue  # tuned cells have no learning rate of their own
-        found = []
+        by_setting = []
         for s in settings:
             runs = s.all_runs if tuned else s.ratio_runs if by_ratio else s.runs
-            rows = [results.row_of(r) for r in runs]
-            result = findings.evaluate(finding, findings.tuned(rows) if tuned else rows, margins)
-            found.append((s.label, result))
-        judged += [pair for pair in found if speaks(pair[1])] or found[:1]
+            rows = [runvalues.finding_row(r) for r in runs]
+            result = findings.evaluate_finding(finding, findings.tuned(rows) if tuned else rows, margins)
+            by_setting.append((s.label, result))
+        judged += [pair for pair in by_setting if has_statistic(pair[1])] or by_setting[:1]
     return judged
 
 
-def speaks(result: findings.Result) -> bool:
+def has_statistic(result: findings.Result) -> bool:
     """Whether the finding's statistic can be computed from the runs, under any budget."""
     return any(result.intervals.values())
 
 
 def write_findings(page: Page, judged: Judged) -> None:
     """Verdicts with their intervals; what is missing and what cannot be judged is folded."""
-    speaking = [(setting, r) for setting, r in judged if speaks(r)]
-    if speaking:
+    judged_here = [(setting, r) for setting, r in judged if has_statistic(r)]
+    if judged_here:
         header = ["finding", "setting", "verdict", *findings.BUDGETS.values(), "margin"]
         rows = []
-        for setting, r in speaking:
-            intervals = [shown(r.intervals[b]) for b in findings.BUDGETS]
+        for setting, r in judged_here:
+            intervals = [interval_text(r.intervals[b]) for b in findings.BUDGETS]
             title = f"{r.finding.id}. {r.finding.title}"
             rows.append([title, setting, f"**{r.verdict}**", *intervals, f"{r.margin:g}"])
         page.table(header, rows)
-        page.bullets([explanation(setting, r) for setting, r in speaking])
-    lists = [[f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in speaking if len(r.missing) > NAMED]
+        page.bullets([explanation(setting, r) for setting, r in judged_here])
+    lists = [
+        [f"{r.finding.id} ({setting})", "; ".join(r.missing)] for setting, r in judged_here if len(r.missing) > NAMED
+    ]
     if lists:
         with page.folded(f"Missing runs of {len(lists)} finding{'s' * (len(lists) > 1)}"):
             page.table(["finding", "missing"], lists)
-    silent = [(setting, r) for setting, r in judged if not speaks(r)]
-    if silent:
-        ids = ", ".join(dict.fromkeys(r.finding.id for _, r in silent))
-        with page.folded(f"{len(silent)} finding{'s' * (len(silent) > 1)} these runs cannot judge: {ids}"):
+    unjudged = [(setting, r) for setting, r in judged if not has_statistic(r)]
+    if unjudged:
+        ids = ", ".join(dict.fromkeys(r.finding.id for _, r in unjudged))
+        with page.folded(f"{len(unjudged)} finding{'s' * (len(unjudged) > 1)} these runs cannot judge: {ids}"):
             rows = [
                 [f"{r.finding.id}. {r.finding.title}", setting, f"**{r.verdict}**", "; ".join(r.missing)]
-                for setting, r in silent
+                for setting, r in unjudged
             ]
             page.table(["finding", "setting", "verdict", "missing"], rows)
 
@@ -79,7 +81,7 @@ def explanation(setting: str, r: findings.Result) -> str:
     text += f"claimed {'above' if f.direction > 0 else 'below'} 0. "
     text += f"Verdict: **{r.verdict}**, for: {findings.RULES[r.verdict]}."
     if f.null and r.aa:
-        text += f" A/A runs: {shown(r.aa)}."
+        text += f" A/A runs: {interval_text(r.aa)}."
     if r.missing:
         rest = len(r.missing) - NAMED
         text += " Missing: " + "; ".join(r.missing[:NAMED]) + (f"; and {rest} more, below" if rest > 0 else "") + "."

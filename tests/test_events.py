@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from torch.utils.tensorboard import SummaryWriter
 
-from study import events, results
+from study import events, runfolders
 
 
 def record(data: bytes) -> bytes:
@@ -43,8 +43,8 @@ def test_crc32c_of_published_examples():
         b"": 0,
     }
     blob, ends = b"".join(examples), np.cumsum([len(e) for e in examples])
-    found = events.crc32c(blob, ends - [len(e) for e in examples], ends)
-    assert found.tolist() == list(examples.values())
+    sums = events.crc32c(blob, ends - [len(e) for e in examples], ends)
+    assert sums.tolist() == list(examples.values())
 
 
 def test_crc32c_of_any_length_and_place_is_that_of_tensorboard(monkeypatch):
@@ -53,8 +53,8 @@ def test_crc32c_of_any_length_and_place_is_that_of_tensorboard(monkeypatch):
     blob = rng.integers(0, 256, 20_000, np.uint8).tobytes()
     begins = rng.integers(0, 10_000, 150)
     lengths = np.r_[np.arange(140), rng.integers(140, 10_000, 10)]
-    found = events.masked(events.crc32c(blob, begins, begins + lengths))
-    assert found.tolist() == [masked_crc32c(blob[b : b + n]) for b, n in zip(begins, lengths, strict=True)]
+    sums = events.masked(events.crc32c(blob, begins, begins + lengths))
+    assert sums.tolist() == [masked_crc32c(blob[b : b + n]) for b, n in zip(begins, lengths, strict=True)]
 
 
 def test_every_damaged_byte_is_noticed_and_named(tmp_path, capsys):
@@ -144,7 +144,7 @@ def test_what_is_no_file_is_left_out_by_name(tmp_path, capsys):
     (tmp_path / "events.out.tfevents.2").mkdir()
     os.mkfifo(tmp_path / "events.out.tfevents.3")
     write(tmp_path, scalar(0))
-    assert results.read_events(tmp_path).keys() == {"val/acc"}
+    assert runfolders.read_events(tmp_path).keys() == {"val/acc"}
     err = capsys.readouterr().err
     assert err.count("not a regular file") == err.count("\n") == 2 and "tfevents.3" in err
 
@@ -156,5 +156,7 @@ def test_text_and_pictures_are_passed_over(tmp_path, capsys):
     writer.add_scalar("loss", 2.0, 3)
     writer.add_scalar("loss", 1.0, 4, new_style=True)
     writer.close()
-    assert {t: [v.tolist() for v in s] for t, s in results.read_events(tmp_path).items()} == {"loss": [[3, 4], [2, 1]]}
+    assert {t: [v.tolist() for v in s] for t, s in runfolders.read_events(tmp_path).items()} == {
+        "loss": [[3, 4], [2, 1]]
+    }
     assert capsys.readouterr().err == ""

@@ -7,10 +7,13 @@ from matplotlib.colors import to_hex
 import report
 from conftest import SHARED
 from engine import options
-from study import drawing, figures, onerun
+from study import drawing, figures, manyruns, onerun
 from study.drawing import Look
+from study.exports import export_runs
 from study.page import Page
-from study.results import Run, export, read_curves, settings
+from study.reference import read_curves
+from study.runfolders import Run
+from study.settings import group_settings
 
 PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0, "precision": "bf16-mixed"}
 
@@ -78,7 +81,7 @@ def test_cosines_of_another_batchnorm_mode_are_labelled(mode):
 def table(tmp_path, runs: list[Run]) -> list[list[str]]:
     """The rows of the table beside the report, without header."""
     page = Page(tmp_path)
-    report.write_comparison(page, runs, [REPORT])
+    manyruns.write_comparison(page, runs, [REPORT])
     rows = [line.strip("| ").split(" | ") for line in "\n".join(page.markdown).splitlines() if line.startswith("|")]
     return rows[2:]
 
@@ -138,15 +141,15 @@ def test_an_a_a_run_meets_its_null_on_its_own_page():
     cosine = lambda s: 0.2 + 0.6 * np.exp(-s / 4000)  # noqa: E731
     often, rarely = ({s: cosine(s) for s in range(0, 20000, every)} for every in (50, 1000))
     run = made("aa", {"grad/cos_clean_noisy": often, "null/cos_clean_noisy": rarely})
-    drawn = [line for line in onerun.single(run, Look()).axes[0].get_lines() if len(line.get_xdata())]
+    drawn = [line for line in onerun.run_figure(run, Look()).axes[0].get_lines() if len(line.get_xdata())]
     raw, null = ((line.get_xdata().tolist(), line.get_ydata().tolist()) for line in drawn)
     assert raw == null and null[0] == list(rarely) and null[1] == list(rarely.values())
     assert [line.get_linestyle() for line in drawn] == ["-", "--"]
     alone = made("split", {"grad/cos_clean_noisy": often})  # no null to meet: smoothed as before
-    ((x, y),) = lines(onerun.single(alone, Look()).axes[0])
+    ((x, y),) = lines(onerun.run_figure(alone, Look()).axes[0])
     assert len(x) == 400 and y[200] > cosine(x[200]) + 0.005
     both = made("masks", {"grad/cos_clean_noisy": often, "null/permuted_cos_clean_noisy": often})
-    figure = onerun.single(both, Look())  # at the same, many steps: both smoothed, and alike
+    figure = onerun.run_figure(both, Look())  # at the same, many steps: both smoothed, and alike
     raw, null = (line.get_ydata().tolist() for line in figure.axes[0].get_lines() if line.get_zorder() == 3)
     assert raw == null == y and "its null (random masks)" in [t.get_text() for t in figure.axes[0].legend_.get_texts()]
 
@@ -172,7 +175,7 @@ def test_two_momenta_are_two_curves_of_best_sizes():
         for B, x in ((16, 4), (64, 6), (256, 8))
         for noise in (0.0, 0.5)
     ]
-    drawn = {b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_sizes("t", runs).axes[0].containers}
+    drawn = {b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_batch_sizes("t", runs).axes[0].containers}
     assert {label.split(", ")[-1]: y for label, y in drawn.items()} == {
         "m 0.5": pytest.approx([5, 5]),
         "m 0.9": pytest.approx([8, 8]),
@@ -209,11 +212,11 @@ def test_no_two_batch_sizes_and_rates_share_a_colour():
     sizes, rates = (16, 32, 64, 128, 256, 512, 1024), (0.05, 0.1, 0.2)
     runs = [made(f"{B}-{lr}", accuracy(0.1, 0.5), bs=B, lr=lr) for B in sizes for lr in rates]
     figure = figures.curves("t", "y", runs, "val/acc", Look(), True, by_lr=True)
-    found = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
-    assert len(found) == len({to_hex(c) for c in found.values()}) == len(sizes) * len(rates)
-    brightness = [sum(found[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
+    colours = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
+    assert len(colours) == len({to_hex(c) for c in colours.values()}) == len(sizes) * len(rates)
+    brightness = [sum(colours[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
     assert brightness == sorted(brightness, reverse=True)  # dark for the larger rate, as the report has it
-    assert found["B/lr = 640\n(B 64, lr 0.1)"] == pytest.approx(figures.colour(64))
+    assert colours["B/lr = 640\n(B 64, lr 0.1)"] == pytest.approx(figures.colour(64))
     figure.draw_without_rendering()
     box = figure.legends[0].get_window_extent()
     assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 and box.x1 <= figure.bbox.x1  # the legend fits
@@ -225,7 +228,7 @@ def test_which_grids_are_the_reports_ratio_pairs():
     assert not figures.ratio_pairs(grid((64, 256), (0.05, 0.1)))
     assert not figures.ratio_pairs(grid((16, 64, 128), (0.05, 0.1)))
     assert not figures.ratio_pairs(grid((64, 128), (0.1,)))
-    assert settings(grid((16, 64, 128), (0.05, 0.1)))[0].ratio  # equal lr/B somewhere is not enough for figure 13
+    assert group_settings(grid((16, 64, 128), (0.05, 0.1)))[0].ratio  # equal lr/B somewhere is not enough for figure 13
 
 
 # -------------------------------------------------------------------------------------- what short and long runs look like
@@ -234,10 +237,10 @@ def test_which_grids_are_the_reports_ratio_pairs():
 def test_a_series_of_one_point_is_seen():
     tags = ("val/acc", "grad/cos_clean_noisy", "probe/memorized", "optim/lr", "train/loss")
     run = made("one", {tag: {0: 0.3} for tag in tags}, noise=0.5)
-    for axis in onerun.single(run, Look()).axes:
+    for axis in onerun.run_figure(run, Look()).axes:
         (line,) = [x for x in axis.get_lines() if len(x.get_xdata()) and x.get_linewidth() > 1.5]
         assert line.get_marker() not in ("", "None", None) and line.get_markevery() == [0], axis.get_title()
-    assert onerun.single(made("none", {}), Look()) is None
+    assert onerun.run_figure(made("none", {}), Look()) is None
     figure = figures.probes("t", [made("a", {"probe/memorized": {0: 0.1}}, noise=0.5)], Look())
     assert [[t.get_text() for t in axis.texts] for axis in figure.axes] == [[], ["no probe/recovered"], ["no probe/other"]]
 
@@ -324,7 +327,7 @@ def test_titles_are_not_broken_inside_an_option():
 
 @pytest.mark.parametrize("argv", ["--format jpg", "--format png,", "--x days", "--csv runs.txt", "--csv nowhere/a.csv", "--csv ."])
 def test_a_wrong_option_is_one_line(argv, tmp_path, capsys):
-    export([made("a", accuracy(0.1))], tmp_path / "a.npz")
+    export_runs([made("a", accuracy(0.1))], tmp_path / "a.npz")
     try:
         status = report.main([str(tmp_path / "a.npz"), "--out", str(tmp_path / "out"), *argv.split()])
     except SystemExit as e:

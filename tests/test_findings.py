@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import planted
 from study import findings, stats
-from study.findings import Cell, Row, evaluate, verdict
+from study.findings import Cell, Row, evaluate_finding, verdict
 from study.stats import Interval, interval, t_cdf, t_quantile
 
 T_TABLE = {  # Student's t, 97.5 % (two-sided 95 %), and 95 %: any printed table
@@ -111,7 +111,7 @@ def test_error_rates_on_200_planted_sweeps(capsys):
     """An effect is found, none is not claimed, fixed steps are called a confound; the rates are printed."""
     rates = {f.id: planted.error_rates(f, 200, 3) for f in findings.FINDINGS}
     with capsys.disabled():
-        print("\n" + planted.table(rates, 200, 3))
+        print("\n" + planted.error_table(rates, 200, 3))
     for finding in findings.FINDINGS:
         for name, counts in rates[finding.id].items():
             right = planted.SCENARIOS[name][2]
@@ -136,13 +136,13 @@ def two() -> findings.Finding:
 
 def test_missing_runs_are_named_and_nothing_is_resolved():
     rows = planted.plant(two(), {"steps": 0.03, "epochs": 0.03}, 3, random.Random(0))
-    assert evaluate(two(), rows).verdict == "supported"
+    assert evaluate_finding(two(), rows).verdict == "supported"
     gone = Cell("cosine", 0.5, 64)
     left = [r for r in rows if not (r.cell == gone and r.seed == "1" and r.budget == "epochs")]
-    result = evaluate(two(), left)
+    result = evaluate_finding(two(), left)
     assert result.verdict == "not resolved"
     assert result.missing == ["matched epochs: cosine, noise 0.5, B 64, lr 0.1, seed 1: no finished run"]
-    result = evaluate(two(), [r for r in rows if r.budget != "epochs"])
+    result = evaluate_finding(two(), [r for r in rows if r.budget != "epochs"])
     assert result.verdict == "not resolved" and "matched epochs" in result.missing[0]
     assert result.intervals["steps"].n == 3
 
@@ -151,33 +151,33 @@ def test_a_batch_size_that_failed_everywhere_is_missed():
     """The runs that diverge at every seed are no reason to judge without their cells."""
     rows = planted.plant(two(), {"steps": 0.03, "epochs": 0.03}, 3, random.Random(0))
     failed = [r if r.cell.B < 512 else Row(r.cell, r.seed, r.budget, {}, finished=False) for r in rows]
-    result = evaluate(two(), failed)
+    result = evaluate_finding(two(), failed)
     assert result.verdict == "not resolved" and result.needed is None
     assert "matched epochs: cosine, noise 0.5, B 512, lr 0.1, seed 1: no finished run" in result.missing
     scored = [Row(r.cell, r.seed, r.budget, {**r.values, "val_acc": 0.5}) if r.finished else r for r in failed]
-    assert evaluate(two(), findings.tuned(scored)).missing
+    assert evaluate_finding(two(), findings.tuned(scored)).missing
 
 
 def test_a_best_batch_size_at_an_end_of_the_tested_ones_is_no_estimate():
     three = next(f for f in findings.FINDINGS if f.id == "3")
     rows = planted.plant(three, {"steps": 1.5, "epochs": 1.5}, 3, random.Random(0))  # tops at 7 and 5.5
-    assert evaluate(three, rows).verdict == "supported"
-    result = evaluate(three, [r for r in rows if r.cell.B >= 64])
+    assert evaluate_finding(three, rows).verdict == "supported"
+    result = evaluate_finding(three, [r for r in rows if r.cell.B >= 64])
     assert result.verdict == "not resolved" and result.intervals["steps"] is not None
     assert "matched epochs, seed 2: the best batch size may lie below 64" in result.missing
 
 
 def test_a_missing_series_is_named():
     rows = [Row(r.cell, r.seed, r.budget, {}) for r in planted.plant(two(), {"steps": 0.03}, 3, random.Random(0))]
-    result = evaluate(two(), rows)
+    result = evaluate_finding(two(), rows)
     assert result.verdict == "not resolved" and "has no probe/memorized" in result.missing[0]
 
 
 def test_two_seeds_resolve_nothing_and_say_how_many_would():
     rows = planted.plant(two(), {"steps": 0.03, "epochs": 0.03}, 2, random.Random(0))
-    result = evaluate(two(), rows)
+    result = evaluate_finding(two(), rows)
     assert result.verdict == "not resolved" and result.needed >= 3
-    assert evaluate(two(), [r for r in rows if r.seed == "0"]).needed is None  # one seed has no spread
+    assert evaluate_finding(two(), [r for r in rows if r.seed == "0"]).needed is None  # one seed has no spread
 
 
 def test_seeds_are_not_promised_where_one_budget_would_need_too_many():
@@ -187,17 +187,17 @@ def test_seeds_are_not_promised_where_one_budget_would_need_too_many():
         if r.budget == "epochs" else r
         for r in rows
     ]  # fmt: skip
-    assert evaluate(two(), rows).needed is not None and evaluate(two(), loud).needed is None
+    assert evaluate_finding(two(), rows).needed is not None and evaluate_finding(two(), loud).needed is None
 
 
 def test_seeds_needed_hold_true():
     """With the promised number of seeds most planted sweeps are resolved."""
     rng = random.Random(5)
     few = planted.plant(two(), {"steps": 0.012, "epochs": 0.012}, 2, rng, run_sd=0.08)
-    needed = evaluate(two(), few).needed
+    needed = evaluate_finding(two(), few).needed
     assert 4 <= needed <= 60
     many = [
-        evaluate(two(), planted.plant(two(), {"steps": 0.012, "epochs": 0.012}, 2 * needed, rng, run_sd=0.08))
+        evaluate_finding(two(), planted.plant(two(), {"steps": 0.012, "epochs": 0.012}, 2 * needed, rng, run_sd=0.08))
         for _ in range(20)
     ]
     assert sum(r.verdict != "not resolved" for r in many) >= 15
@@ -206,13 +206,13 @@ def test_seeds_needed_hold_true():
 def test_drift_needs_aa_runs_that_give_the_null():
     drift = findings.FINDINGS[0]
     rows = planted.plant(drift, {"steps": -0.2, "epochs": -0.2}, 3, random.Random(0))
-    assert evaluate(drift, rows).verdict == "supported"
-    result = evaluate(drift, [r for r in rows if not r.fake])
+    assert evaluate_finding(drift, rows).verdict == "supported"
+    result = evaluate_finding(drift, [r for r in rows if not r.fake])
     assert result.verdict == "not resolved" and "A/A" in result.missing[0]
     biased = [
         Row(r.cell, r.seed, r.budget, {k: v - 0.2 * r.fake for k, v in r.values.items()}, fake=r.fake) for r in rows
     ]
-    result = evaluate(drift, biased)
+    result = evaluate_finding(drift, biased)
     assert result.verdict == "not resolved" and "do not give the null" in result.missing[0]
 
 
@@ -225,8 +225,10 @@ def test_the_ratio_study_pairs_equal_ratios():
     values |= {Cell("constant", 0.0, 64, 0.05): 0.90, Cell("constant", 0.0, 128, 0.1): 0.89}
     assert findings.ratio_gap(False)(values) == pytest.approx(0.16 - 0.01)
     assert findings.ratio_gap(True)(values) == pytest.approx(0.15)
-    assert findings.ratio(Cell("constant", 0, 100, 0.1, 0.9), True) == pytest.approx(0.01)
-    assert findings.ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(0.01)  # momentum 0.85 at the top
+    assert findings.lr_batch_ratio(Cell("constant", 0, 100, 0.1, 0.9), True) == pytest.approx(0.01)
+    assert findings.lr_batch_ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(
+        0.01
+    )  # momentum 0.85 at the top
     with pytest.raises(stats.Incomplete, match="lr/B"):
         findings.ratio_gap(False)({Cell("onecycle", 0.5, 64, 0.05): 0.8})
 

@@ -13,7 +13,7 @@ import torch
 import train
 from conftest import TINY, same_weights, series
 from engine import files, noisefile, record
-from study import processes, results
+from study import exports, processes
 
 SMALL = [*TINY, "--width", "1", "--measure", "off"]
 ENTRIES = (*record.RUN_FILES, "events", "profile")
@@ -118,7 +118,7 @@ def test_exports_and_noise_files_go_through_no_prepared_link(tmp_path):
     outside.write_bytes(b"theirs")
     for name in ("e.npz.tmp", f".noise-{os.getpid()}.tmp"):
         (tmp_path / name).symlink_to(outside)
-    results.export([], tmp_path / "e.npz")
+    exports.export_runs([], tmp_path / "e.npz")
     noisefile.save(tmp_path / "noise.npz", *(torch.zeros(3, dtype=torch.int64) for _ in "123"))
     assert outside.read_bytes() == b"theirs"
     with np.load(tmp_path / "e.npz") as z:
@@ -128,7 +128,7 @@ def test_exports_and_noise_files_go_through_no_prepared_link(tmp_path):
 def test_a_pipe_in_place_of_the_lock_does_not_hang_a_sweep(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     answer = []
-    thread = threading.Thread(target=lambda: answer.append(processes.held(tmp_path)), daemon=True)
+    thread = threading.Thread(target=lambda: answer.append(processes.is_held(tmp_path)), daemon=True)
     thread.start()
     thread.join(20)
     assert answer == [False]

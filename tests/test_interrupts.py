@@ -129,7 +129,7 @@ def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
 
     thread = threading.Thread(target=cancel if cancelled else int)
     thread.start()
-    status, _, _ = cluster.work([sys.executable, "-c", code], str(tmp_path / "r"), str(log), str(tmp_path), False)
+    status, _, _ = cluster.run_task([sys.executable, "-c", code], str(tmp_path / "r"), str(log), str(tmp_path), False)
     thread.join()
     assert status == (-signal.SIGTERM if cancelled else 0)
     wait_for(lambda: not alive(int(log.read_text())), 10)

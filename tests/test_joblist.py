@@ -131,10 +131,10 @@ def test_what_a_stopped_sweep_prints_adds_up(fake, tmp_path, capsys):  # noqa: F
 
 def test_a_run_that_is_stopped_before_it_has_a_folder_has_no_empty_reason(tmp_path):
     (job,) = grids.expand(["bs=16"], [], "--grid")
-    assert processes.how_it_ended(job, "waiting", "") == "bs16: waiting"
+    assert processes.end_line(job, "waiting", "") == "bs16: waiting"
     (tmp_path / processes.LOGS).mkdir()
     (tmp_path / processes.LOGS / "bs16.failed").write_text("\n")
-    assert processes.state(tmp_path, job, {}) == ("failed", "no reason given")
+    assert processes.run_state(tmp_path, job, {}) == ("failed", "no reason given")
 
 
 def test_a_real_run_under_train_s_own_name_is_found(go, tmp_path, capsys):

@@ -81,9 +81,9 @@ def test_any_name_is_shown_as_it_is(tmp_path):
 
 
 def test_bold_and_code_of_our_own():
-    said = "**1a** (x_y): **not supported**; `--lr` 2 * 3"
-    assert to_html(said) == "<b>1a</b> (x_y): <b>not supported</b>; <code>--lr</code> 2 * 3"
-    assert to_markdown(said) == "**1a** (x_y): **not supported**; `--lr` 2 \\* 3"
+    shown_text = "**1a** (x_y): **not supported**; `--lr` 2 * 3"
+    assert to_html(shown_text) == "<b>1a</b> (x_y): <b>not supported</b>; <code>--lr</code> 2 * 3"
+    assert to_markdown(shown_text) == "**1a** (x_y): **not supported**; `--lr` 2 \\* 3"
     assert to_html(f"**{literal('a**b')}**") == "<b>a**b</b>"
 
 
@@ -112,7 +112,7 @@ def odd_runs(tmp_path_factory) -> Path:
 
 def test_a_report_on_runs_of_odd_names(odd_runs, tmp_path, capfd):
     assert report.main([str(odd_runs), "--out", str(tmp_path), "--export", str(tmp_path / "all.npz")]) == 0
-    said, err = capfd.readouterr()
+    shown_text, err = capfd.readouterr()
     assert "Warning" not in err and "Traceback" not in err
     made = markdown((tmp_path / "report.md").read_text("utf-8"))
     page = (tmp_path / "report.html").read_text("utf-8")
@@ -121,7 +121,7 @@ def test_a_report_on_runs_of_odd_names(odd_runs, tmp_path, capfd):
     assert texts(page, "td").count("bad <class> 'a|b' # x") == 2 == texts(made, "td").count("bad <class> 'a|b' # x")
     for figure in tmp_path.glob("*.svg"):
         ET.parse(figure)
-    assert {r.name for r in results.load([str(tmp_path / "all.npz")])} == {os.fsdecode(name) for name in NAMES}
+    assert {r.name for r in results.load_runs([str(tmp_path / "all.npz")])} == {os.fsdecode(name) for name in NAMES}
     assert oct((tmp_path / "report.md").stat().st_mode & 0o777) == oct(0o666 & ~umask())
 
 
@@ -142,8 +142,8 @@ def one_run(odd_runs, tmp_path_factory) -> tuple[str, Path]:
 
 def test_a_single_run_of_an_odd_name(one_run):
     _, out = one_run
-    said = markdown((out / "report.md").read_text("utf-8"))
-    assert texts(said, "h1") == ["$x $<数>"] and "$x $" in (out / "run.svg").read_text("utf-8")
+    shown_text = markdown((out / "report.md").read_text("utf-8"))
+    assert texts(shown_text, "h1") == ["$x $<数>"] and "$x $" in (out / "run.svg").read_text("utf-8")
 
 
 # ------------------------------------------------------------------------------------------------- disks that refuse
@@ -168,8 +168,8 @@ def limited(size: int, argv: list[str]) -> tuple[int, str]:
         finally:
             os._exit(status)
     os.close(writing)
-    with os.fdopen(reading) as said:
-        text = said.read()
+    with os.fdopen(reading) as pipe:
+        text = pipe.read()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text
 
 

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 import report
 from conftest import SHARED, series
 from engine import options
-from study import drawing, figures, results
+from study import drawing, exports, figures, manyruns, results, runfolders, runvalues, settings
 from study.page import Page
 
 EVERY = ("steps", "epochs")
@@ -104,12 +104,12 @@ def sweep_of(
 
 def test_events_are_read_as_tensorboard_reads_them(go):
     folder = go("--noise", "0.5")
-    ours = results.read_events(folder)
+    ours = runfolders.read_events(folder)
     theirs = series(folder)
     assert ours.keys() == theirs.keys()
     for tag, points in theirs.items():
         assert list(zip(ours[tag][0].tolist(), ours[tag][1].tolist(), strict=True)) == points, tag
-    run = results.read_folder(folder)
+    run = runfolders.read_folder(folder)
     assert (
         run.finished and run.cell.noise == 0.5 and run.cell.B == 32 and run.budget == "any" and run.steps_per_epoch == 5
     )
@@ -121,7 +121,7 @@ def test_a_run_that_is_being_written_reads_as_far_as_it_goes(tmp_path):
     whole = events.read_bytes()
     for cut in (len(whole) - 5, len(whole) - 40, 10):
         events.write_bytes(whole[:cut])
-        steps = results.read_events(path).get("val/acc", ((), ()))[0]
+        steps = runfolders.read_events(path).get("val/acc", ((), ()))[0]
         assert list(steps) == list(range(len(steps))) and len(steps) < 10
 
 
@@ -132,7 +132,7 @@ def test_new_style_scalars_and_doubled_steps(tmp_path):
     writer.add_scalar("a", 3.0, 5)
     writer.add_scalar("b", math.nan, 5)
     writer.close()
-    found = results.read_events(tmp_path)
+    found = runfolders.read_events(tmp_path)
     assert {k: [v.tolist() for v in s] for k, s in found.items()} == {"a": [[3, 5], [1.0, 3.0]]}
 
 
@@ -191,7 +191,7 @@ def curves() -> Path:
 
 def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path):
     """Every drawn line is the exponential average of the file's values at the file's steps."""
-    runs = results.load([str(curves)])
+    runs = results.load_runs([str(curves)])
     assert len(runs) == 17 + 12  # one of figure 4's is a run of figure 13
     with open(curves, newline="") as f:
         table = list(csv.DictReader(f))
@@ -225,19 +225,19 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
             assert line.get_ydata() == pytest.approx(want)
 
 
-def finished(name: str = "", series: dict | None = None, status: str = "finished", **options_) -> results.Run:
+def finished(name: str = "", series: dict | None = None, status: str = "finished", **options_) -> runfolders.Run:
     """A run of the drawn set under `options_`, with one final accuracy."""
     opts = vars(options.parser().parse_args([])) | {"dataset": "synthetic", "model": "resnet18", "noise": 0.0}
     opts |= {"sched": "onecycle", "sched_steps": 100} | options_
     points = {"val/acc": 0.5} | (series or {})
     found = {tag: (np.array([1]), np.array([value])) for tag, value in points.items()}
-    return results.Run(name or str(sorted(options_.items())), opts, {}, {"status": status}, found, "")
+    return runfolders.Run(name or str(sorted(options_.items())), opts, {}, {"status": status}, found, "")
 
 
 def test_one_weight_decay_is_chosen_for_all_budgets():
     runs = [finished(wd=5e-4, bs=B) for B in (16, 64)]
     runs += [finished(wd=5e-3, bs=B, sched_steps=None, sched_epochs=3) for B in (16, 64, 256)]
-    (setting,) = results.settings(runs)
+    (setting,) = settings.group_settings(runs)
     assert {r.options["wd"] for r in setting.runs} == {5e-3} and len(setting.all_runs) == 5
     assert setting.notes == ["compared at weight decay 0.005; apart from that there are 0.0005 (2 runs)"]
 
@@ -246,7 +246,7 @@ def test_no_seed_counts_twice_and_tuning_keeps_to_one_length():
     runs = [finished(bs=16, precision=p, seed=0) for p in ("32-true", "bf16-mixed")]
     runs += [finished(bs=16, seed=1), finished(bs=64, seed=0, lr=0.2, sched_steps=200)]
     runs.append(finished("full", {"probe/memorized": 0.1}, bs=16, precision="32-true", seed=1))
-    (setting,) = results.settings(runs)
+    (setting,) = settings.group_settings(runs)
     assert sorted(r.seed for r in setting.runs) == ["0/0/0", "1/0/0"] and "full" in {r.name for r in setting.runs}
     assert {r.length for r in setting.all_runs} == {100}
     assert any("2 runs repeat the cell and seed of another" in note for note in setting.notes)
@@ -254,31 +254,31 @@ def test_no_seed_counts_twice_and_tuning_keeps_to_one_length():
 
 def test_the_drift_is_taken_from_random_masks():
     raw, closed, masks = "grad/cos_clean_noisy", "null/cos_clean_noisy", "null/permuted_cos_clean_noisy"
-    assert results.values_of(finished("a", {raw: 0.5, closed: 0.4}))["cos_minus_null"] == pytest.approx(0.1)
+    assert runvalues.finding_values(finished("a", {raw: 0.5, closed: 0.4}))["cos_minus_null"] == pytest.approx(0.1)
     both = finished("b", {raw: 0.5, closed: 0.4, masks: 0.45})
-    assert results.values_of(both)["cos_minus_null"] == pytest.approx(0.05)
+    assert runvalues.finding_values(both)["cos_minus_null"] == pytest.approx(0.05)
 
 
 def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
     a, b = finished("x", bs=16), finished("x", bs=64)
     for path, run in ((tmp_path / "a.npz", a), (tmp_path / "b.npz", b)):
-        results.export([run], path)
+        exports.export_runs([run], path)
     paths = [str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]
-    assert sorted(r.cell.B for r in results.load([*paths, paths[0]])) == [16, 64]
+    assert sorted(r.cell.B for r in results.load_runs([*paths, paths[0]])) == [16, 64]
 
 
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"
     assert report.main([str(curves), "--out", str(out), "--format", "png", "--reference", str(curves)]) == 0
-    said = (out / "report.md").read_text()
-    rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", said, re.M)
+    page_text = (out / "report.md").read_text()
+    rows = re.findall(r"^\| (?:validation accuracy|cosine|training accuracy).*$", page_text, re.M)
     assert len(rows) == 17 + 12 + 12 + 12 and all("| +0.0000 | one seed |" in row for row in rows)
     assert {"figure-04.png", "figure-07.png", "figure-10.png", "figure-13.png"} <= {p.name for p in out.iterdir()}
     verdicts = capsys.readouterr().out
     assert "not resolved" in verdicts and "supported  " not in verdicts.replace("not supported", "")
-    assert "7 findings these runs cannot judge" in said and "these runs cannot judge: 1a raw" in verdicts
-    assert "0.6958" in said  # figure 4, batch 16, no noise: the last value
+    assert "7 findings these runs cannot judge" in page_text and "these runs cannot judge: 1a raw" in verdicts
+    assert "0.6958" in page_text  # figure 4, batch 16, no noise: the last value
 
 
 # ------------------------------------------------------------------------------------------------ figures and verdicts
@@ -306,14 +306,14 @@ def made(planted, tmp_path_factory) -> Path:
 
 
 def test_a_report_from_planted_runs(made):
-    said = (made / "report.md").read_text()
-    rows = dict(re.findall(r"^\| (\w+(?: raw| corrected)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", said, re.M))
+    page_text = (made / "report.md").read_text()
+    rows = dict(re.findall(r"^\| (\w+(?: raw| corrected)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", page_text, re.M))
     assert rows["1a raw"] == rows["1a corrected"] == rows["1b"] == "supported"
     assert rows["2"] == "confounded"  # planted under the step budget only
     assert rows["4"] == rows["5c"] == "not resolved"
-    assert "train/loss is nan at step 3" in said
-    assert "no finished run that the claim speaks of" in said
-    assert "excludes 0 in the claimed direction" in said  # the rule beside the verdict
+    assert "train/loss is nan at step 3" in page_text
+    assert "no finished run that the claim speaks of" in page_text
+    assert "excludes 0 in the claimed direction" in page_text  # the rule beside the verdict
 
 
 def test_a_page_begins_with_the_cells(made):
@@ -334,10 +334,10 @@ def test_a_page_begins_with_the_cells(made):
 def test_long_lists_of_runs_are_folded():
     runs = [finished(f"r{i}", status="stopped", bs=16, seed=i) for i in range(12)]
     page = Page(Path())
-    report.write_unfinished(page, runs)
+    manyruns.write_unfinished(page, runs)
     assert "<summary>12 runs are not finished</summary>" in page.html[0] and page.markdown[-1] == "</details>"
     page = Page(Path())
-    report.write_unfinished(page, runs[:2])
+    manyruns.write_unfinished(page, runs[:2])
     assert not any("details" in part for part in page.html) and "r1" in page.html[0]
 
 
@@ -357,7 +357,7 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
     for B in (16, 64):
         plant(tmp_path / "runs", f"--noise 0.5 --bs {B} --sched cosine --epochs 2", {"val/acc": [(0, 0.1), (10, 0.4)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
-    said = (tmp_path / "out" / "report.md").read_text()
+    page_text = (tmp_path / "out" / "report.md").read_text()
     for tag in (
         "grad/cos_clean_all",
         "train/acc_noisy",
@@ -365,21 +365,21 @@ def test_what_is_not_there_is_said(tmp_path, capsys):
         "probe/memorized",
         "corrected/cos_clean_noisy",
     ):
-        assert re.search(rf"^- .*no run.* has {tag}", said, re.M), tag
-    assert "its run has no probe/memorized" in said
-    assert set(re.findall(r"\*\*([a-z ]+)\*\*", said)) & {"supported", "not supported", "confounded"} == set()
+        assert re.search(rf"^- .*no run.* has {tag}", page_text, re.M), tag
+    assert "its run has no probe/memorized" in page_text
+    assert set(re.findall(r"\*\*([a-z ]+)\*\*", page_text)) & {"supported", "not supported", "confounded"} == set()
 
 
 def test_a_single_run_gives_one_page(planted, tmp_path):
     folder = Path(shutil.copytree(sorted(p for p in planted.iterdir() if "noise0.5" in p.name)[0], tmp_path / "bs16"))
     assert report.main([str(folder), "--format", "svg,pdf"]) == 0  # in the run's own folder, where none is given
-    said = (folder / "report" / "report.md").read_text()
+    page_text = (folder / "report" / "report.md").read_text()
     assert {p.name for p in (folder / "report").iterdir()} == {"report.md", "report.html", "run.svg", "run.pdf"}
     ET.parse(folder / "report" / "run.svg")
     assert "data:image/svg+xml;base64," in (folder / "report" / "report.html").read_text()
-    assert [r.name for r in results.load([str(tmp_path)])] == ["bs16"]  # the report is no run
-    assert said.startswith(f"# {folder.name}") and "| finished |" in said and said.index("run.svg") < said.index("| finished |")
-    number = float(re.search(r"minus its null \| (\S+) \|", said)[1])
+    assert [r.name for r in results.load_runs([str(tmp_path)])] == ["bs16"]  # the report is no run
+    assert page_text.startswith(f"# {folder.name}") and "| finished |" in page_text and page_text.index("run.svg") < page_text.index("| finished |")
+    number = float(re.search(r"minus its null \| (\S+) \|", page_text)[1])
     assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
 
 
@@ -387,7 +387,7 @@ def test_lines_are_means_and_bands_deviations_over_seeds(tmp_path):
     for seed, v in enumerate((0.2, 0.4)):
         plant(tmp_path, f"--bs 16 --seed {seed}", {"val/acc": [(s, v + s / 1000) for s in (0, 100, 200)]})
     plant(tmp_path, "--bs 16 --seed 2", {"val/acc": [(0, 0.6), (100, 0.7)]}, status="running")
-    figure = figures.curves("t", "y", results.load([str(tmp_path)]), "val/acc", figures.Look(), True)
+    figure = figures.curves("t", "y", results.load_runs([str(tmp_path)]), "val/acc", figures.Look(), True)
     (axis,) = figure.axes
     (line,) = [x for x in axis.get_lines() if x.get_linewidth() > 1.5]
     assert line.get_xdata().tolist() == [0, 100]  # as far as every seed has got
@@ -405,7 +405,7 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
     for B in (16, 64):
         plant(tmp_path, f"--dataset synthetic --noise 0.5 --bs {B} --sched onecycle --epochs 4", found)
     plant(tmp_path, "--dataset synthetic --bs 64 --sched onecycle --epochs 4", found, fake=0.5)
-    figure = figures.nulls("t", [results.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy")
+    figure = figures.nulls("t", [runfolders.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy")
     assert len(figure.axes) == 2
     for axis, sizes in zip(figure.axes, ([16, 64], [64]), strict=True):
         drawn = {box.get_label(): box.lines[0].get_data() for box in axis.containers}
@@ -417,18 +417,18 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
 
 def test_isotropy_before_training_is_no_finding(tmp_path):
     series = {"isotropy/participation": [(0, 10.0), (9, 12.0), (18, 13.5)], "isotropy/isotropic": [(0, 15.0), (9, 15.0)]}
-    run = results.read_folder(plant(tmp_path, "--dataset synthetic --noise 0.5", series))
-    assert results.values_of(run)["participation_minus_1"] == pytest.approx(12 / 15 - 1)
+    run = runfolders.read_folder(plant(tmp_path, "--dataset synthetic --noise 0.5", series))
+    assert runvalues.finding_values(run)["participation_minus_1"] == pytest.approx(12 / 15 - 1)
     early = {tag: points[:1] for tag, points in series.items()}
-    run = results.read_folder(plant(tmp_path / "early", "--dataset synthetic --noise 0.5", early))
-    assert "participation_minus_1" not in results.values_of(run)
+    run = runfolders.read_folder(plant(tmp_path / "early", "--dataset synthetic --noise 0.5", early))
+    assert "participation_minus_1" not in runvalues.finding_values(run)
 
 
 def test_x_in_steps_epochs_and_examples(tmp_path):
     plant(tmp_path, "--bs 32", {"val/acc": [(0, 0.1), (50, 0.2), (100, 0.3)]})  # 50 steps an epoch
-    (run,) = results.load([str(tmp_path)])
+    (run,) = results.load_runs([str(tmp_path)])
     steps = run.series["val/acc"][0]
-    assert [drawing.along(run, steps, x).tolist() for x in figures.X_LABEL] == [
+    assert [drawing.x_values(run, steps, x).tolist() for x in figures.X_LABEL] == [
         [0, 50, 100],
         [0, 1, 2],
         [0, 1600, 3200],
@@ -445,11 +445,11 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
                 )
                 plant(tmp_path / "runs", argv, {"val/acc": [(0, 0.1), (10, acc - noise / 5 + seed / 1000)]})
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
-    said = (tmp_path / "out" / "report.md").read_text()
+    page_text = (tmp_path / "out" / "report.md").read_text()
     assert (
-        "## Findings at each cell's best learning rate" in said and (tmp_path / "out" / "figure-06-tuned.png").exists()
+        "## Findings at each cell's best learning rate" in page_text and (tmp_path / "out" / "figure-06-tuned.png").exists()
     )
-    (setting,) = report.at_best(results.settings(results.load([str(tmp_path / "runs")])))
+    (setting,) = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path / "runs")])))
     assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}
 
 
@@ -459,7 +459,7 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
 def test_exported_runs_read_like_runs(planted, tmp_path, capsys):
     file = tmp_path / "all.npz"
     assert report.main([str(planted), "--export", str(file)]) == 0
-    a, b = ({r.name: r for r in results.load([str(p)])} for p in (planted, file))
+    a, b = ({r.name: r for r in results.load_runs([str(p)])} for p in (planted, file))
     assert a.keys() == b.keys()
     for name, run in a.items():
         other = b[name]
@@ -481,8 +481,8 @@ def test_files_merge_and_a_finished_run_wins(tmp_path):
     plant(one, "--bs 16", {"val/acc": [(0, 0.1)]}, status="stopped")
     plant(one, "--bs 32", {"val/acc": [(0, 0.2)]})
     plant(two, "--bs 16", {"val/acc": [(0, 0.1), (10, 0.4)]})
-    results.export(results.load([str(one)]), tmp_path / "one.npz")
-    merged = {r.name: r for r in results.load([str(two), str(tmp_path / "one.npz")])}
+    exports.export_runs(results.load_runs([str(one)]), tmp_path / "one.npz")
+    merged = {r.name: r for r in results.load_runs([str(two), str(tmp_path / "one.npz")])}
     assert (
         sorted(merged) == ["bs16", "bs32"] and merged["bs16"].finished and len(merged["bs16"].series["val/acc"][0]) == 2
     )
@@ -490,5 +490,5 @@ def test_files_merge_and_a_finished_run_wins(tmp_path):
 
 def test_rounding_keeps_what_it_says():
     values = np.array([0.1, 1 / 3, -7.7e-5, 123.4, 0.5, 0.0, 1.0])
-    assert results.rounded(values) == pytest.approx(values, rel=2.0**-13)
-    assert results.rounded(np.array([0.5, 0.0, 1.0, 0.75])).tolist() == [0.5, 0.0, 1.0, 0.75]
+    assert exports.rounded(values) == pytest.approx(values, rel=2.0**-13)
+    assert exports.rounded(np.array([0.5, 0.0, 1.0, 0.75])).tolist() == [0.5, 0.0, 1.0, 0.75]

@@ -17,7 +17,7 @@ import train
 from conftest import TINY
 from data import InputError
 from engine import identity, options, record, schema, sources
-from study import processes, results
+from study import exports, processes, runfolders
 
 # 48 training examples, 3 steps an epoch
 ARGV = [*TINY, *"--synthetic-train 60 --synthetic-test 20 --width 4 --bs 16 --noise 0.4 --max-steps 4".split()]
@@ -325,14 +325,14 @@ def test_a_report_leaves_out_what_it_cannot_read(copied, capsys, monkeypatch, tm
 
 def test_a_sweep_says_what_is_wrong_with_a_folder(copied):
     job = SimpleNamespace(name="r", args=options.parse(ARGV))
-    assert processes.state(copied.parent, job, {})[0] == "finished"
+    assert processes.run_state(copied.parent, job, {})[0] == "finished"
     edit(copied / "summary.json", lambda c: c.update(steps="many"))
-    status, reason = processes.state(copied.parent, job, {})
+    status, reason = processes.run_state(copied.parent, job, {})
     assert status == "failed" and "steps is 'many'" in reason
     edit(copied / "config.json", lambda c: c["options"].update(threads=[]))
-    status, reason = processes.state(copied.parent, job, {})
+    status, reason = processes.run_state(copied.parent, job, {})
     assert status == "failed" and "options.threads is a list" in reason
-    assert processes.state(copied.parent, job, {"r": [vars(job.args)]})[0] == "finished"
+    assert processes.run_state(copied.parent, job, {"r": [vars(job.args)]})[0] == "finished"
     assert processes.threads_of(copied) is None
 
 
@@ -341,8 +341,8 @@ def test_a_sweep_says_what_is_wrong_with_a_folder(copied):
 
 @pytest.fixture
 def exported(made, tmp_path) -> Path:
-    run = results.read_folder(made)
-    results.export([run, results.Run(**vars(run) | {"name": "s"})], tmp_path / "x.npz")
+    run = runfolders.read_folder(made)
+    exports.export_runs([run, runfolders.Run(**vars(run) | {"name": "s"})], tmp_path / "x.npz")
     return tmp_path / "x.npz"
 
 
@@ -369,21 +369,21 @@ EXPORT_EDITS = {
 @pytest.mark.parametrize("said", EXPORT_EDITS)
 def test_one_run_of_an_exported_file_is_left_out(exported, said):
     rewrite(exported, EXPORT_EDITS[said])
-    assert said in outcome(results.read_export, exported)
+    assert said in outcome(exports.read_export, exported)
     left_out: list[str] = []
-    assert [run.name for run in results.read_export(exported, left_out)] == ["s"]
+    assert [run.name for run in exports.read_export(exported, left_out)] == ["s"]
     assert len(left_out) == 1 and said in left_out[0]
 
 
 @pytest.mark.parametrize("steps", [[0, 0], [-1, 2], [[0, 1]], ["a"], [0.5]])
 def test_an_exported_file_with_junk_for_steps_is_refused(exported, steps):
     rewrite(exported, lambda _, arrays: arrays.update(steps_0=np.array(steps)))
-    assert str(exported) in outcome(results.read_export, exported)
+    assert str(exported) in outcome(exports.read_export, exported)
 
 
 def test_values_that_are_not_finite_are_left_out(exported):
     rewrite(exported, lambda _, arrays: arrays["values"].__setitem__(slice(0, 1), np.nan))
-    runs = results.read_export(exported)
+    runs = exports.read_export(exported)
     assert all(np.isfinite(v).all() for run in runs for _, v in run.series.values())
     assert sum(len(v) for _, v in runs[0].series.values()) == sum(len(v) for _, v in runs[1].series.values()) - 1
 
@@ -395,5 +395,5 @@ def test_damaged_bytes_of_an_exported_file(exported):
         for _ in range(3):
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
         exported.write_bytes(damaged[: chance.randrange(len(damaged))] if chance.random() < 0.3 else damaged)
-        message = outcome(results.read_export, exported)
+        message = outcome(exports.read_export, exported)
         assert not message or str(exported) in message

@@ -17,8 +17,8 @@ import sweep
 from conftest import ROOT, TINY
 from data import InputError
 from engine import identity, options
-from study import grids, processes, results
-from study.cluster import Request, fit
+from study import exports, grids, processes, runfolders
+from study.cluster import Request, fit_to_nodes
 
 FAKE = Path(__file__).with_name("fake_train.py")
 
@@ -87,7 +87,7 @@ def test_seeds_set_initialization_and_noise():
 
 
 @pytest.mark.parametrize(
-    ("grid", "said"),
+    ("grid", "message"),
     [
         ("bs=16,x", "--bs: 'x' is not a whole number"),
         ("what=1", "'what' is not an option"),
@@ -101,15 +101,15 @@ def test_seeds_set_initialization_and_noise():
         ("data_dir=a,b", "give --data-dir for all runs"),
     ],
 )
-def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path):
+def test_a_bad_grid_is_one_line_and_status_2(grid, message, fake, capsys, tmp_path):
     assert fake("--grid", grid) == 2
     err = capsys.readouterr().err
-    assert err.startswith("sweep.py: error: --grid") and said in err and err.count("\n") == 1
+    assert err.startswith("sweep.py: error: --grid") and message in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--preset", "report", "--part", "9"], "--part 9"),
         (["--grid", "bs=16", "--with-1024"], "--with-1024"),
@@ -122,10 +122,10 @@ def test_a_bad_grid_is_one_line_and_status_2(grid, said, fake, capsys, tmp_path)
         (["--seeds", "1"], "--preset"),
     ],
 )
-def test_bad_options_are_one_line_and_status_2(argv, said, fake, capsys):
+def test_bad_options_are_one_line_and_status_2(argv, message, fake, capsys):
     assert fake(*argv) == 2
     err = capsys.readouterr().err
-    assert said in err and err.count("\n") == 1
+    assert message in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("below", ["file/below", "file/below/that", "folder"])
@@ -296,7 +296,7 @@ def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
     assert fake("--grid", "lr=9 epochs=1") == 1  # remembered, though there is no folder
     assert "failed before: train.py: error: --lr 9" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1") == 1
-    assert "wd9.0_epochs1: failed: killed by signal 9; last words: step 1 is done" in capsys.readouterr().err
+    assert "wd9.0_epochs1: failed: killed by signal 9; last line: step 1 is done" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1", "--status") == 0
     assert "stopped   killed" in capsys.readouterr().out
 
@@ -305,10 +305,13 @@ def test_a_reason_is_of_this_attempt(tmp_path):
     log = tmp_path / "log"
     log.write_text("an earlier reason\n")
     begin = log.stat().st_size
-    assert processes.why(log, -9, begin) == "killed by signal 9" and processes.why(log, 1, begin) == "exit status 1"
+    assert (
+        processes.failure_reason(log, -9, begin) == "killed by signal 9"
+        and processes.failure_reason(log, 1, begin) == "exit status 1"
+    )
     with open(log, "a") as f:
-        f.write("x" * 2 * processes.LAST_WORDS + "\ntoo few examples\r 3/9 [2.1step/s]\n")
-    assert processes.why(log, 2, begin) == "too few examples"
+        f.write("x" * 2 * processes.LOG_TAIL + "\ntoo few examples\r 3/9 [2.1step/s]\n")
+    assert processes.failure_reason(log, 2, begin) == "too few examples"
 
 
 def test_a_damaged_folder_stops_nobody_else(fake, tmp_path, capsys):
@@ -366,7 +369,7 @@ def test_a_run_that_somebody_else_stops_is_not_done(fake, tmp_path):
 
 def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, monkeypatch, capsys):
     """It fails after this sweep has looked, in a process of somebody else."""
-    seen, looked = [], processes.state
+    seen, looked = [], processes.run_state
 
     def state(runs, job, done):
         if job.args.noise == 0.9:
@@ -376,7 +379,7 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
                 (runs / job.name / "summary.json").write_text('{"status": "failed", "reason": "elsewhere"}')
         return looked(runs, job, done)
 
-    monkeypatch.setattr(processes, "state", state)
+    monkeypatch.setattr(processes, "run_state", state)
     monkeypatch.setattr(sweep, "state", state)
     assert fake("--grid", "noise=0,0.9 epochs=1") == 1
     assert "noise0.9_epochs1: failed: elsewhere" in capsys.readouterr().err
@@ -399,10 +402,10 @@ def test_a_second_signal_kills_all_processes_of_a_run(first, fake, tmp_path):
     assert fake("--grid", "wd=8 epochs=90") == 3
     assert [w[0] for w in history(tmp_path)] == ["start"]
     for _ in range(100):
-        if not processes.held(folder):
+        if not processes.is_held(folder):
             break
         time.sleep(0.02)
-    assert not processes.held(folder)
+    assert not processes.is_held(folder)
 
 
 def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys):
@@ -449,15 +452,15 @@ sweep.main(sys.argv[1:])
 
 def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path):
     own = vars(options.parse(["--bs", "16", "--epochs", "1"]))
-    run = results.Run(
+    run = runfolders.Run(
         "bs16_epochs1", own, {}, {"status": "finished"}, {"val/acc": (np.array([0]), np.array([0.5]))}, ""
     )
-    half = results.Run("bs32_epochs1", {}, {}, {"status": "stopped"}, {}, "")
-    results.export([run, half], tmp_path / "done.npz")
+    half = runfolders.Run("bs32_epochs1", {}, {}, {"status": "stopped"}, {}, "")
+    exports.export_runs([run, half], tmp_path / "done.npz")
     assert fake("--grid", "bs=16,32 epochs=1", "--done", str(tmp_path / "done.npz")) == 0
     assert started(tmp_path) == ["bs32_epochs1"]
-    other = results.Run("bs64_epochs1", own, {}, {"status": "finished"}, run.series, "")
-    results.export([other], tmp_path / "other.npz")
+    other = runfolders.Run("bs64_epochs1", own, {}, {"status": "finished"}, run.series, "")
+    exports.export_runs([other], tmp_path / "other.npz")
     assert fake("--grid", "bs=64 epochs=1", "--done", str(tmp_path / "other.npz")) == 0
     assert started(tmp_path)[1:] == ["bs64_epochs1"]
 
@@ -503,10 +506,10 @@ def test_without_ray_the_option_says_what_to_install(fake, capsys, monkeypatch):
 def test_what_fits_on_a_cluster(asked, nodes, fits):
     where = Request(**{"address": "auto", "share": 0, "size": 1, "threads": None, "jobs": None, "retries": 0} | asked)
     if isinstance(fits, tuple):
-        assert fit(where, nodes) == fits
+        assert fit_to_nodes(where, nodes) == fits
     else:
         with pytest.raises(InputError) as e:
-            fit(where, nodes)
+            fit_to_nodes(where, nodes)
         assert fits in str(e.value)
 
 
@@ -598,7 +601,7 @@ def test_a_real_run_and_a_real_failure(tmp_path, capsys):
     assert "--bs 500: larger than the training split of 160 examples" in err
     finished = [p for p in tmp_path.iterdir() if (p / "summary.json").exists()]
     assert len(finished) == 1 and json.loads((finished[0] / "summary.json").read_text())["status"] == "finished"
-    assert results.read_folder(finished[0]).finished
+    assert runfolders.read_folder(finished[0]).finished
     assert sweep.main(["--grid", "bs=32,500", "--runs", str(tmp_path), *tiny, "--status"]) == 0
     assert "1 finished, 1 failed of 2" in capsys.readouterr().out  # its own options are not other ones
 
@@ -623,7 +626,7 @@ def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
     assert first == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "killed" / names[0]).iterdir()}
     assert sweep.main([*argv, "--runs", str(tmp_path / "whole")]) == 0
     for name in names:
-        a, b = (results.read_folder(tmp_path / where / name) for where in ("killed", "whole"))
+        a, b = (runfolders.read_folder(tmp_path / where / name) for where in ("killed", "whole"))
         assert a.finished and a.series.keys() == b.series.keys()
         for tag in a.series:
             assert [v.tolist() for v in a.series[tag]] == [v.tolist() for v in b.series[tag]], tag

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 
 import report
+from data import InputError
 from engine import options
-from study import results, tables
-from study.results import Run
+from study import results, runfolders, tables
+from study.runfolders import Run
 
 PLAIN = vars(options.parser().parse_args([])) | {"model": "resnet18", "noise": 0.0}
 
 
 def made(name: str, source: str = "here", **opts) -> Run:
     rng = np.random.default_rng(len(name) + opts.get("bs", 0))
-    found = {
+    series = {
         "val/acc": (np.array([0, 50, 100]), rng.random(3)),
         "grad/cos_clean_noisy": (np.arange(0, 100, 10), rng.normal(size=10) * 1e-7),
     }
-    summary = {"status": "finished", "val_acc": float(found["val/acc"][1][-1]), "reason": None, "parts": {"a": 1}}
-    return Run(name, PLAIN | opts, {"classes": ["a, b", 'c "d"']}, summary, found, source, {"torch": "2.8"})
+    summary = {"status": "finished", "val_acc": float(series["val/acc"][1][-1]), "reason": None, "parts": {"a": 1}}
+    return Run(name, PLAIN | opts, {"classes": ["a, b", 'c "d"']}, summary, series, source, {"torch": "2.8"})
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -32,17 +33,17 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def test_every_value_reads_back(tmp_path):
     runs = [made("a", bs=16), made("b", bs=64, noise=0.5), made("a", "elsewhere", bs=32)]
-    said = tables.write(iter(runs), tmp_path / "all.csv")
-    assert "3 runs" in said and "39 values" in said
-    found: dict = {}
+    summary_line = tables.write_tables(iter(runs), tmp_path / "all.csv")
+    assert "3 runs" in summary_line and "39 values" in summary_line
+    read_back: dict = {}
     for row in read(tmp_path / "all.csv"):
-        found.setdefault((row["run"], row["tag"]), []).append((int(row["step"]), float(row["value"])))
+        read_back.setdefault((row["run"], row["tag"]), []).append((int(row["step"]), float(row["value"])))
     want = {
         (name, tag): list(zip(steps.tolist(), values.tolist(), strict=True))
         for name, run in zip(("a", "b", "a (2)"), runs, strict=True)
         for tag, (steps, values) in run.series.items()
     }
-    assert found == want  # every bit of every float
+    assert read_back == want  # every bit of every float
     rows = read(tmp_path / "all-runs.csv")
     assert [(r["run"], r["source"], r["bs"], r["noise"]) for r in rows] == [
         ("a", "here", "16", "0.0"), ("b", "here", "64", "0.5"), ("a (2)", "elsewhere", "32", "0.0")]  # fmt: skip
@@ -65,7 +66,7 @@ def test_runs_are_written_one_at_a_time(tmp_path):
             assert (tmp_path / "all.csv.tmp").stat().st_size > 50_000 * (i + 1)
             assert (tmp_path / "all.csv").read_text() == "old"
 
-    tables.write(feed(), tmp_path / "all.csv")
+    tables.write_tables(feed(), tmp_path / "all.csv")
     assert len(read(tmp_path / "all.csv")) == 3 * 5010
 
 
@@ -74,19 +75,19 @@ def test_a_failure_leaves_what_was_there(tmp_path):
 
     def feed():
         yield made("a")
-        raise results.InputError("a/config.json: cannot be read")
+        raise InputError("a/config.json: cannot be read")
 
-    with pytest.raises(results.InputError):
-        tables.write(feed(), tmp_path / "all.csv")
+    with pytest.raises(InputError):
+        tables.write_tables(feed(), tmp_path / "all.csv")
     assert [p.name for p in tmp_path.iterdir()] == ["all.csv"] and (tmp_path / "all.csv").read_text() == "old"
 
 
 def test_of_a_real_run(go, tmp_path, monkeypatch, capsys):
     """The command on a run's folder: no report, one row for each scalar; folders are read one after the other."""
     folder = go("--noise", "0.5", name="a")
-    order, read_events = [], results.read_events
-    monkeypatch.setattr(results, "read_events", lambda f: order.append(f.name) or read_events(f))
-    first = next(results.each([str(folder.parent)]))
+    order, read_events = [], runfolders.read_events
+    monkeypatch.setattr(runfolders, "read_events", lambda f: order.append(f.name) or read_events(f))
+    first = next(results.iter_runs([str(folder.parent)]))
     assert order == ["a"] and first.name == "a"
     target = tmp_path / "all.csv"
     assert report.main([str(folder), "--csv", str(target)]) == 0 and "1 runs ->" in capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""The series of many runs in one compressed file: `report.py --export`, read wherever a folder of runs is read."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data import InputError
+from engine import jsonfiles, options, schema
+from study.outputs import whole_file
+from study.runfolders import Run, Series
+
+FORMAT = "label-noise runs 1"
+EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
+KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """float32 values with `KEPT_BITS` bits of mantissa, rounded to nearest: what is left compresses to half the size."""
+    bits = values.astype("<f4").view("<u4")
+    drop = 23 - KEPT_BITS
+    return ((bits + np.uint32(1 << (drop - 1))) & ~np.uint32((1 << drop) - 1)).view("<f4")
+
+
+def export_runs(runs: list[Run], path: Path) -> None:
+    """Write the series of many runs into one compressed .npz without pickles, whole or not at all. Raises `CannotWrite`.
+
+    `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
+    `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
+    steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
+    """
+    grids: dict[bytes, int] = {}
+    arrays, values, listed, first = {}, [], [], 0
+    for run in runs:
+        series = []
+        for tag, (steps, of_tag) in run.series.items():
+            apart = np.diff(steps, prepend=0).astype("<i4")
+            grid = grids.setdefault(apart.tobytes(), len(grids))
+            arrays[f"steps_{grid}"] = apart
+            values.append(of_tag.astype("<f4") if tag.startswith(EXACT) else rounded(of_tag))
+            series.append([tag, grid, first, len(of_tag)])
+            first += len(of_tag)
+        about = {k: getattr(run, k) for k in ("name", "options", "resolved", "summary", "versions")}
+        listed.append(about | {"series": series})
+    text = json.dumps({"format": FORMAT, "runs": listed}).encode()
+    arrays |= {
+        "runs": np.frombuffer(text, np.uint8),
+        "values": np.concatenate(values) if values else np.zeros(0, "<f4"),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    with whole_file(path, "--export") as temporary:
+        temporary.write_bytes(buffer.getvalue())
+
+
+def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
+    """The runs of an exported file, without points that are not finite. Raises `InputError` where it is not one.
+
+    A run with a wrong field is added to `left_out`, as "NAME: reason"; without it, it raises too.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            listed = jsonfiles.parse_json(z["runs"].tobytes(), path)
+            values = z["values"].astype(np.float64)
+            grids = {k: schema.check_steps(k, z[k], path) for k in z.files if k.startswith("steps_")}
+        if listed.get("format") != FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
+            raise ValueError(f"format {jsonfiles.describe_value(listed.get('format'))}, not '{FORMAT}'")
+    except InputError:
+        raise
+    except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything
+        raise InputError(
+            f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        ) from e
+    runs = []
+    for about in listed["runs"]:
+        try:
+            schema.check_exported(about, grids, len(values), path)
+        except InputError as e:
+            if left_out is None:
+                raise
+            name = about.get("name") if isinstance(about, dict) else None
+            left_out.append(f"{name if isinstance(name, str) else 'a run without a name'}: {e}")
+            continue
+        series = {tag: finite(grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]}
+        # also the options that are newer than the file
+        opts = vars(options.parser().parse_args([])) | about["options"]
+        fields = {k: about[k] for k in ("name", "resolved", "summary", "versions")}
+        runs.append(Run(**fields, options=opts, series=series, source=str(path)))
+    return runs
+
+
+def finite(steps: np.ndarray, values: np.ndarray) -> Series:
+    """A series without its points that are not finite."""
+    kept = np.isfinite(values)
+    return steps[kept], values[kept]

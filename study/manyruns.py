@@ -1,0 +1,242 @@
+"""The report on many runs: tables of final values, figures, findings, and a comparison with the report's own curves."""
+
+import contextlib
+import statistics
+
+from schedules import percent
+from study import figures, findings, runvalues
+from study.drawing import Look
+from study.gallery import KINDS, add_figures
+from study.markup import literal
+from study.page import Page
+from study.runfolders import Run
+from study.runvalues import last_value
+from study.settings import Setting, group_by, group_settings
+from study.verdicts import Judged, judge, write_findings, write_rules
+
+FOLDED = 5  # a list of more unfinished runs than these is folded
+
+
+def write_state(page: Page, runs: list[Run]) -> None:
+    """How many runs there are, and on which versions and devices they were made."""
+    finished = sum(r.finished for r in runs)
+    text = f"{len(runs)} runs, {finished} finished."
+    made = {(r.versions.get("torch"), r.resolved.get("device"), r.options.get("precision")) for r in runs if r.versions}
+    if made:
+        text += " Made with " + "; ".join(f"torch {v} on {d}, {p}" for v, d, p in sorted(made, key=str)) + "."
+    page.text(text)
+
+
+def write_unfinished(page: Page, runs: list[Run]) -> None:
+    """State and reason of the runs that did not finish; a long list is folded."""
+    rest = [r for r in runs if not r.finished]
+    rows = [
+        [
+            literal(r.name),
+            literal(r.summary.get("status", "no summary")),
+            literal(r.summary.get("steps", "")),
+            literal(r.summary.get("reason") or ""),
+        ]
+        for r in rest
+    ]
+    with page.folded(f"{len(rest)} runs are not finished") if len(rest) > FOLDED else contextlib.nullcontext():
+        if rest:
+            page.table(["not finished", "state", "steps", "reason"], rows)
+
+
+def final_value(run: Run, tag: str) -> float | None:
+    """Last value of val/acc; mean of the last tenth of the points of any other series, without cosines of exactly 1.
+
+    The report logged a cosine of 1 where a batch held no noisy example; here nothing is logged.
+    """
+    if tag == "val/acc":
+        return last_value(run, tag)
+    if tag not in run.series:
+        return None
+    values = run.series[tag][1]
+    values = values[-max(len(values) // 10, 1) :]
+    values = values[values < 1] if tag.startswith("grad/cos") else values
+    return float(values.mean()) if len(values) else None
+
+
+def write_cells(page: Page, setting: Setting) -> None:
+    """Final values of every cell, mean and spread over seeds."""
+    rows = []
+    runs = [r for r in setting.ratio_runs if r.finished]
+    for (budget, fake, cell), same in sorted(group_by(runs, lambda r: (r.budget, r.fake, r.cell)).items()):
+        columns = []
+        for tag in ("val/acc", "test/acc", "grad/cos_clean_all", "train/acc_noisy", "probe/memorized"):
+            values = [
+                v
+                for v in (
+                    last_value(r, tag) if tag.startswith(("test", "probe")) else final_value(r, tag) for r in same
+                )
+                if v is not None
+            ]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            columns.append(f"{statistics.fmean(values):.4f}{spread}" if values else "")
+        sched = cell.sched + ("" if budget == "any" else f", {same[0].length} {budget}")
+        rows.append(
+            [
+                sched,
+                schedule_text(same),
+                f"{cell.noise:g}" + (f" (A/A {fake:g})" if fake else ""),
+                str(cell.B),
+                f"{cell.lr:g}, {cell.momentum:g}",
+                str(len({r.seed for r in same})),
+                *columns,
+            ]
+        )
+    if rows:
+        header = [
+            "schedule",
+            "seen of it",
+            "noise",
+            "B",
+            "lr, momentum",
+            "seeds",
+            "val/acc",
+            "test/acc",
+            "cosine clean-all",
+            "acc. on noisy",
+            "memorized",
+        ]
+        page.table(*without_empty(header, rows))
+        page.text(
+            "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard "
+            "deviation over seeds. Seen of it: the part of the schedule that the run lasts for, and what share of the run then "
+            "stands at the schedule's last value."
+        )
+
+
+def schedule_text(runs: list[Run]) -> str:
+    """What the runs of a cell see of their schedule, in words; empty for a constant rate."""
+    seen = {runvalues.schedule_shares(r) for r in runs} - {None}
+    return "; ".join(
+        percent(fraction) + (f", then {percent(held)} at its end" if held else "") for fraction, held in sorted(seen)
+    )
+
+
+def without_empty(header: list[str], rows: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table without its empty columns."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
+    """Ours, the report's, the difference, in units of our spread over seeds; each setting of ours for itself."""
+    rows = []
+    for theirs in sorted(reference, key=lambda r: (r.options["epochs"], r.cell)):
+        fit = [r for r in runs if r.finished and figures.comparable(r, theirs)]
+        for setting, ours in group_by(fit, lambda r: r.setting).items():
+            how = ", ".join(
+                f"{k.replace('_', '-')} {v}"
+                for k, v in setting
+                if k in figures.TOLERATED and (k == "measure_bn" or (k, v) not in theirs.setting)
+            )
+            for tag, label, *_ in KINDS:
+                seeds: dict[str, list[float]] = {}
+                for r in ours:
+                    if (value := final_value(r, tag)) is not None:
+                        seeds.setdefault(r.seed, []).append(value)
+                a, b = [statistics.fmean(v) for v in seeds.values()], final_value(theirs, tag)
+                if not a or b is None:
+                    continue
+                mean, sd = statistics.fmean(a), statistics.stdev(a) if len(a) > 1 else 0
+                units = f"{(mean - b) / sd:+.1f}" if sd > 0 else "one seed" if len(a) == 1 else "no spread"
+                c = theirs.cell
+                if figures.other_modes(ours, tag):
+                    label += f" (the report's: {figures.REPORT_BN})"
+                where = [how, c.sched, str(theirs.options["epochs"]), f"{c.noise:g}", str(c.B), f"{c.lr:g}"]
+                rows.append([label, *where, f"{mean:.4f} (n = {len(a)})", f"{b:.4f}", f"{mean - b:+.4f}", units])
+    if rows:
+        page.table(
+            [
+                "value",
+                "measured with",
+                "schedule",
+                "epochs",
+                "noise",
+                "B",
+                "lr",
+                "ours (n seeds)",
+                "the report's",
+                "difference",
+                "in our sd over seeds",
+            ],
+            rows,
+        )
+        page.text(
+            "Last validation accuracy; mean of the last tenth of the points of the others, without the report's cosines of exactly 1 "
+            "(it logged that where a batch held no noisy example). The report's cosines are measured with BatchNorm in eval mode: "
+            "those of a run without --measure-bn eval are of another mode, and a difference may come from that. The report's values are "
+            "one run each; its figure 4 at batch 128 without noise is the run of figure 13 (80 epochs, about 25,000 schedule steps) "
+            "and not comparable with its neighbours. Only runs whose setting and weight decay are the report's are compared."
+        )
+    else:
+        page.text(
+            "None of these runs is of a setting, cell, schedule length and number of epochs that the reference has."
+        )
+
+
+def at_best(settings: list[Setting]) -> list[Setting]:
+    """The settings that have several learning rates or weight decays, at each cell's best value of the other seeds."""
+    tuned_settings = []
+    for s in settings:
+        if len({(r.cell.lr, r.options["wd"]) for r in s.all_runs}) > 1:
+            names = {row.name for row in findings.tuned([runvalues.finding_row(r) for r in s.all_runs if r.finished])}
+            runs = [r for r in s.all_runs if r.name in names]
+            tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, s.all_runs, [], False))
+    return tuned_settings
+
+
+def write_full_report(
+    page: Page,
+    runs: list[Run],
+    reference: list[Run],
+    look: Look,
+    margins: dict[str, float],
+    formats: tuple[str, ...],
+    left_out: list[str],
+) -> Judged:
+    """The report on many runs: cells, figures, findings, the rest; returns its verdicts.
+
+    `left_out` are the runs that cannot be read, as "NAME: reason".
+    """
+    settings = group_settings(runs)
+    page.heading(1, "Label noise and SGD: figures and findings")
+    write_state(page, runs)
+    for s in settings:
+        page.heading(2, f"Results: {s.label}")
+        if any(r.finished for r in s.ratio_runs):
+            write_cells(page, s)
+        else:
+            page.text("No run of this setting is finished yet.")
+    write_unfinished(page, runs)
+    if left_out:
+        page.text(f"{len(left_out)} more cannot be read and are left out:")
+        page.bullets([literal(line) for line in left_out])
+    page.heading(2, "Figures")
+    notes = [f"{s.label}: {note}" for s in settings for note in s.notes]
+    if notes:
+        page.bullets(notes)
+    add_figures(page, settings, look, formats)
+    best = at_best(settings)
+    if best:
+        page.heading(2, "Figures at each cell's best learning rate and weight decay")
+        add_figures(page, best, look, formats, "-tuned")
+    page.heading(2, "Findings")
+    judged = judge(settings, margins, tuned=False)
+    write_findings(page, judged)
+    if best:
+        page.heading(2, "Findings at each cell's best learning rate and weight decay")
+        page.text(
+            "Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it."
+        )
+        write_findings(page, judge(best, margins, tuned=True))
+    with page.folded("How the verdicts are reached"):
+        write_rules(page, margins)
+    if reference:
+        page.heading(2, "Beside the report")
+        write_comparison(page, runs, reference)
+    return judged

@@ -1,0 +1,66 @@
+"""What tables, figures and findings need of a run, computed from its series."""
+
+import numpy as np
+
+import schedules
+from study.findings import Row
+from study.runfolders import Run
+
+
+def schedule_shares(run: Run) -> tuple[float, float] | None:
+    """(fraction of the schedule that the run sees, share of the run that stands at the schedule's last value); None for a
+    constant rate, or where it is not known."""
+    seen = run.resolved.get("schedule")
+    if (
+        seen is None and {"sched_steps", "total_steps", "steps_per_epoch"} <= run.resolved.keys()
+    ):  # a run of an older version
+        lengths = (run.resolved[name] for name in ("sched_steps", "total_steps", "steps_per_epoch"))
+        seen = schedules.span(run.options["sched"], *lengths)
+    return (seen["fraction_seen"], seen["share_at_end"]) if seen and "fraction_seen" in seen else None
+
+
+def last_value(run: Run, tag: str) -> float | None:
+    """The last value of a series; None where the run has none."""
+    return float(run.series[tag][1][-1]) if tag in run.series and len(run.series[tag][1]) else None
+
+
+def mean_at_common_steps(run: Run, a: str, b: str, how, start: int = 0) -> float | None:
+    """Mean over the run of how(a, b) at the steps, from `start` on, that both series have."""
+    if a not in run.series or b not in run.series:
+        return None
+    (sa, va), (sb, vb) = run.series[a], run.series[b]
+    steps, ia, ib = np.intersect1d(sa, sb, return_indices=True)
+    ia, ib = ia[steps >= start], ib[steps >= start]
+    return float(np.mean(how(va[ia], vb[ib]))) if len(ia) else None
+
+
+def null_tag(run: Run, pair: str) -> str:
+    """The series that a raw cosine, `cos_clean_noisy` or `cos_clean_all`, is to be set beside: that of random masks, which
+    are exchangeable with the real one where there is no effect; else that of the closed form, a ratio of means."""
+    masks = f"null/permuted_{pair}"
+    return masks if masks in run.series else f"null/{pair}"
+
+
+def finding_values(run: Run) -> dict[str, float]:
+    """{name: value} of what the findings need of a run, without what it did not measure."""
+    corrected = run.series.get("corrected/cos_clean_noisy")
+    measured = {
+        "val_acc": last_value(run, "val/acc"),
+        "test_acc": last_value(run, "test/acc"),
+        "memorized": last_value(run, "probe/memorized"),
+        "cos_minus_null": mean_at_common_steps(
+            run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract
+        ),
+        "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
+        # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
+        "participation_minus_1": mean_at_common_steps(
+            run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, start=1
+        ),
+    }
+    return {k: v for k, v in measured.items() if v is not None}
+
+
+def finding_row(run: Run) -> Row:
+    """The row of a run for findings.py."""
+    values = finding_values(run) if run.finished else {}
+    return Row(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)
