@@ -15,6 +15,7 @@ import models
 from data import Images, TrainSet
 from engine import fast, options
 from engine.hardware import average_buffers
+from engine.labels import fake_mask
 from engine.record import NotFinite, Record, load_state, written
 from measure import synchronised
 
@@ -76,7 +77,7 @@ def prepare(
     true = source.y_train[index]
     mask = None
     if args.fake_mask is not None:
-        mask = labels.fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
+        mask = fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
