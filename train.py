@@ -10,8 +10,6 @@ Shapes: B examples of the global batch, b of them on this process, K classes.
 import os
 import signal
 
-from engine.labels import relabel
-
 if __name__ == "__main__":  # the imports below take seconds, and nothing has been written yet
     for _name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, _name), lambda *_: os._exit(3))
@@ -30,34 +28,37 @@ from tqdm import tqdm
 
 import data
 import datasets
+import epochwise
 import measure
 import metrics
-import nulls
-from data import Batch, Images, InputError
+from context import batch_gradient
+from data import Batch, Images, InputError, synchronize
 from engine import fast, memory, noisefile, options, pace, schema
-from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from engine.agreement import Fault, Stopped, agree, fault_on_any_rank, raise_if_fault
+from engine.checkpoints import check_labels, checkpoint, drop_later_best, keep_best, load_on_all_ranks, restore
+from engine.hardware import lost_process, make_fabric, on_rank_zero, sum_over_ranks
 from engine.interrupts import Interrupted, Signals, say_ended
-from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
-from engine.record import NotFinite, Record, check_folder, first_config, load_state, read_config, read_status, why
+from engine.job import TrainingJob, prepare
+from engine.labels import relabel
+from engine.record import NotFinite, Record, check_folder, first_config, read_config, read_status
 from engine.summary import announce, describe, print_table, summarize
-from measure import EVAL_BATCH, forward
+from epochwise import EVAL_BATCH
 from schedules import schedule
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
-POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
 STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
 
 
 # ------------------------------------------------------------------------------------------------------------ step
 
 
-def plain_gradient(job: Job, batch: Batch) -> Tensor:
-    """Leave the batch's mean loss gradient in `.grad`; returns the logits (b, K), detached."""
+def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
+    """Put the batch's mean loss gradient into `.grad`; returns the logits (b, K), detached."""
     short = batch.size != job.args.bs  # it would be compiled for its own shape
     if job.args.compile == "on" and (short or job.refused):
-        row, logits = measure.whole_row(job, batch)
-        leave(job, row)
+        row, logits = batch_gradient(job.context, batch)
+        set_grads(job, row)
         return logits
     logits = job.model(batch.x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
@@ -65,48 +66,48 @@ def plain_gradient(job: Job, batch: Batch) -> Tensor:
     return logits.detach()
 
 
-def leave(job: Job, row: list[Tensor]) -> None:
+def measured_gradient(job: TrainingJob, batch: Batch, step: int) -> tuple[Tensor, dict]:
+    """Put the sum of the clean and the noisy gradient into `.grad`; returns the logits (b, K) and what was measured."""
+    forward = measure.make_forward(job.context, batch)
+    rows, values = measure.measure_batch(job.context, batch, step, forward)
+    set_grads(job, metrics.add_rows(rows))
+    return forward.logits, values
+
+
+def set_grads(job: TrainingJob, row: list[Tensor]) -> None:
     """Put a gradient into `.grad`, laid out like its weight: fused SGD walks both in memory order."""
     for p, g in zip(job.parameters, row, strict=True):
         p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
-def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
+def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dict:
     """One optimizer step; on a `measured` one returns its values by tag: floats, 0-d tensors, (m,) ones as histograms.
 
     The values belong to the weights before the update. In `--measure-bn train` the update is made with the sum of
     the clean and the noisy gradient; in the other modes, and on plain steps, by one backward of the mean loss. What
-    `--measure full` adds comes after both, from the same forward, and leaves no trace.
+    `--measure full` adds comes from the same forward and leaves no trace.
     """
     args, values = job.args, {}
+    split_mode = args.measure_bn if measured and args.measure != "off" else None
+    full = measured and args.measure == "full"
     lr, momentum = schedule(args.sched, step, job.sched_steps, args.lr, args.momentum)
     for group in job.optimizer.param_groups:
         group["lr"], group["momentum"] = lr, momentum
-    split, full = measured and args.measure != "off", measured and args.measure == "full"
-    controls = full and measure.controls_due(job, step)
 
-    def measure_with(ahead: measure.Forward, own: list[Tensor] | None = None) -> list[list[Tensor]]:
-        rows, found = nulls.measure_split(job, batch, step, ahead, own, free=not controls)
-        values.update(found)
-        if controls:
-            values.update(measure.full_values(job, batch, step, ahead, rows, own))
-        return rows
-
-    measure.seed_dropout(job, step)
-    if split and args.measure_bn == "eval":
-        with measure.batchnorm_mode(job.module, "eval"):
-            measure_with(measure.make_forward(job, batch))
-    if split and args.measure_bn == "train":
-        ahead = measure.make_forward(job, batch)
-        ((_, logits),) = ahead.pieces
-        leave(job, metrics.add_rows(measure_with(ahead)))
+    # Forward and gradient
+    if split_mode == "eval":  # before the step moves the running statistics
+        values = measure.measure_apart(job.context, batch, step)
+    job.context.seed_dropout(step)
+    if split_mode == "train":
+        logits, values = measured_gradient(job, batch, step)
+    elif job.graph and batch.size == args.bs:
+        logits = job.graph(job, batch)
     else:
-        replay = job.graph and batch.size == args.bs
-        logits = (job.graph if replay else plain_gradient)(job, batch)
-    if split and args.measure_bn == "separate":
-        measure.seed_dropout(job, step)
-        with measure.batchnorm_mode(job.module, "separate"):
-            measure_with(measure.make_forward(job, batch), [p.grad for p in job.parameters])
+        logits = plain_gradient(job, batch)
+
+    # Measures
+    if split_mode == "separate":
+        values = measure.measure_apart(job.context, batch, step, own=[p.grad for p in job.parameters])
     if measured:
         counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
@@ -114,8 +115,10 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
         values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     if full:
         norms = torch._foreach_norm([p.grad for p in job.parameters])
-        values["grad/norm_per_layer"] = torch.stack(norms) / measure.loss_scale(job)
+        values["grad/norm_per_layer"] = torch.stack(norms) / job.context.loss_scale()
         before = [p.detach().clone() for p in job.parameters]
+
+    # Update
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if full:
@@ -125,16 +128,16 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
 
 
 @torch.no_grad()
-def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
+def evaluate(job: TrainingJob, images: Images, labels: Tensor) -> tuple[float, float]:
     """(mean loss, accuracy) on a whole set in eval mode, each example counted once however many processes there are."""
-    average_buffers(job.fabric, job.module)
+    job.context.average_buffers()
     a, b = data.shard(images.n, job.fabric.global_rank, job.fabric.world_size)
     sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
     job.module.eval()
     for i in range(a, b, EVAL_BATCH):
         at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
         y = labels[i : i + len(at)]
-        sums += metrics.batch_counts(forward(job, images.plain(at)), y, torch.zeros_like(y, dtype=torch.bool))
+        sums += metrics.batch_counts(job.context.logits(images.plain(at)), y, torch.zeros_like(y, dtype=torch.bool))
     job.module.train()
     loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
     return loss / images.n, hit / images.n
@@ -143,72 +146,27 @@ def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------------- run
 
 
-def validate(job: Job, record: Record) -> None:
+def validate(job: TrainingJob, record: Record) -> None:
     """`val/*` at x = updates made, the best accuracy so far, and what else stands after an epoch."""
-    step, (loss, acc) = job.state["step"], evaluate(job, *job.val)
+    step, (loss, acc) = job.state.step, evaluate(job, *job.val)
     record.log(step, {"val/loss": loss, "val/acc": acc})
     record.flush()
-    if step and acc > job.state["best_val_acc"]:  # an untrained network's is chance
-        job.state["best_val_acc"] = acc
+    if step and acc > job.state.best_val_acc:  # an untrained network's is chance
+        job.state.best_val_acc = acc
         if job.args.best:
             keep_best(job, record)
-    if job.state["plan"]:
+    if job.state.plan:
         epoch, rest = divmod(step, job.steps_per_epoch)
-        record.log(step, measure.after_epoch(job, epoch + bool(rest)))
+        record.log(step, epochwise.measure_after_epoch(job.context, epoch + bool(rest), step))
         record.flush()
 
 
-class Stopped(Exception):
-    """A signal asked the run to end; its state is saved."""
-
-
-class Fault(RuntimeError):
-    """The run's folder cannot be written any more."""
-
-
-def anywhere(job: Job, *wants: bool) -> list[bool]:
-    """Which of `wants` hold on any process; all of them must call it, and it makes their hosts wait for the device."""
-    if job.fabric.world_size == 1:
-        return list(wants)
-    flags = torch.tensor(wants, dtype=torch.float32, device=job.fabric.device)
-    return [n > 0 for n in sum_over_ranks(job.fabric, flags).tolist()]
-
-
-def fault_anywhere(job: Job, record: Record) -> str | None:
-    """What the file system has refused, the same answer on all processes; all of them must call it."""
-    return (record.fault or "rank 0 cannot write the run's folder") if anywhere(job, bool(record.fault))[0] else None
-
-
-def agree(job: Job, record: Record, signals: Signals) -> bool:
-    """Whether a checkpoint is due within the epoch; raises `Stopped` or `Fault`, on all processes at the same step.
-
-    One process decides for itself after every step. Several ask each other, every `POLL_EVERY` steps and after each epoch.
-    """
-    if job.fabric.world_size > 1 and job.state["step"] % POLL_EVERY and job.state["step"] % job.steps_per_epoch:
-        return False
-    due = record.active and time.monotonic() - record.saved >= 60 * job.args.checkpoint_minutes
-    stop, fault, due = anywhere(job, bool(signals.received), bool(record.fault), due)
-    if stop and not fault:
-        checkpoint(job, record)
-    if stop or fault:
-        stand(job, record)
-        raise Stopped(signals.received or "a signal to another process")
-    return due
-
-
-def stand(job: Job, record: Record) -> None:
-    """Raise `Fault` on all processes if the file system has refused anything."""
-    fault = fault_anywhere(job, record)
-    if fault:
-        raise Fault(fault)
-
-
-def fit(job: Job, record: Record, signals: Signals) -> None:
+def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     """Train from `job.state` to the end."""
     args, state, device, fabric = job.args, job.state, job.fabric.device, job.fabric
     flush_every = args.measure_every * (1 if device.type == "cpu" else FLUSH_EVERY)
-    warmup = state["step"] + (WARMUP if job.total_steps - state["step"] > 2 * WARMUP else 0)
-    bar = tqdm(total=job.total_steps, initial=state["step"], unit="step", disable=not record.active)
+    warmup = state.step + (WARMUP if job.total_steps - state.step > 2 * WARMUP else 0)
+    bar = tqdm(total=job.total_steps, initial=state.step, unit="step", disable=not record.active)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
     try:
         fast.make_ready(job, plain_gradient)
@@ -221,12 +179,12 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
     clock, images, plan = time.perf_counter(), 0, None
     speed = pace.Pace(args.threads, watch=record.active and device.type == "cpu")
     with bar, profile as tracing:
-        if state["step"] == 0:
+        if state.step == 0:
             if "val/acc" not in record.latest:  # else a signal stopped the run here
                 validate(job, record)
             agree(job, record, signals)
-        while state["step"] < job.total_steps:
-            step, epoch, number = state["step"], *divmod(state["step"], job.steps_per_epoch)
+        while state.step < job.total_steps:
+            step, epoch, number = state.step, *divmod(state.step, job.steps_per_epoch)
             if plan is None or number == 0:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                 plan = job.train.epoch(args.seed, epoch)
@@ -239,7 +197,7 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
 
             batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
             values = train_step(job, batch, step, measured=step % args.measure_every == 0)
-            state["step"] += 1
+            state.step += 1
             images += batch.size
             speed.step(batch.size)
             bar.update()
@@ -250,21 +208,21 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 record.log(step, values)
                 if step % flush_every == 0:
                     record.flush()  # here the host waits for the device
-                    show(bar, record)
+                    show_progress(bar, record)
                     slow = speed.check() if step > warmup else None
                     if slow:
                         record.say(slow)
             epoch_ended = number + 1 == job.steps_per_epoch
-            if epoch_ended or state["step"] == job.total_steps:
+            if epoch_ended or state.step == job.total_steps:
                 record.flush()
                 synchronize(device)
                 speed.pause()
-                if state["step"] > warmup:
-                    state["steps_seconds"] += time.perf_counter() - clock
-                    state["steps_images"] += images
+                if state.step > warmup:
+                    state.steps_seconds += time.perf_counter() - clock
+                    state.steps_images += images
             if epoch_ended:
                 validate(job, record)
-                show(bar, record)
+                show_progress(bar, record)
                 checkpoint(job, record)
             if agree(job, record, signals) and not epoch_ended:
                 synchronize(device)
@@ -273,34 +231,15 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 checkpoint(job, record)
                 clock += time.perf_counter() - paused
                 speed.go_on()
-        if state["step"] % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
+        if state.step % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
             validate(job, record)
 
 
-def show(bar: tqdm, record: Record) -> None:
+def show_progress(bar: tqdm, record: Record) -> None:
     """Loss and validation accuracy behind the progress bar."""
     loss, acc = record.latest.get("train/loss", math.nan), record.latest.get("val/acc", math.nan)
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
-
-
-def check_labels(config: dict, ledger: dict, folder: Path) -> None:
-    """Raise `InputError` if the run in `folder` was started with other labels."""
-    if config["noise"]["labels_sha256"] != ledger["labels_sha256"]:
-        raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
-
-
-def load_everywhere(fabric, path: Path, check) -> dict:
-    """A checkpoint on every process; where one of them cannot read it, or finds a wrong field, all raise `InputError`."""
-    state, reason = None, "by another process"
-    try:
-        state = load_state(path)
-        check(state, path)
-    except Exception as e:  # rank 0 has read it once: now it cannot be read here
-        state, reason = None, f"({why(e)})"
-    if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
-        raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
-    return state
 
 
 def run(args, signals: Signals) -> int:
@@ -347,7 +286,7 @@ def run(args, signals: Signals) -> int:
 
     signals.hold()  # from here on there is a folder, and a run that can be saved
     saved, now, ended = on_rank_zero(fabric, claim)
-    state = load_everywhere(fabric, folder / saved, check) if saved else {}
+    state = load_on_all_ranks(fabric, folder / saved, check) if saved else {}
     if now:  # it may have changed since
         options.continue_from(args, now)
         check_labels(now, ledger, folder)
@@ -361,19 +300,18 @@ def run(args, signals: Signals) -> int:
         record.say("warning: --precision 16-mixed is slow on a CPU; 32-true is usually faster there")
     if saved:
         restore(job, record, state)
-        job.state["plan"] = measure.kept_plan(state.get("plan") or {}, job.state["plan"])
-        if ended == "finished" and job.state["step"] >= job.total_steps:
-            record.say(f"{folder} has finished already: {job.state['step']} steps")
+        if ended == "finished" and job.state.step >= job.total_steps:
+            record.say(f"{folder} has finished already: {job.state.step} steps")
             record.close()
             return 0
         drop_later_best(job, record)
-        record.say(f"resuming {args.name} at step {job.state['step']} of {job.total_steps}")
+        record.say(f"resuming {args.name} at step {job.state.step} of {job.total_steps}")
 
     status, reason, summary = "failed", None, {}
     try:
         config = describe(job, source, held, ledger)
         segment = {
-            "step": job.state["step"],
+            "step": job.state.step,
             **{k: config["options"][k] for k in options.HARDWARE},
             **config["versions"],
             **{k: config["resolved"][k] for k in ("device", "cpu_features")},
@@ -383,21 +321,21 @@ def run(args, signals: Signals) -> int:
         record.open_events(state["events"] if saved else {})
         record.session_started()
         if not saved:
-            record.start(ledger, index, source.y_train[index], labels, source, job.state["plan"])
+            record.start(ledger, index, source.y_train[index], labels, source, job.state.plan)
             record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
         summarize(job, record, "running")
-        stand(job, record)
+        raise_if_fault(job, record)
         announce(job, record, noisefile.describe(ledger, source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
-        record.log(job.state["step"], {"test/acc": acc})
+        record.log(job.state.step, {"test/acc": acc})
         record.flush()
         record.session_ended("finished")
-        stand(job, record)  # a signal comes too late now, a full disk does not
+        raise_if_fault(job, record)  # a signal comes too late now, a full disk does not
         status = "finished"
     except Stopped as e:
         status, reason = "stopped", str(e)
-        where = f"after step {job.state['step'] - 1}" if job.state["step"] else "before the first step"
+        where = f"after step {job.state.step - 1}" if job.state.step else "before the first step"
         record.say(f"stopped by {e} {where}; --resume goes on from there")
     except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
@@ -414,7 +352,7 @@ def run(args, signals: Signals) -> int:
             record.session_ended("failed")
         record.close_events()
         summary = summarize(job, record, status, reason)
-        late = fault_anywhere(job, record) if status != "failed" else None  # in the last that was written
+        late = fault_on_any_rank(job, record) if status != "failed" else None  # in the last that was written
         if late:
             status = "failed"
             options.complain(late)

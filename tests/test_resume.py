@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import epochwise
 import train
 from conftest import TINY, same_weights, series, summary, weights
 from engine import record
@@ -284,7 +285,7 @@ REFUSED = {  # when: (what is refused then, what the line names, the last checkp
         None,
     ),
     "at an epoch's end": (
-        "before(train, 'validate', lambda job, _: full.extend(['events'] * (job.state['step'] == 10)))",
+        "before(train, 'validate', lambda job, _: full.extend(['events'] * (job.state.step == 10)))",
         "the event file",
         5,
     ),
@@ -494,8 +495,8 @@ def test_a_grown_run_keeps_its_first_plan(go):
 def test_what_did_not_fit_at_first_is_planned_when_the_run_grows():
     first = {"steps": 6, "probe": 0, "share": 0.1, "total_steps": 5}
     now = {"steps": 4, "probe": 2, "share": 0.2, "total_steps": 15}
-    assert train.measure.kept_plan(first, now) == {"steps": 6, "probe": 2, "share": 0.1, "total_steps": 5}
-    assert train.measure.kept_plan({}, now) == now
+    assert epochwise.kept_plan(first, now) == {"steps": 6, "probe": 2, "share": 0.1, "total_steps": 5}
+    assert epochwise.kept_plan({}, now) == now
 
 
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):
