@@ -26,23 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
-import datasets
 import epochwise
 import measure
 import metrics
 from context import batch_gradient
-from data import Batch, Images, InputError, synchronize
-from engine import fast, memory, noisefile, options, pace, schema
-from engine.agreement import Fault, Stopped, agree, fault_on_any_rank, raise_if_fault
-from engine.checkpoints import check_labels, checkpoint, drop_later_best, keep_best, load_on_all_ranks, restore
-from engine.hardware import lost_process, make_fabric, on_rank_zero, sum_over_ranks
+from data import Batch, InputError
+from engine import fast, memory, noisefile, options, pace
+from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
+from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
+from engine.evaluation import evaluate
+from engine.hardware import lost_process, make_fabric, sum_over_ranks
+from engine.inputs import Inputs, read_inputs
 from engine.interrupts import Interrupted, Signals, say_ended
 from engine.job import TrainingJob, prepare
-from engine.labels import relabel
-from engine.record import NotFinite, Record, check_folder, first_config, read_config, read_status
+from engine.record import NotFinite, Record, check_folder, first_config
+from engine.stepclock import StepClock
 from engine.summary import announce, describe, print_table, summarize
-from epochwise import EVAL_BATCH
 from schedules import schedule
 
 WARMUP = 10  # steps not counted in images_per_second
@@ -127,22 +126,6 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     return values
 
 
-@torch.no_grad()
-def evaluate(job: TrainingJob, images: Images, labels: Tensor) -> tuple[float, float]:
-    """(mean loss, accuracy) on a whole set in eval mode, each example counted once however many processes there are."""
-    job.context.average_buffers()
-    a, b = data.shard(images.n, job.fabric.global_rank, job.fabric.world_size)
-    sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
-    job.module.eval()
-    for i in range(a, b, EVAL_BATCH):
-        at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
-        y = labels[i : i + len(at)]
-        sums += metrics.batch_counts(job.context.logits(images.plain(at)), y, torch.zeros_like(y, dtype=torch.bool))
-    job.module.train()
-    loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
-    return loss / images.n, hit / images.n
-
-
 # ------------------------------------------------------------------------------------------------------------- run
 
 
@@ -168,16 +151,10 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     warmup = state.step + (WARMUP if job.total_steps - state.step > 2 * WARMUP else 0)
     bar = tqdm(total=job.total_steps, initial=state.step, unit="step", disable=not record.active)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
-    try:
-        fast.make_ready(job, plain_gradient)
-    except fast.Unfit as e:
-        if not job.auto:
-            raise
-        record.say(f"warning: {e}; this run goes on without")
-        job.refused = True
+    fast.make_ready_or_go_without(job, plain_gradient, record.say)
     profile = fast.profiler(args.profile, record.folder, record.active, WARMUP, device.type == "cuda")
-    clock, images, plan = time.perf_counter(), 0, None
-    speed = pace.Pace(args.threads, watch=record.active and device.type == "cpu")
+    plan, speed = None, pace.Pace(args.threads, watch=record.active and device.type == "cpu")
+    clock = StepClock(device, state, speed, warmup)
     with bar, profile as tracing:
         if state.step == 0:
             if "val/acc" not in record.latest:  # else a signal stopped the run here
@@ -188,18 +165,14 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
             if plan is None or number == 0:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                 plan = job.train.epoch(args.seed, epoch)
-                clock, images = time.perf_counter(), 0
-                speed.go_on()
+                clock.start_epoch()
             if step == warmup:
-                synchronize(device)
-                clock, images = time.perf_counter(), 0
-                speed.restart()
+                clock.end_warmup()
 
             batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
             values = train_step(job, batch, step, measured=step % args.measure_every == 0)
             state.step += 1
-            images += batch.size
-            speed.step(batch.size)
+            clock.count(batch.size)
             bar.update()
             if tracing:
                 tracing.step()
@@ -209,28 +182,20 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
                 if step % flush_every == 0:
                     record.flush()  # here the host waits for the device
                     show_progress(bar, record)
-                    slow = speed.check() if step > warmup else None
+                    slow = clock.slow_down()
                     if slow:
                         record.say(slow)
             epoch_ended = number + 1 == job.steps_per_epoch
             if epoch_ended or state.step == job.total_steps:
                 record.flush()
-                synchronize(device)
-                speed.pause()
-                if state.step > warmup:
-                    state.steps_seconds += time.perf_counter() - clock
-                    state.steps_images += images
+                clock.end_epoch()
             if epoch_ended:
                 validate(job, record)
                 show_progress(bar, record)
                 checkpoint(job, record)
             if agree(job, record, signals) and not epoch_ended:
-                synchronize(device)
-                speed.pause()
-                paused = time.perf_counter()
-                checkpoint(job, record)
-                clock += time.perf_counter() - paused
-                speed.go_on()
+                with clock.stopped():
+                    checkpoint(job, record)
         if state.step % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
             validate(job, record)
@@ -254,43 +219,16 @@ def run(args, signals: Signals) -> int:
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.check(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
-    source = datasets.load(args)
-    indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
-    if args.bs > len(index):
-        raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
-    if args.model != "resnet18" and source.x_train.shape[1] < 32:
-        raise InputError(f"--model {args.model}: needs images of at least 32 pixels, not {source.x_train.shape[1]}")
-    labels, ledger, by_epoch = relabel(args, source, index)
-    if args.fake_mask is not None and ledger["changed"]:
-        raise InputError(
-            f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
-        )
+    inputs = read_inputs(args)
     if earlier:
-        check_labels(earlier, ledger, folder)
+        check_labels(earlier, inputs.ledger, folder)
 
     fabric, scaler = make_fabric(args)
-    with memory.explained(args, source):
-        job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
+    with memory.explained(args, inputs.source):
+        job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
-
-    def check(state: dict, path: Path) -> None:
-        """Raise `InputError` unless a checkpoint's content is of this run."""
-        options.continue_from(args, state["config"])
-        check_labels(state["config"], ledger, folder)
-        schema.check_fits(state, job, path)
-
-    def claim() -> tuple[str | None, dict | None, str | None]:
-        """The checkpoint, the config.json and the status of the run, all read under its lock."""
-        saved = record.claim(args.resume, check)
-        return saved, read_config(folder), read_status(folder)
-
     signals.hold()  # from here on there is a folder, and a run that can be saved
-    saved, now, ended = on_rank_zero(fabric, claim)
-    state = load_on_all_ranks(fabric, folder / saved, check) if saved else {}
-    if now:  # it may have changed since
-        options.continue_from(args, now)
-        check_labels(now, ledger, folder)
-    earlier = now or state.get("config") or {}
+    claimed = claim_folder(job, record, inputs.ledger)
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
         record.say(
             "warning: torch has no SyncBatchNorm on CPUs, so each process normalises by its own part of the batch and the "
@@ -298,34 +236,28 @@ def run(args, signals: Signals) -> int:
         )
     if args.precision == "16-mixed" and fabric.device.type == "cpu":
         record.say("warning: --precision 16-mixed is slow on a CPU; 32-true is usually faster there")
-    if saved:
-        restore(job, record, state)
-        if ended == "finished" and job.state.step >= job.total_steps:
+    if claimed.checkpoint:
+        restore(job, record, claimed.checkpoint)
+        if claimed.status == "finished" and job.state.step >= job.total_steps:
             record.say(f"{folder} has finished already: {job.state.step} steps")
             record.close()
             return 0
         drop_later_best(job, record)
         record.say(f"resuming {args.name} at step {job.state.step} of {job.total_steps}")
+    status = train_and_record(job, record, inputs, claimed, signals)
+    if fabric.world_size > 1 and status != "failed":
+        fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
+    return STATUS[status]
 
-    status, reason, summary = "failed", None, {}
+
+def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed, signals: Signals) -> str:
+    """Train to the end, test, and write in the folder how the run ended; returns its status."""
+    status, reason, ledger = "failed", None, inputs.ledger
     try:
-        config = describe(job, source, held, ledger)
-        segment = {
-            "step": job.state.step,
-            **{k: config["options"][k] for k in options.HARDWARE},
-            **config["versions"],
-            **{k: config["resolved"][k] for k in ("device", "cpu_features")},
-        }
-        config["segments"] = [*earlier.get("segments", []), segment]
-        record.configure(config)
-        record.open_events(state["events"] if saved else {})
-        record.session_started()
-        if not saved:
-            record.start(ledger, index, source.y_train[index], labels, source, job.state.plan)
-            record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
+        start_record(job, record, inputs, claimed)
         summarize(job, record, "running")
         raise_if_fault(job, record)
-        announce(job, record, noisefile.describe(ledger, source.classes))
+        announce(job, record, noisefile.describe(ledger, inputs.source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
         record.log(job.state.step, {"test/acc": acc})
@@ -342,9 +274,9 @@ def run(args, signals: Signals) -> int:
         checkpoint(job, record, "failed.ckpt")
         options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        expected = memory.message(args, e, source) if memory.asked(e) is not None else lost_process(e)
+        expected = memory.message(job.args, e, inputs.source) if memory.asked(e) is not None else lost_process(e)
         reason = expected or f"{type(e).__name__}: {e}"
-        if fabric.is_global_zero and not expected:
+        if job.fabric.is_global_zero and not expected:
             raise
         complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))
     finally:
@@ -359,19 +291,28 @@ def run(args, signals: Signals) -> int:
             summarize(job, record, status, late)
         record.close()
     if record.active and status == "finished":
-        print_table(ledger, summary, folder)
-    if fabric.world_size > 1 and status != "failed":
-        fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
-    return STATUS[status]
+        print_table(ledger, summary, record.folder)
+    return status
 
 
-def complain_on_any_rank(line: str) -> None:
-    """The error's line, with the rank before it unless that is 0."""
-    if options.rank_zero():
-        options.complain(line)
-    else:
-        rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
-        print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed) -> None:
+    """Write what is known before the first step, with one more segment in config.json, and open the event file."""
+    source, index, held = inputs.source, *inputs.indices
+    config = describe(job, source, held, inputs.ledger)
+    segment = {
+        "step": job.state.step,
+        **{k: config["options"][k] for k in options.HARDWARE},
+        **config["versions"],
+        **{k: config["resolved"][k] for k in ("device", "cpu_features")},
+    }
+    config["segments"] = [*claimed.config.get("segments", []), segment]
+    record.configure(config)
+    record.open_events(claimed.checkpoint["events"] if claimed.checkpoint else {})
+    record.session_started()
+    if not claimed.checkpoint:
+        ledger = inputs.ledger
+        record.start(ledger, index, source.y_train[index], inputs.labels, source, job.state.plan)
+        record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
 
 
 def main(argv: list[str] | None = None) -> int:

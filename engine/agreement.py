@@ -1,9 +1,13 @@
-"""What the processes of a run agree on, at the same step: to stop, to save, and that the file system refuses to write."""
+"""What the processes of a run agree on, at the same step: to stop, to save, and that the file system refuses to write;
+and how each of them reports an error."""
 
+import os
+import sys
 import time
 
 import torch
 
+from engine import options
 from engine.checkpoints import checkpoint
 from engine.hardware import sum_over_ranks
 from engine.interrupts import Signals
@@ -56,3 +60,12 @@ def raise_if_fault(job: TrainingJob, record: Record) -> None:
     fault = fault_on_any_rank(job, record)
     if fault:
         raise Fault(fault)
+
+
+def complain_on_any_rank(line: str) -> None:
+    """The error's line, with the rank before it unless that is 0."""
+    if options.rank_zero():
+        options.complain(line)
+    else:
+        rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
+        print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)

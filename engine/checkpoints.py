@@ -4,16 +4,18 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 import epochwise
 from data import InputError
+from engine import options, schema
 from engine.files import written
-from engine.hardware import sum_over_ranks
+from engine.hardware import on_rank_zero, sum_over_ranks
 from engine.job import TrainingJob
-from engine.record import NotFinite, Record, load_state, why
+from engine.record import NotFinite, Record, load_state, read_config, read_status, why
 
 
 def finite_weights(module: nn.Module) -> bool:
@@ -119,3 +121,33 @@ def load_on_all_ranks(fabric, path: Path, check) -> dict:
     if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
         raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
     return state
+
+
+class Claimed(NamedTuple):
+    """What lies in a run's folder, read under its lock."""
+
+    checkpoint: dict  # content of the one to go on from; {} for a start at step 0
+    config: dict  # config.json or, where that is lost, the checkpoint's; {} for a new run
+    status: str | None  # in summary.json
+
+
+def claim_folder(job: TrainingJob, record: Record, ledger: dict) -> Claimed:
+    """Create or take over the run's folder and lock it; the same on all processes. Raises `InputError`."""
+    args, folder = job.args, record.folder
+
+    def check(state: dict, path: Path) -> None:
+        """Raise `InputError` unless a checkpoint's content is of this run."""
+        options.continue_from(args, state["config"])
+        check_labels(state["config"], ledger, folder)
+        schema.check_fits(state, job, path)
+
+    def claim() -> tuple[str | None, dict | None, str | None]:
+        name = record.claim(args.resume, check)
+        return name, read_config(folder), read_status(folder)
+
+    name, config, status = on_rank_zero(job.fabric, claim)
+    state = load_on_all_ranks(job.fabric, folder / name, check) if name else {}
+    if config:  # it may have changed since
+        options.continue_from(args, config)
+        check_labels(config, ledger, folder)
+    return Claimed(state, config or state.get("config") or {}, status)

@@ -159,6 +159,17 @@ def make_ready(job, gradient) -> None:
         raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}")
 
 
+def make_ready_or_go_without(job, gradient, say) -> None:
+    """`make_ready`; where nobody asked for a fast path and it cannot be had, `say` so and go on without."""
+    try:
+        make_ready(job, gradient)
+    except Unfit as e:
+        if not job.auto:
+            raise
+        say(f"warning: {e}; this run goes on without")
+        job.refused = True
+
+
 def distance(row: list[Tensor], other: list[Tensor]) -> float:
     """|row - other| / |other|; 0 where both are zero."""
     apart, size = (torch.stack(torch._foreach_norm(r)).norm() for r in (torch._foreach_sub(row, other), other))

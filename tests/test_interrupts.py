@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
+import datasets
 from conftest import TINY
 from engine import hardware, interrupts
 from study import cluster
@@ -25,9 +25,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_while_data_is_loaded(go, monkeypatch, capsys, name, tmp_path):
-    load, handler = train.datasets.load, signal.getsignal(getattr(signal, name))
+    load, handler = datasets.load, signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as m:
-        m.setattr(train.datasets, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
+        m.setattr(datasets, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
         folder = go("--max-steps", "1", status=3)
     assert f"stopped by {name} before training began; nothing was written\n" in capsys.readouterr().err
     assert not folder.parent.exists()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+import data
 import epochwise
 import measure
 import metrics
@@ -97,7 +98,7 @@ def test_every_value_from_brute_force_per_example_gradients():
 
     _, var_a = moments(C | N)
     want |= {tag: v for tag, v in metrics.null_cosines(float(gA @ gA), var_a, f, B).items()}
-    masks = [measure.random_mask(batch, False, train.data.generator(0, f"permutation{r}", 3)) for r in range(2)]
+    masks = [measure.random_mask(batch, False, data.generator(0, f"permutation{r}", 3)) for r in range(2)]
     want["null/permuted_cos_clean_all"] = sum(cos(g[~m].mean(0), gA) for m in masks) / 2
     want["null/permuted_cos_clean_noisy"] = sum(cos(g[~m].mean(0), g[m].mean(0)) for m in masks) / 2
     for tag, value in want.items():
@@ -238,7 +239,7 @@ def test_isotropy_rows_are_the_label_noise_gradients():
     noisy, _ = epochwise.probe_indices(job.context)
     m = epochwise.ISOTROPY_PARTS
     size = min(epochwise.ISOTROPY_EXAMPLES, len(noisy) // m)
-    mixed = noisy[torch.randperm(len(noisy), generator=train.data.generator(0, "isotropy"))][: m * size].view(m, size)
+    mixed = noisy[torch.randperm(len(noisy), generator=data.generator(0, "isotropy"))][: m * size].view(m, size)
     job.module.eval()
     for part, row in zip(mixed, seen[0], strict=True):
         logits = job.module(job.train.images.plain(part))
@@ -257,7 +258,7 @@ def test_hessian_of_a_tiny_net():
     ).double()
     job.context.parameters = list(job.module.parameters())
     sizes = [p.numel() for p in job.parameters]
-    index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
+    index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
     x, y = job.train.images.plain(index), job.train.labels[index]
     names = [n for n, _ in job.module.named_parameters()]
 
@@ -319,7 +320,7 @@ def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeyp
         epochwise.curvature(job.context)
     finally:
         metrics.lanczos = original
-    index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
+    index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
     x, y = job.train.images.plain(index), job.train.labels[index]
     start = torch.cat([p.detach().flatten() for p in job.parameters])
 

@@ -405,7 +405,7 @@ def test_a_checkpoint_that_one_process_cannot_read(zygote, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "r")
     before = content(tmp_path / "r")
     argv = [*TINY, *GN, "--epochs", "3", "--runs", str(tmp_path), "--name", "r", "--resume"]
-    code = "import os, train\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: train.load_state = fail\n"
+    code = "import os, train\nfrom engine import checkpoints\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: checkpoints.load_state = fail\n"
     assert zygote.run(code=f"{code}os._exit(train.main({argv!r}))", ranks=2) == [2, 2]
     assert "last.ckpt cannot be read by another process" in zygote.said() and "Traceback" not in zygote.said(1)
     assert content(tmp_path / "r") == before
