@@ -6,6 +6,7 @@ of a run's folder. Which rows and formulas a measure takes is in measure.py and 
 Shapes: B examples of the global batch, b of them on this process, K classes, P parameters.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
@@ -38,13 +39,23 @@ class MeasuringOptions:
 
 @dataclass
 class MeasuringState:
-    """What measurements carry from one step to the next; plain values, so that a checkpoint can hold them."""
+    """What measurements carry from one step to the next: plain values, which a checkpoint holds under these names."""
 
     plan: dict = field(default_factory=dict)  # how far apart the measures of the budget stand, and their counted share
     window: list[list[float]] = field(default_factory=list)  # the last full measurements' `metrics.MOMENTS`
     not_resolved: int = 0  # corrected estimates that were left out
     half_memorized_step: int | None = None  # updates made when first half of the noisy probe examples were fitted
     measure_seconds: dict[str, float] = field(default_factory=dict)  # that each family of the full measurements took
+
+    def saved(self) -> dict:
+        """All fields, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+    def restore(self, saved: dict) -> None:
+        """Take over what `saved` returned, but for the plan: that depends on the length of the run, which may have grown."""
+        for f in dataclasses.fields(self):
+            if f.name != "plan":
+                setattr(self, f.name, saved[f.name])
 
 
 @dataclass

@@ -87,7 +87,7 @@ class Graph:
     def __init__(self, job, batch: Batch, gradient) -> None:
         """`gradient(job, batch)` puts the gradient into `.grad` and returns the logits; `batch` gives the shapes."""
         self.x, self.y = batch.x.clone(), batch.y.clone()
-        still = batch._replace(x=self.x, y=self.y)
+        static = batch._replace(x=self.x, y=self.y)
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast made outside the graph must not be used inside
         side = torch.cuda.Stream()
@@ -97,12 +97,12 @@ class Graph:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(GRAPH_WARMUP):
-                        gradient(job, still)
+                        gradient(job, static)
                         job.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.current_stream().wait_stream(side)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):  # with .grad unset, backward makes it in the graph's own memory
-                    self.logits = gradient(job, still)
+                    self.logits = gradient(job, static)
         finally:
             torch.set_autocast_cache_enabled(caching)
         self.gradients = [p.grad for p in job.parameters]

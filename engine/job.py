@@ -21,23 +21,13 @@ from engine.labels import fake_mask
 
 @dataclass
 class JobState(MeasuringState):
-    """All that training changes beside weights and optimizer. A checkpoint holds these fields under their names."""
+    """All that training changes beside weights and optimizer: what measurements carry, and the counters."""
 
     step: int = 0  # updates made
     best_val_acc: float = 0.0  # of the trained network
     seconds: float = 0.0  # of earlier segments
     steps_seconds: float = 0.0  # training steps alone, after warm-up
     steps_images: int = 0  # in that time
-
-    def saved(self) -> dict:
-        """The fields as plain values, for a checkpoint."""
-        return dataclasses.asdict(self)
-
-    def restore(self, saved: dict) -> None:
-        """Take over a checkpoint's fields but for the plan, which is that of the run's new length (`kept_plan`)."""
-        for f in dataclasses.fields(self):
-            if f.name != "plan":
-                setattr(self, f.name, saved[f.name])
 
 
 @dataclass

@@ -19,7 +19,7 @@ import metrics
 import train
 from conftest import TINY, same_weights, series, summary, weights
 from context import batchnorm_mode, sync_batchnorms
-from engine.job import TrainingJob
+from engine.job import JobState, TrainingJob
 from test_metrics import job_for, warm
 
 FULL = ("--measure", "full", "--measure-budget", "1000")  # all families, whenever they can be
@@ -543,13 +543,39 @@ def test_what_is_alike_everywhere_is_not_synchronised():
 
 def test_measurements_are_counted_back_from_the_end(go, monkeypatch):
     """A budget for one measurement is not spent on the untrained network. Two epochs of five steps, measured every 2."""
-    plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0}
+    plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0, "total_steps": 10}
     monkeypatch.setattr(epochwise, "plan_full", lambda *_: plan)
     found = series(go("--noise", "0.5", *FULL))
     assert [step for step, _ in found["null/cos_clean_noisy"]] == [2, 8]
     assert [step for step, _ in found["probe/memorized"]] == [0, 10]
     assert [step for step, _ in found["isotropy/participation"]] == [10]
     assert "curvature/trace" not in found
+
+
+def test_a_measure_is_one_function_and_one_entry(go, monkeypatch, capsys):
+    """Added from outside, it is planned within the budget, announced, timed and logged."""
+
+    def weight_norm(context) -> dict:
+        return {"weights/norm": float(torch.stack(torch._foreach_norm(context.parameters)).norm())}
+
+    entry = epochwise.EpochMeasure(weight_norm, cost=lambda P, n_probe: 1.0, share=0.1)
+    monkeypatch.setitem(epochwise.MEASURES, "weights", entry)
+    folder = go("--noise", "0.5", "--measure", "full", "--measure-budget", "0.3")
+    assert "weights every 1 epochs" in capsys.readouterr().out
+    assert [step for step, _ in series(folder)["weights/norm"]] == [0, 5, 10]
+    assert "weights" in summary(folder)["measure_seconds"] and summary(folder)["measure_share_counted"] <= 0.3
+
+
+def test_the_state_is_saved_and_restored_as_one():
+    names = "plan window not_resolved half_memorized_step measure_seconds step best_val_acc seconds steps_seconds steps_images"
+    before, after = JobState(), JobState(plan={"steps": 4})
+    before.window, before.step, before.measure_seconds["probe"] = [[0.5] * len(metrics.MOMENTS)], 7, 1.5
+    saved = before.saved()
+    assert set(saved) == set(names.split())  # as checkpoints of earlier versions have them
+    before.window.append([])
+    before.measure_seconds["probe"] = 2.0
+    after.restore({k: v for k, v in saved.items() if k != "plan"})
+    assert after.saved() == saved | {"plan": {"steps": 4}}
 
 
 def test_accumulators_survive_a_kill(zygote, tmp_path):
