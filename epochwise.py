@@ -253,7 +253,6 @@ def counted_costs(options: MeasuringOptions, batch_size: int, P: int, n_probe: i
     return {"steps": steps} | {name: entry.cost(P, n_probe) for name, entry in MEASURES.items()}
 
 
-
 def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLength) -> dict:
     """How far apart the full measurements stand so that they cost at most `--measure-budget` of the run.
 
