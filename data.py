@@ -103,6 +103,17 @@ def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tupl
 # ------------------------------------------------------------------------------------------------------- on the device
 
 
+def copy_to(t: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, copied from pinned memory, so that the host does not wait for a GPU."""
+    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Images:
     """uint8 images on a device, cut out of a padded copy by whole rows of pixels.
 

@@ -43,9 +43,9 @@ def pull_backs(
         wanted = [*parameters, *entries[k - 1 : k]] if k else parameters
         for r, row in enumerate(rows):
             keep = not free or r < len(rows) - 1
-            found = torch.autograd.grad(outputs[k], wanted, above[r], retain_graph=keep, allow_unused=True)
-            above[r] = found[-1]
-            for i, part in enumerate(found[: len(parameters)]):
+            gradients = torch.autograd.grad(outputs[k], wanted, above[r], retain_graph=keep, allow_unused=True)
+            above[r] = gradients[-1]
+            for i, part in enumerate(gradients[: len(parameters)]):
                 if part is not None:
                     row[i] = part if row[i] is None else row[i] + part
     return [[torch.zeros_like(p) if g is None else g for g, p in zip(row, parameters, strict=True)] for row in rows]
@@ -79,9 +79,19 @@ def add_rows(rows: list[list[Tensor]]) -> list[Tensor]:
     return list(total)
 
 
-def cosine(G: Tensor, i: int, j: int) -> Tensor:
+def gram_cosine(G: Tensor, i: int, j: int) -> Tensor:
     """cos of rows i and j from their Gram matrix; NaN where a row is zero."""
     return G[i, j] / (G[i, i].sqrt() * G[j, j].sqrt())
+
+
+def cosine_of_products(xy: float, xx: float, yy: float) -> float:
+    """Cosine of x and y from their inner products; NaN where it is undefined."""
+    return xy / math.sqrt(xx * yy) if xx * yy > 0 else math.nan
+
+
+def norm_ratio(xx: float, yy: float) -> float:
+    """|x| / |y| from squares; NaN where it is undefined."""
+    return math.sqrt(xx / yy) if yy > 0 and xx >= 0 else math.nan
 
 
 def set_means(G: Tensor, f: float) -> Tensor:
@@ -102,8 +112,8 @@ def split_measures(G: Tensor) -> dict[str, Tensor]:
     `grad/cos_clean_all` = cos(g_C, g) is the report's (section 4.2, figures 7-9 and 16).
     """
     return {
-        "grad/cos_clean_all": cosine(G, 0, 2),
-        "grad/cos_clean_noisy": cosine(G, 0, 1),
+        "grad/cos_clean_all": gram_cosine(G, 0, 2),
+        "grad/cos_clean_noisy": gram_cosine(G, 0, 1),
         "grad/norm_clean": G[0, 0].sqrt(),
         "grad/norm_noisy": G[1, 1].sqrt(),
         "grad/norm_all": G[2, 2].sqrt(),
@@ -221,12 +231,12 @@ def corrected(window: list[list[float]]) -> tuple[dict[str, float], int]:
     mean, error = rows.mean(0).tolist(), (rows.std(0) / math.sqrt(len(rows))).tolist()
     total = dict(zip(MOMENTS, mean, strict=True))
     sure = {name for name, m, e in zip(MOMENTS, mean, error, strict=True) if m > 2 * e and m > 0}
-    found = {
+    estimates = {
         tag: total[top] / math.sqrt(total[left] * total[right])
         for tag, (top, left, right) in RATIOS.items()
         if {left, right} <= sure
     }
-    return found, len(RATIOS) - len(found)
+    return estimates, len(RATIOS) - len(estimates)
 
 
 def participation(rows_gram: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ Shapes: B examples of the global batch, b of them on this process, K classes.
 import os
 import signal
 
-from engine.labels import relabel
-
 if __name__ == "__main__":  # the imports below take seconds, and nothing has been written yet
     for _name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, _name), lambda *_: os._exit(3))
@@ -28,45 +26,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import data
+import epochwise
 import measure
 import metrics
-import models
-import nulls
-from data import Batch, Images, InputError
-from engine import fast, identity, memory, noisefile, options, pace, roles, schema, sources
-from engine.hardware import average_buffers, lost_process, make_fabric, on_rank_zero, sum_over_ranks, synchronize
+from context import batch_gradient
+from data import Batch, InputError
+from engine import fast, identity, memory, noisefile, options, pace, roles
+from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
+from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
+from engine.evaluation import evaluate
+from engine.hardware import lost_process, make_fabric, sum_over_ranks
+from engine.inputs import Inputs, read_inputs
 from engine.interrupts import Interrupted, Signals, print_ended
-from engine.job import Job, checkpoint, drop_later_best, keep_best, prepare, restore
-from engine.record import (
-    NotFinite,
-    Record,
-    check_folder,
-    config_if_readable,
-    error_line,
-    first_config,
-    load_state,
-    status_if_readable,
-)
+from engine.job import TrainingJob, prepare
+from engine.record import NotFinite, Record, check_folder, first_config
+from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
-from measure import EVAL_BATCH, forward
 from schedules import schedule
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
-POLL_EVERY = 10  # steps between agreements of several processes on stopping and saving
 STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
 
 
 # ------------------------------------------------------------------------------------------------------------ step
 
 
-def plain_gradient(job: Job, batch: Batch) -> Tensor:
-    """Leave the batch's mean loss gradient in `.grad`; returns the logits (b, K), detached."""
+def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
+    """Put the batch's mean loss gradient into `.grad`; returns the logits (b, K), detached."""
     short = batch.size != job.args.bs  # it would be compiled for its own shape
     if job.args.compile == "on" and (short or job.refused):
-        row, logits = measure.whole_row(job, batch)
-        leave(job, row)
+        row, logits = batch_gradient(job.context, batch)
+        set_grads(job, row)
         return logits
     logits = job.model(batch.x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
@@ -74,48 +65,48 @@ def plain_gradient(job: Job, batch: Batch) -> Tensor:
     return logits.detach()
 
 
-def leave(job: Job, row: list[Tensor]) -> None:
+def measured_gradient(job: TrainingJob, batch: Batch, step: int) -> tuple[Tensor, dict]:
+    """Put the sum of the clean and the noisy gradient into `.grad`; returns the logits (b, K) and what was measured."""
+    forward = measure.make_forward(job.context, batch)
+    rows, values = measure.measure_batch(job.context, batch, step, forward)
+    set_grads(job, metrics.add_rows(rows))
+    return forward.logits, values
+
+
+def set_grads(job: TrainingJob, row: list[Tensor]) -> None:
     """Put a gradient into `.grad`, laid out like its weight: fused SGD walks both in memory order."""
     for p, g in zip(job.parameters, row, strict=True):
         p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
-def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
+def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dict:
     """One optimizer step; on a `measured` one returns its values by tag: floats, 0-d tensors, (m,) ones as histograms.
 
     The values belong to the weights before the update. In `--measure-bn train` the update is made with the sum of
     the clean and the noisy gradient; in the other modes, and on plain steps, by one backward of the mean loss. What
-    `--measure full` adds comes after both, from the same forward, and leaves no trace.
+    `--measure full` adds comes from the same forward and leaves no trace.
     """
     args, values = job.args, {}
+    split_mode = args.measure_bn if measured and args.measure != "off" else None
+    full = measured and args.measure == "full"
     lr, momentum = schedule(args.sched, step, job.sched_steps, args.lr, args.momentum)
     for group in job.optimizer.param_groups:
         group["lr"], group["momentum"] = lr, momentum
-    split, full = measured and args.measure != "off", measured and args.measure == "full"
-    controls = full and measure.controls_due(job, step)
 
-    def measure_with(ahead: measure.Forward, own: list[Tensor] | None = None) -> list[list[Tensor]]:
-        rows, found = nulls.measure_split(job, batch, step, ahead, own, free=not controls)
-        values.update(found)
-        if controls:
-            values.update(measure.full_values(job, batch, step, ahead, rows, own))
-        return rows
-
-    measure.seed_dropout(job, step)
-    if split and args.measure_bn == "eval":
-        with measure.batchnorm_mode(job.module, "eval"):
-            measure_with(measure.make_forward(job, batch))
-    if split and args.measure_bn == "train":
-        ahead = measure.make_forward(job, batch)
-        ((_, logits),) = ahead.pieces
-        leave(job, metrics.add_rows(measure_with(ahead)))
+    # Forward and gradient
+    if split_mode == "eval":  # before the step moves the running statistics
+        values = measure.measure_apart(job.context, batch, step)
+    job.context.seed_dropout(step)
+    if split_mode == "train":
+        logits, values = measured_gradient(job, batch, step)
+    elif job.graph and batch.size == args.bs:
+        logits = job.graph(job, batch)
     else:
-        replay = job.graph and batch.size == args.bs
-        logits = (job.graph if replay else plain_gradient)(job, batch)
-    if split and args.measure_bn == "separate":
-        measure.seed_dropout(job, step)
-        with measure.batchnorm_mode(job.module, "separate"):
-            measure_with(measure.make_forward(job, batch), [p.grad for p in job.parameters])
+        logits = plain_gradient(job, batch)
+
+    # Measures
+    if split_mode == "separate":
+        values = measure.measure_apart(job.context, batch, step, own=[p.grad for p in job.parameters])
     if measured:
         counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
@@ -123,8 +114,10 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
         values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     if full:
         norms = torch._foreach_norm([p.grad for p in job.parameters])
-        values["grad/norm_per_layer"] = torch.stack(norms) / measure.loss_scale(job)
+        values["grad/norm_per_layer"] = torch.stack(norms) / job.context.loss_scale()
         before = [p.detach().clone() for p in job.parameters]
+
+    # Update
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     if full:
@@ -133,124 +126,53 @@ def train_step(job: Job, batch: Batch, step: int, measured: bool) -> dict:
     return values
 
 
-@torch.no_grad()
-def evaluate(job: Job, images: Images, labels: Tensor) -> tuple[float, float]:
-    """(mean loss, accuracy) on a whole set in eval mode, each example counted once however many processes there are."""
-    average_buffers(job.fabric, job.module)
-    a, b = data.shard(images.n, job.fabric.global_rank, job.fabric.world_size)
-    sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
-    job.module.eval()
-    for i in range(a, b, EVAL_BATCH):
-        at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
-        y = labels[i : i + len(at)]
-        sums += metrics.batch_counts(forward(job, images.plain(at)), y, torch.zeros_like(y, dtype=torch.bool))
-    job.module.train()
-    loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
-    return loss / images.n, hit / images.n
-
-
 # ------------------------------------------------------------------------------------------------------------- run
 
 
-def validate(job: Job, record: Record) -> None:
+def validate(job: TrainingJob, record: Record) -> None:
     """`val/*` at x = updates made, the best accuracy so far, and what else stands after an epoch."""
-    step, (loss, acc) = job.state["step"], evaluate(job, *job.val)
+    step, (loss, acc) = job.state.step, evaluate(job, *job.val)
     record.log(step, {"val/loss": loss, "val/acc": acc})
     record.flush()
-    if step and acc > job.state["best_val_acc"]:  # an untrained network's is chance
-        job.state["best_val_acc"] = acc
+    if step and acc > job.state.best_val_acc:  # an untrained network's is chance
+        job.state.best_val_acc = acc
         if job.args.best:
             keep_best(job, record)
-    if job.state["plan"]:
+    if job.state.plan:
         epoch, rest = divmod(step, job.steps_per_epoch)
-        record.log(step, measure.after_epoch(job, epoch + bool(rest)))
+        record.log(step, epochwise.measure_after_epoch(job.context, epoch + bool(rest), step))
         record.flush()
 
 
-class Stopped(Exception):
-    """A signal asked the run to end; its state is saved."""
-
-
-class Fault(RuntimeError):
-    """The run's folder cannot be written any more."""
-
-
-def anywhere(job: Job, *wants: bool) -> list[bool]:
-    """Which of `wants` hold on any process; all of them must call it, and it makes their hosts wait for the device."""
-    if job.fabric.world_size == 1:
-        return list(wants)
-    flags = torch.tensor(wants, dtype=torch.float32, device=job.fabric.device)
-    return [n > 0 for n in sum_over_ranks(job.fabric, flags).tolist()]
-
-
-def fault_anywhere(job: Job, record: Record) -> str | None:
-    """What the file system has refused, the same answer on all processes; all of them must call it."""
-    return (record.fault or "rank 0 cannot write the run's folder") if anywhere(job, bool(record.fault))[0] else None
-
-
-def agree(job: Job, record: Record, signals: Signals) -> bool:
-    """Whether a checkpoint is due within the epoch; raises `Stopped` or `Fault`, on all processes at the same step.
-
-    One process decides for itself after every step. Several ask each other, every `POLL_EVERY` steps and after each epoch.
-    """
-    if job.fabric.world_size > 1 and job.state["step"] % POLL_EVERY and job.state["step"] % job.steps_per_epoch:
-        return False
-    due = record.active and time.monotonic() - record.saved >= 60 * job.args.checkpoint_minutes
-    stop, fault, due = anywhere(job, bool(signals.received), bool(record.fault), due)
-    if stop and not fault:
-        checkpoint(job, record)
-    if stop or fault:
-        stand(job, record)
-        raise Stopped(signals.received or "a signal to another process")
-    return due
-
-
-def stand(job: Job, record: Record) -> None:
-    """Raise `Fault` on all processes if the file system has refused anything."""
-    fault = fault_anywhere(job, record)
-    if fault:
-        raise Fault(fault)
-
-
-def fit(job: Job, record: Record, signals: Signals) -> None:
+def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     """Train from `job.state` to the end."""
     args, state, device, fabric = job.args, job.state, job.fabric.device, job.fabric
     flush_every = args.measure_every * (1 if device.type == "cpu" else FLUSH_EVERY)
-    warmup = state["step"] + (WARMUP if job.total_steps - state["step"] > 2 * WARMUP else 0)
-    bar = tqdm(total=job.total_steps, initial=state["step"], unit="step", disable=not record.active)
+    warmup = state.step + (WARMUP if job.total_steps - state.step > 2 * WARMUP else 0)
+    bar = tqdm(total=job.total_steps, initial=state.step, unit="step", disable=not record.active)
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
-    try:
-        fast.make_ready(job, plain_gradient)
-    except fast.Unfit as e:
-        if not job.auto:
-            raise
-        record.say(f"warning: {e}; this run goes on without")
-        job.refused = True
+    fast.make_ready_or_go_without(job, plain_gradient, record.say)
     profile = fast.profiler(args.profile, record.folder, record.active, WARMUP, device.type == "cuda")
-    clock, images, plan = time.perf_counter(), 0, None
-    speed = pace.Pace(args.threads, watch=record.active and device.type == "cpu")
+    plan, speed = None, pace.Pace(args.threads, watch=record.active and device.type == "cpu")
+    clock = StepClock(device, state, speed, warmup)
     with bar, profile as tracing:
-        if state["step"] == 0:
+        if state.step == 0:
             if "val/acc" not in record.latest:  # else a signal stopped the run here
                 validate(job, record)
             agree(job, record, signals)
-        while state["step"] < job.total_steps:
-            step, epoch, number = state["step"], *divmod(state["step"], job.steps_per_epoch)
+        while state.step < job.total_steps:
+            step, epoch, number = state.step, *divmod(state.step, job.steps_per_epoch)
             if plan is None or number == 0:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                 plan = job.train.epoch(args.seed, epoch)
-                clock, images = time.perf_counter(), 0
-                speed.go_on()
+                clock.start_epoch()
             if step == warmup:
-                synchronize(device)
-                clock, images = time.perf_counter(), 0
-                speed.restart()
+                clock.end_warmup()
 
             batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
             values = train_step(job, batch, step, measured=step % args.measure_every == 0)
-            state["step"] += 1
-            images += batch.size
-            speed.step(batch.size)
+            state.step += 1
+            clock.count(batch.size)
             bar.update()
             if tracing:
                 tracing.step()
@@ -259,57 +181,30 @@ def fit(job: Job, record: Record, signals: Signals) -> None:
                 record.log(step, values)
                 if step % flush_every == 0:
                     record.flush()  # here the host waits for the device
-                    show(bar, record)
-                    slow = speed.check() if step > warmup else None
+                    show_progress(bar, record)
+                    slow = clock.slow_down()
                     if slow:
                         record.say(slow)
             epoch_ended = number + 1 == job.steps_per_epoch
-            if epoch_ended or state["step"] == job.total_steps:
+            if epoch_ended or state.step == job.total_steps:
                 record.flush()
-                synchronize(device)
-                speed.pause()
-                if state["step"] > warmup:
-                    state["steps_seconds"] += time.perf_counter() - clock
-                    state["steps_images"] += images
+                clock.end_epoch()
             if epoch_ended:
                 validate(job, record)
-                show(bar, record)
+                show_progress(bar, record)
                 checkpoint(job, record)
             if agree(job, record, signals) and not epoch_ended:
-                synchronize(device)
-                speed.pause()
-                paused = time.perf_counter()
-                checkpoint(job, record)
-                clock += time.perf_counter() - paused
-                speed.go_on()
-        if state["step"] % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
+                with clock.stopped():
+                    checkpoint(job, record)
+        if state.step % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
             checkpoint(job, record)
             validate(job, record)
 
 
-def show(bar: tqdm, record: Record) -> None:
+def show_progress(bar: tqdm, record: Record) -> None:
     """Loss and validation accuracy behind the progress bar."""
     loss, acc = record.latest.get("train/loss", math.nan), record.latest.get("val/acc", math.nan)
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
-
-
-def check_labels(config: dict, ledger: dict, folder: Path) -> None:
-    """Raise `InputError` if the run in `folder` was started with other labels."""
-    if config["noise"]["labels_sha256"] != ledger["labels_sha256"]:
-        raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
-
-
-def load_everywhere(fabric, path: Path, check) -> dict:
-    """A checkpoint on every process; where one of them cannot read it, or finds a wrong field, all raise `InputError`."""
-    state, reason = None, "by another process"
-    try:
-        state = load_state(path)
-        check(state, path)
-    except Exception as e:  # rank 0 has read it once: now it cannot be read here
-        state, reason = None, f"({error_line(e)})"
-    if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
-        raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
-    return state
 
 
 def run(args, signals: Signals) -> int:
@@ -324,44 +219,16 @@ def run(args, signals: Signals) -> int:
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
     memory.require_memory(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
-    source = sources.load(args)
-    indices = index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
-    if args.bs > len(index):
-        raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
-    least = models.MODELS[args.model].least_side
-    if source.x_train.shape[1] < least:
-        raise InputError(f"--model {args.model}: needs images of at least {least} pixels, not {source.x_train.shape[1]}")
-    labels, ledger, by_epoch = relabel(args, source, index)
-    if args.fake_mask is not None and ledger["changed"]:
-        raise InputError(
-            f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
-        )
+    inputs = read_inputs(args)
     if earlier:
-        check_labels(earlier, ledger, folder)
+        check_labels(earlier, inputs.ledger, folder)
 
     fabric, scaler = make_fabric(args)
-    with memory.explain_out_of_memory(args, source):
-        job = prepare(args, source, indices, labels, fabric, scaler, by_epoch)
+    with memory.explain_out_of_memory(args, inputs.source):
+        job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch)
     record = Record(folder, active=fabric.is_global_zero, began=began)
-
-    def check(state: dict, path: Path) -> None:
-        """Raise `InputError` unless a checkpoint's content is of this run."""
-        identity.continue_from(args, state["config"])
-        check_labels(state["config"], ledger, folder)
-        schema.check_fits(state, job, path)
-
-    def claim() -> tuple[str | None, dict | None, str | None]:
-        """The checkpoint, the config.json and the status of the run, all read under its lock."""
-        saved = record.claim(args.resume, check)
-        return saved, config_if_readable(folder), status_if_readable(folder)
-
     signals.hold()  # from here on there is a folder, and a run that can be saved
-    saved, now, ended = on_rank_zero(fabric, claim)
-    state = load_everywhere(fabric, folder / saved, check) if saved else {}
-    if now:  # it may have changed since
-        identity.continue_from(args, now)
-        check_labels(now, ledger, folder)
-    earlier = now or state.get("config") or {}
+    claimed = claim_folder(job, record, inputs.ledger)
     if fabric.world_size > 1 and args.sync_bn == "on" and any(type(m) is nn.BatchNorm2d for m in job.module.modules()):
         record.say(
             "warning: torch has no SyncBatchNorm on CPUs, so each process normalises by its own part of the batch and the "
@@ -369,54 +236,47 @@ def run(args, signals: Signals) -> int:
         )
     if args.precision == "16-mixed" and fabric.device.type == "cpu":
         record.say("warning: --precision 16-mixed is slow on a CPU; 32-true is usually faster there")
-    if saved:
-        restore(job, record, state)
-        job.state["plan"] = measure.kept_plan(state.get("plan") or {}, job.state["plan"])
-        if ended == "finished" and job.state["step"] >= job.total_steps:
-            record.say(f"{folder} has finished already: {job.state['step']} steps")
+    if claimed.checkpoint:
+        restore(job, record, claimed.checkpoint)
+        if claimed.status == "finished" and job.state.step >= job.total_steps:
+            record.say(f"{folder} has finished already: {job.state.step} steps")
             record.close()
             return 0
         drop_later_best(job, record)
-        record.say(f"resuming {args.name} at step {job.state['step']} of {job.total_steps}")
+        record.say(f"resuming {args.name} at step {job.state.step} of {job.total_steps}")
+    status = train_and_record(job, record, inputs, claimed, signals)
+    if fabric.world_size > 1 and status != "failed":
+        fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
+    return STATUS[status]
 
-    status, reason, summary = "failed", None, {}
+
+def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed, signals: Signals) -> str:
+    """Train to the end, test, and write in the folder how the run ended; returns its status."""
+    status, reason, ledger = "failed", None, inputs.ledger
     try:
-        config = run_config(job, source, held, ledger)
-        segment = {
-            "step": job.state["step"],
-            **{k: config["options"][k] for k in roles.having(roles.HARDWARE)},
-            **config["versions"],
-            **{k: config["resolved"][k] for k in ("device", "cpu_features")},
-        }
-        config["segments"] = [*earlier.get("segments", []), segment]
-        record.configure(config)
-        record.open_events(state["events"] if saved else {})
-        record.session_started()
-        if not saved:
-            record.start(ledger, index, source.y_train[index], labels, source, job.state["plan"])
-            record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
+        start_record(job, record, inputs, claimed)
         summarize(job, record, "running")
-        stand(job, record)
-        print_plan(job, record, noisefile.describe(ledger, source.classes))
+        raise_if_fault(job, record)
+        print_plan(job, record, noisefile.describe(ledger, inputs.source.classes))
         fit(job, record, signals)
         _, acc = evaluate(job, *job.test)
-        record.log(job.state["step"], {"test/acc": acc})
+        record.log(job.state.step, {"test/acc": acc})
         record.flush()
         record.session_ended("finished")
-        stand(job, record)  # a signal comes too late now, a full disk does not
+        raise_if_fault(job, record)  # a signal comes too late now, a full disk does not
         status = "finished"
     except Stopped as e:
         status, reason = "stopped", str(e)
-        where = f"after step {job.state['step'] - 1}" if job.state["step"] else "before the first step"
+        where = f"after step {job.state.step - 1}" if job.state.step else "before the first step"
         record.say(f"stopped by {e} {where}; --resume goes on from there")
     except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
         checkpoint(job, record, "failed.ckpt")
         options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        expected = memory.message(args, e, source) if memory.requested_bytes(e) is not None else lost_process(e)
+        expected = memory.message(job.args, e, inputs.source) if memory.requested_bytes(e) is not None else lost_process(e)
         reason = expected or f"{type(e).__name__}: {e}"
-        if fabric.is_global_zero and not expected:
+        if job.fabric.is_global_zero and not expected:
             raise
         complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))
     finally:
@@ -424,26 +284,35 @@ def run(args, signals: Signals) -> int:
             record.session_ended("failed")
         record.close_events()
         summary = summarize(job, record, status, reason)
-        late = fault_anywhere(job, record) if status != "failed" else None  # in the last that was written
+        late = fault_on_any_rank(job, record) if status != "failed" else None  # in the last that was written
         if late:
             status = "failed"
             options.complain(late)
             summarize(job, record, status, late)
         record.close()
     if record.active and status == "finished":
-        print_results_table(ledger, summary, folder)
-    if fabric.world_size > 1 and status != "failed":
-        fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
-    return STATUS[status]
+        print_results_table(ledger, summary, record.folder)
+    return status
 
 
-def complain_on_any_rank(line: str) -> None:
-    """The error's line, with the rank before it unless that is 0."""
-    if options.rank_zero():
-        options.complain(line)
-    else:
-        rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
-        print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed) -> None:
+    """Write what is known before the first step, with one more segment in config.json, and open the event file."""
+    source, index, held = inputs.source, *inputs.indices
+    config = run_config(job, source, held, inputs.ledger)
+    segment = {
+        "step": job.state.step,
+        **{k: config["options"][k] for k in roles.having(roles.HARDWARE)},
+        **config["versions"],
+        **{k: config["resolved"][k] for k in ("device", "cpu_features")},
+    }
+    config["segments"] = [*claimed.config.get("segments", []), segment]
+    record.configure(config)
+    record.open_events(claimed.checkpoint["events"] if claimed.checkpoint else {})
+    record.session_started()
+    if not claimed.checkpoint:
+        ledger = inputs.ledger
+        record.start(ledger, index, source.y_train[index], inputs.labels, source, job.state.plan)
+        record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
 import models  # noqa: E402
-from data import InputError  # noqa: E402
+from data import InputError, synchronize  # noqa: E402
 from engine import options, sources  # noqa: E402
-from engine.hardware import peak_memory_mb, synchronize  # noqa: E402
+from engine.hardware import peak_memory_mb  # noqa: E402
 
 WARMUP = 10  # steps not timed
 

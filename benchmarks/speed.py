@@ -34,9 +34,10 @@ import torch.nn.functional as F  # noqa: E402
 from plain_loop import loader  # noqa: E402
 
 import data  # noqa: E402
-import measure  # noqa: E402
+import epochwise  # noqa: E402
 import train  # noqa: E402
 from engine import fast, hardware, options, sources  # noqa: E402
+from engine.job import TrainingJob  # noqa: E402
 from engine.labels import relabel  # noqa: E402
 from engine.record import Record  # noqa: E402
 
@@ -63,7 +64,7 @@ def model_options(model: str) -> list[str]:
     return ["--model", name, "--width", width] if name == "resnet18" else ["--model", model]
 
 
-def make_job(*words: str, images: int = 2000) -> train.Job:
+def make_job(*words: str, images: int = 2000) -> TrainingJob:
     """A run's job, ready to step, on `images` drawn ones, 90 % of them to train on."""
     args = parsed(*words)
     args.synthetic_train, args.synthetic_test, args.val_frac = images, 10, 0.1
@@ -76,7 +77,7 @@ def make_job(*words: str, images: int = 2000) -> train.Job:
     return job
 
 
-def step_of(job: train.Job, measured: bool = False, masks: bool = False):
+def step_of(job: TrainingJob, measured: bool = False, masks: bool = False):
     """A whole step as the loop makes it, with its batch; `measured` with the split, with `masks` one that takes random masks."""
     at = 0 if masks else job.args.measure_every  # every second measured step takes some, from the first on
     plan, steps = job.train.epoch(0, 0), len(job.train) // job.args.bs
@@ -91,11 +92,11 @@ def step_of(job: train.Job, measured: bool = False, masks: bool = False):
 
 def seconds(act, times: int = 1) -> float:
     """Of one call, the mean of `times` calls without a wait between them."""
-    hardware.synchronize(DEVICE)
+    data.synchronize(DEVICE)
     began = time.perf_counter()
     for _ in range(times):
         act()
-    hardware.synchronize(DEVICE)
+    data.synchronize(DEVICE)
     return (time.perf_counter() - began) / times
 
 
@@ -137,12 +138,12 @@ def matmul_rate(precision: str) -> float:
     return 2 * size**3 / statistics.median(in_turn([lambda: a @ a], 1.0)[0])
 
 
-def flops_of_image(job: train.Job) -> float:
+def flops_of_image(job: TrainingJob) -> float:
     """FLOP of a forward and a backward of one image, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.randn(2, *job.train.images.plain(torch.zeros(1, dtype=torch.int64)).shape[1:], device=DEVICE)
-    with FlopCounterMode(display=False) as counter, fast.untouched(job.module):
+    with FlopCounterMode(display=False) as counter, fast.keep_buffers(job.module):
         job.module(x).sum().backward()
     job.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 2
@@ -228,7 +229,7 @@ def cell(mine) -> None:
             gc.collect()
 
 
-def reports_way(job: train.Job):
+def reports_way(job: TrainingJob):
     """A measured step as the report made it: three passes in eval mode beside the step (section 4.2 of the report)."""
     step, plan = step_of(job), job.train.epoch(0, 0)
     batch = job.train.batch(plan, 0, job.args.bs)
@@ -238,7 +239,7 @@ def reports_way(job: train.Job):
         job.module.eval()
         rows = []
         for keep in (~batch.noisy, batch.noisy, torch.ones_like(batch.noisy)):
-            loss = F.cross_entropy(measure.forward(job, batch.x[keep]), batch.y[keep])
+            loss = F.cross_entropy(job.context.logits(batch.x[keep]), batch.y[keep])
             rows.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, job.parameters)]))
         job.module.train()
         F.cosine_similarity(rows[0], rows[2], dim=0), F.cosine_similarity(rows[0], rows[1], dim=0)
@@ -267,20 +268,20 @@ def part_families(mine) -> str:
     """What each family of `--measure full` costs, in plain steps, and what it is counted at; width 16, B = 128."""
     job = make_job("--width", "16", "--bs", "128", "--measure", "full", "--compile", "off", images=9000)
     batch, F3 = job.train.batch(job.train.epoch(0, 0), 0, 128), 3 * 128  # a plain step in forwards of one image
-    account, shares = job.state["measure_seconds"], ("chunks", "permutations", "fresh", "truth")
+    account, shares = job.state.measure_seconds, ("chunks", "permutations", "fresh", "truth")
 
     def step(measured: bool, plan: dict) -> None:
-        job.state["plan"] = plan
+        job.state.plan = plan
         train.train_step(job, batch, 1, measured)
 
-    probed = sum(map(len, measure.probe_indices(job)))
-    costs = measure.counted_costs(job.args, sum(p.numel() for p in job.parameters), probed)
+    probed = sum(map(len, epochwise.probe_indices(job.context)))
+    costs = epochwise.counted_costs(job.args, job.args.bs, sum(p.numel() for p in job.parameters), probed)
     families = {  # name: what is timed, its counted cost in plain steps
         "measured step, split": (lambda: step(True, {}), 5 / 3),
         "measured step, all controls": (lambda: step(True, {"steps": 1}), 5 / 3 + costs["steps"] / F3),
-        f"probe, {probed:,} examples": (lambda: measure.probe(job), costs["probe"] / F3),
-        "isotropy": (lambda: measure.isotropy(job), costs["isotropy"] / F3),
-        "curvature": (lambda: measure.curvature(job), costs["curvature"] / F3),
+        f"probe, {probed:,} examples": (lambda: epochwise.probe(job.context), costs["probe"] / F3),
+        "isotropy": (lambda: epochwise.isotropy(job.context), costs["isotropy"] / F3),
+        "curvature": (lambda: epochwise.curvature(job.context), costs["curvature"] / F3),
     }
     rows = []
     for name, (act, counted) in families.items():
@@ -318,9 +319,9 @@ def part_data(mine) -> str:
             x, y = x.to(DEVICE), y.to(DEVICE)
             images += len(y)
             if number_of == 3 * workers:  # the first ones were made ahead, as up to 2 a worker are at any time
-                hardware.synchronize(DEVICE)
+                data.synchronize(DEVICE)
                 began, images = time.perf_counter(), 0
-        hardware.synchronize(DEVICE)
+        data.synchronize(DEVICE)
         loaded = images / (time.perf_counter() - began)
         share = spread(ratios(mean, step), 2, 100)
         speed = B / statistics.median(mean)

@@ -13,11 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import measure
+from context import batch_gradient, keep_buffers
 from data import Batch, InputError
 from engine import files
 from engine.hardware import reset_peak_memory
-from measure import untouched
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
 COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16
@@ -72,7 +71,7 @@ def small_scale(job):
     if job.scaler is None:
         yield
         return
-    measure.loss_scale(job)  # makes the scale, if no step has been made yet
+    job.context.loss_scale()  # makes the scale, if no step has been made yet
     before = job.scaler.get_scale()
     job.scaler.update(SMALL_SCALE)
     try:
@@ -86,31 +85,31 @@ class Graph:
     for a captured learning rate would be frozen."""
 
     def __init__(self, job, batch: Batch, gradient) -> None:
-        """`gradient(job, batch)` leaves the gradient in `.grad` and returns the logits; `batch` gives the shapes."""
+        """`gradient(job, batch)` puts the gradient into `.grad` and returns the logits; `batch` gives the shapes."""
         self.x, self.y = batch.x.clone(), batch.y.clone()
-        still = batch._replace(x=self.x, y=self.y)
+        static = batch._replace(x=self.x, y=self.y)
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast made outside the graph must not be used inside
         side = torch.cuda.Stream()
         gc.collect()  # a backward graph of another stream that is still alive would spoil the capture
         try:
-            with untouched(job.module):
+            with keep_buffers(job.module):
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(GRAPH_WARMUP):
-                        gradient(job, still)
+                        gradient(job, static)
                         job.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.current_stream().wait_stream(side)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):  # with .grad unset, backward makes it in the graph's own memory
-                    self.logits = gradient(job, still)
+                    self.logits = gradient(job, static)
         finally:
             torch.set_autocast_cache_enabled(caching)
         self.gradients = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
 
     def __call__(self, job, batch: Batch) -> Tensor:
-        """Leave the gradient of `batch` in `.grad`; returns the logits. Both are overwritten by the next call."""
+        """Put the gradient of `batch` into `.grad`; returns the logits. Both are overwritten by the next call."""
         self.x.copy_(batch.x)
         self.y.copy_(batch.y)
         self.graph.replay()
@@ -130,34 +129,45 @@ def make_ready(job, gradient) -> None:
     batch = job.train.batch(job.train.epoch(args.seed, 0), 0, args.bs, job.fabric.global_rank, job.fabric.world_size)
     asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
     mixed = args.precision not in BOUND
-    with untouched(job.module), small_scale(job):
-        measure.seed_dropout(job, 0)
-        eager, _ = measure.whole_row(job, batch)
+    with keep_buffers(job.module), small_scale(job):
+        job.context.seed_dropout(0)
+        eager, _ = batch_gradient(job.context, batch)
         if mixed:
-            measure.seed_dropout(job, 0)
-            exact, _ = measure.whole_row(job, batch, exact=True)
+            job.context.seed_dropout(0)
+            exact, _ = batch_gradient(job.context, batch, full_precision=True)
         try:
             if args.graph == "on":
                 job.graph = Graph(job, batch, gradient)
-            measure.seed_dropout(job, 0)
+            job.context.seed_dropout(0)
             (job.graph or gradient)(job, batch)
         except Exception as e:  # a compiler and its back ends raise all sorts
             why = (str(e).strip().splitlines() or [""])[0]
             job.optimizer.zero_grad(set_to_none=True)
             job.graph = None
             raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why})") from e
-        found = [p.grad for p in job.parameters]
+        fast_row = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
-    error, bound = distance(found, exact if mixed else eager), BOUND.get(args.precision)
+    error, bound = distance(fast_row, exact if mixed else eager), BOUND.get(args.precision)
     if mixed:
         bound = TIMES * distance(eager, exact)
         del exact
-    del found, eager
+    del fast_row, eager
     reset_peak_memory(job.fabric.device)  # the check's passes are not the run's
     job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
     if not error <= bound:
         job.graph = None
         raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}")
+
+
+def make_ready_or_go_without(job, gradient, say) -> None:
+    """`make_ready`; where nobody asked for a fast path and it cannot be had, `say` so and go on without."""
+    try:
+        make_ready(job, gradient)
+    except Unfit as e:
+        if not job.auto:
+            raise
+        say(f"warning: {e}; this run goes on without")
+        job.refused = True
 
 
 def distance(row: list[Tensor], other: list[Tensor]) -> float:

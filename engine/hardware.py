@@ -98,7 +98,8 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     scaler = torch.amp.GradScaler(kind) if args.precision == "16-mixed" else None
     # As a plugin, because Fabric would quietly turn 16-mixed into bf16-mixed on a CPU.
     how = {"plugins": MixedPrecision("16-mixed", kind, scaler)} if scaler else {"precision": args.precision}
-    # Without SyncBatchNorm each process keeps its own running statistics until they are averaged (`average_buffers`).
+    # Without SyncBatchNorm each process keeps its own running statistics until they are averaged (`average_buffers` of
+    # a measuring context).
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
     unsynced = (
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -171,27 +172,6 @@ def on_rank_zero(fabric: Fabric, act):
     if error is not None:
         raise InputError(error)
     return result
-
-
-@torch.no_grad()
-def average_buffers(fabric: Fabric, module: nn.Module) -> None:
-    """Give all processes the mean of their running statistics, where BatchNorm is not synchronised."""
-    if fabric.world_size == 1:
-        return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(fabric.all_reduce(buffer.clone(), reduce_op="mean"))
-
-
-def copy_to(t: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, copied from pinned memory, so that the host does not wait for a GPU."""
-    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

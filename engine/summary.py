@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import data
-import nulls
+import epochwise
+import measure
 import schedules
 from engine import pace
 from engine.hardware import cpu_features, peak_memory_mb
@@ -39,32 +40,32 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
 def summarize(job, record: Record, status: str, reason: str | None = None) -> dict:
     """Write summary.json and return its content."""
     state, noisy = job.state, record.recent_noisy
-    epochs, rest = divmod(state["step"], job.steps_per_epoch)
+    epochs, rest = divmod(state.step, job.steps_per_epoch)
     content = {
         "status": status,
         "reason": reason,
         "val_acc": record.latest.get("val/acc"),
-        "best_val_acc": state["best_val_acc"] or None,  # none before the first validation of a trained network
+        "best_val_acc": state.best_val_acc or None,  # none before the first validation of a trained network
         "test_acc": record.latest.get("test/acc"),
         "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
-        "steps": state["step"],
+        "steps": state.step,
         "examples": epochs * len(job.train) + rest * job.args.bs,
-        "seconds": round(state["seconds"] + time.perf_counter() - record.began, 2),
-        "images_per_second": round(state["steps_images"] / state["steps_seconds"], 1)
-        if state["steps_seconds"]
+        "seconds": round(state.seconds + time.perf_counter() - record.began, 2),
+        "images_per_second": round(state.steps_images / state.steps_seconds, 1)
+        if state.steps_seconds
         else None,
         "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
     }
     if job.fast_error is not None:
         content["fast_gradient"] = job.fast_error | {"used": not job.refused}
-    if job.args.measure == "split" and job.state["plan"]:
-        content["half_memorized_step"] = state["half_memorized_step"]
+    if job.args.measure == "split" and job.state.plan:
+        content["half_memorized_step"] = state.half_memorized_step
     if job.args.measure == "full":
-        content["half_memorized_step"] = state["half_memorized_step"]
-        content["not_resolved"] = state["not_resolved"]
-        content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state["measure_seconds"].items()}
-        content["measure_share"] = round(sum(state["measure_seconds"].values()) / content["seconds"], 4)
-        content["measure_share_counted"] = round(state["plan"].get("share", 0.0), 4)
+        content["half_memorized_step"] = state.half_memorized_step
+        content["not_resolved"] = state.not_resolved
+        content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state.measure_seconds.items()}
+        content["measure_share"] = round(sum(state.measure_seconds.values()) / content["seconds"], 4)
+        content["measure_share_counted"] = round(state.plan.get("share", 0.0), 4)
     record.guard("summary.json", lambda: record.summary(**content))
     return content
 
@@ -92,16 +93,11 @@ def print_plan(job, record: Record, label_noise: str) -> None:
                 record.say(warning)
         if args.measure == "split":
             print(split_plan(job), flush=True)
-        plan = job.state["plan"]
+        plan = job.state.plan
         if plan and args.measure == "full":
             families = [
                 f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
-                for name, unit in (
-                    ("steps", "steps"),
-                    ("probe", "epochs"),
-                    ("isotropy", "epochs"),
-                    ("curvature", "epochs"),
-                )
+                for name, unit in [("steps", "steps"), *((name, m.unit) for name, m in epochwise.MEASURES.items())]
             ]
             grown = plan["total_steps"] != job.total_steps
             origin = f"step {plan['total_steps']}" if grown else "the end"
@@ -113,14 +109,14 @@ def print_plan(job, record: Record, label_noise: str) -> None:
 
 def split_plan(job) -> str:
     """The line on what `--measure split` measures when, and what that costs, counted."""
-    args, probe = job.args, job.state["plan"].get("probe")
+    args, probe = job.args, job.state.plan.get("probe")
     masks = "no random masks"
     if args.permutations:
         masks = f"{args.permutations} random mask{'s' * (args.permutations > 1)} every {args.measure_every * args.null_every}"
-    line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {nulls.counted_share(args):.1%} of the steps, counted"
+    line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {measure.split_share(args):.1%} of the steps, counted"
     if probe:
         often = "epoch" if probe == 1 else f"{probe} epochs, back from the end"
-        return f"{line}; probe every {often}, {job.state['plan']['share']:.1%} of the run"
+        return f"{line}; probe every {often}, {job.state.plan['share']:.1%} of the run"
     return f"{line}; probe left out (raise --measure-budget)" if job.train.noisy.any() else line
 
 

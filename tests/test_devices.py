@@ -93,6 +93,7 @@ ONE_WEIGHT = """
 from types import SimpleNamespace
 import torch
 import train
+from context import Forward, MeasuringContext, MeasuringState
 from engine import hardware
 import measure
 import metrics
@@ -117,8 +118,13 @@ a, b = shard(4, rank, 2)
 batch = Batch(x[a:b], y[a:b], true[a:b], (y != true)[a:b], 4, 1, a, y, y != true)
 module = OneWeight()
 model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.5))
-job = SimpleNamespace(args=args, fabric=fabric, module=module, model=model, parameters=[module.w], scaler=None)
-rows = measure.split_rows(job, batch, measure.Forward(job, batch))
+context = MeasuringContext(
+    module, fabric.device, train=None, transition=None, options=None, autocast=fabric.autocast,
+    sum_over_ranks=lambda t: hardware.sum_over_ranks(fabric, t), loss_scale=lambda: 1.0, learning_rate=lambda: 0.5,
+    state=MeasuringState(), total_steps=1, steps_per_epoch=1, rank=rank, world_size=2,
+)
+job = SimpleNamespace(args=args, fabric=fabric, context=context, model=model, parameters=context.parameters)
+rows = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
 clean, noisy = (row[0].item() for row in rows)
 assert clean == (-1 / 2 - 4 / 2 + 8 / 2) / 4, clean
 assert noisy == (2 / 2) / 4, noisy
@@ -127,7 +133,7 @@ def counted(*args):
     calls.append(len(args[3]))
     return pull_backs(*args)
 metrics.pull_backs = counted
-apart = measure.split_rows(job, batch, measure.Forward(job, batch, [~batch.noisy, batch.noisy]))
+apart = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size, [~batch.noisy, batch.noisy]))
 assert [row[0].item() for row in apart] == [clean, noisy]
 assert calls == [1, 1], calls  # on rank 1 as well, which has nothing noisy: SyncBatchNorm would wait for it
 train.plain_gradient(job, batch)
@@ -269,9 +275,9 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     """16-mixed through Fabric's plugin on the CPU: `.grad` carries the scale, the measurements do not."""
     job, full = job_for("--precision", "16-mixed", "--measure-bn", mode), job_for("--measure-bn", mode)
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
-    scale = float(measure.loss_scale(job))
+    scale = float(job.context.loss_scale())
     assert scale == 65536
-    rows, rows_full = (measure.split_rows(j, batch, measure.make_forward(j, batch)) for j in (job, full))
+    rows, rows_full = (measure.split_rows(j.context, batch, measure.make_forward(j.context, batch)) for j in (job, full))
     scaled, plain = (torch.cat([t.flatten() for t in metrics.add_rows(r)]) for r in (rows, rows_full))
     assert (
         float((scaled / scale - plain).norm() / plain.norm()) < 0.2
@@ -288,10 +294,10 @@ def test_sixteen_bit_overflow_skips_the_update_and_halves_the_scale():
     batch = warm(job)
     before = copy.deepcopy(job.module.state_dict())
     huge = batch._replace(x=batch.x * 1e3)
-    measure.loss_scale(job)
+    job.context.loss_scale()
     job.scaler._scale.fill_(2.0**40)
     train.train_step(job, huge, 3, measured=True)
-    assert float(measure.loss_scale(job)) == 2.0**39
+    assert float(job.context.loss_scale()) == 2.0**39
     assert all(torch.equal(before[name], p) for name, p in job.module.named_parameters())
 
 
@@ -310,6 +316,6 @@ def test_wrapper_and_bare_module_agree():
         job = job_for("--precision", precision)
         x = job.train.batch(job.train.epoch(0, 0), 0, 32).x
         job.module.eval()
-        assert torch.equal(train.forward(job, x), job.model(x))
-        assert train.forward(job, x).dtype == torch.get_default_dtype()
+        assert torch.equal(job.context.logits(x), job.model(x))
+        assert job.context.logits(x).dtype == torch.get_default_dtype()
         assert isinstance(job.module, nn.Module)

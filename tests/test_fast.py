@@ -225,7 +225,7 @@ def test_compiled_steps_give_the_eager_run(go, precision):
 def test_clean_and_noisy_add_up_to_the_compiled_gradient():
     job = job_for("--precision", "64-true", "--compile", "--bs", "48")  # the graph of the test above, from its cache
     batch = job.train.batch(job.train.epoch(0, 0), 0, 48)
-    rows = measure.split_rows(job, batch, measure.make_forward(job, batch))
+    rows = measure.split_rows(job.context, batch, measure.make_forward(job.context, batch))
     train.plain_gradient(job, batch)
     assert fast.distance([p.grad for p in job.parameters], metrics.add_rows(rows)) < 1e-12
 

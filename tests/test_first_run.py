@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import epochwise
 import measure
 import metrics
-import nulls
 import schedules
 import train
 from conftest import same_weights, series, summary
+from context import batch_gradient, batchnorm_mode
 from engine import hardware, identity, options, pace
 from study import manyruns, runfolders, runvalues
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
@@ -52,7 +53,7 @@ def test_bf16_on_a_gpu_from_capability_8(monkeypatch, capability, precision):
 
 
 def test_the_masks_cost_what_is_promised():
-    cost = lambda words: nulls.counted_share(options.parse(words.split()))  # noqa: E731
+    cost = lambda words: measure.split_share(options.parse(words.split()))  # noqa: E731
     assert cost("") == pytest.approx(0.02)  # 2F of the split and half of 2F, of 50 steps of 3F
     assert cost("--permutations 0") == pytest.approx(2 / 150)
     assert cost("--permutations 2 --null-every 1 --measure-every 10") == pytest.approx(6 / 30)
@@ -60,15 +61,15 @@ def test_the_masks_cost_what_is_promised():
 
 @pytest.mark.parametrize("mode", ["train", "eval", "separate"])
 def test_masks_of_the_split_are_those_of_a_full_measurement(mode):
-    """The split reads its nulls off one Gram matrix, on the device; `measure.permuted` pulls back mask after mask."""
+    """The split reads its nulls off one Gram matrix, on the device; `measure.permuted_values` pulls back mask after mask."""
     job = job_for("--precision", "64-true", "--permutations", "3", "--null-every", "1", "--measure-bn", mode)
     batch = warm(job)
-    with measure.batchnorm_mode(job.module, mode):
-        ahead = measure.make_forward(job, batch)
-        own = measure.whole_row(job, batch)[0] if mode == "separate" else None
-        rows = measure.split_rows(job, batch, ahead, free=False)
-        want = measure.permuted(job, batch, 6, ahead, own or metrics.add_rows(rows))
-        _, got = nulls.measure_split(job, batch, 6, ahead, own, free=False)
+    with batchnorm_mode(job.module, mode):
+        ahead = measure.make_forward(job.context, batch)
+        own = batch_gradient(job.context, batch)[0] if mode == "separate" else None
+        rows = measure.split_rows(job.context, batch, ahead, free=False)
+        want = measure.permuted_values(job.context, batch, 6, ahead, own or metrics.add_rows(rows))
+        _, got = measure.measure_split(job.context, batch, 6, ahead, own, free=False)
     assert len(want) == 4
     for tag, value in want.items():
         assert float(got[tag]) == pytest.approx(value, rel=1e-9), tag
@@ -77,16 +78,16 @@ def test_masks_of_the_split_are_those_of_a_full_measurement(mode):
 def test_masks_need_both_sets_and_their_turn():
     args = options.parse("--measure-every 10 --null-every 3".split())
     batch = lambda n: SimpleNamespace(size=32, n_noisy=n)  # noqa: E731
-    assert [step for step in range(0, 100, 10) if nulls.due(args, step, batch(5))] == [0, 30, 60, 90]
-    assert not any(nulls.due(args, 0, batch(n)) for n in (0, 32))
-    assert not nulls.due(options.parse("--permutations 0".split()), 0, batch(5))
+    assert [step for step in range(0, 100, 10) if measure.masks_due(args, step, batch(5))] == [0, 30, 60, 90]
+    assert not any(measure.masks_due(args, 0, batch(n)) for n in (0, 32))
+    assert not measure.masks_due(options.parse("--permutations 0".split()), 0, batch(5))
 
 
 def test_the_forward_is_freed_with_its_last_mask():
     job = job_for()
     batch = warm(job)
-    ahead = measure.make_forward(job, batch)
-    rows, values = nulls.measure_split(job, batch, 0, ahead, None, free=True)
+    ahead = measure.make_forward(job.context, batch)
+    rows, values = measure.measure_split(job.context, batch, 0, ahead, None, free=True)
     assert len(rows) == 2 and "null/permuted_cos_clean_noisy" in values
     with pytest.raises(RuntimeError, match="second time"):
         ahead.row(batch.y, ~batch.noisy)
@@ -113,11 +114,12 @@ def test_masks_and_probe_leave_no_trace(go, capsys):
 def test_the_probe_of_a_split_stays_within_its_budget():
     """CIFAR-10 for 64 epochs: 40,000 images trained on, 10,000 evaluated, 4,000 probed; 1 % by default."""
     args = options.parse(["--dataset", "synthetic"])
-    plan = measure.schedule_probe(args, 4000, 64 * 313, 313, 40_000, 10_000)
+    plan = epochwise.plan_split(args, 4000, epochwise.RunLength(64 * 313, 313, 128, 40_000, 10_000))
     assert plan["probe"] == 4 and 0.005 < plan["share"] <= 0.01
-    assert measure.schedule_probe(args, 4000, 8 * 125, 125, 8000, 2000) == {}  # not even one
+    short = epochwise.RunLength(8 * 125, 125, 64, 8000, 2000)
+    assert epochwise.plan_split(args, 4000, short) == {}  # not even one
     args.measure_budget = 0.3
-    assert measure.schedule_probe(args, 4000, 8 * 125, 125, 8000, 2000)["probe"] == 1
+    assert epochwise.plan_split(args, 4000, short)["probe"] == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- identity

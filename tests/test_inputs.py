@@ -351,7 +351,7 @@ def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
     def fail(*_):
         raise RuntimeError(CPU + "6442450944 bytes. Error code 12 (Cannot allocate memory)")
 
-    monkeypatch.setattr(*{"load": (train.sources, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
+    monkeypatch.setattr(*{"load": (sources, "load"), "prepare": (train, "prepare"), "fit": (train, "fit")}[where], fail)
     folder = go(status=1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err

@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import train
 from conftest import TINY
-from engine import hardware, interrupts
+from engine import hardware, interrupts, sources
 from study import cluster
 
 
@@ -25,9 +24,9 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_while_data_is_loaded(go, monkeypatch, capsys, name, tmp_path):
-    load, handler = train.sources.load, signal.getsignal(getattr(signal, name))
+    load, handler = sources.load, signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as m:
-        m.setattr(train.sources, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
+        m.setattr(sources, "load", lambda args: (os.kill(os.getpid(), getattr(signal, name)), load(args))[1])
         folder = go("--max-steps", "1", status=3)
     assert f"stopped by {name} before training began; nothing was written\n" in capsys.readouterr().err
     assert not folder.parent.exists()

@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+import data
+import epochwise
 import measure
 import metrics
 import train
 from conftest import TINY, same_weights, series, summary, weights
+from context import batchnorm_mode, sync_batchnorms
+from engine.job import JobState, TrainingJob
 from test_metrics import job_for, warm
 
 # All families, whenever they can be; a mask costs a backward pass at every measured step.
@@ -40,16 +44,16 @@ def quick_curvature(request, monkeypatch):
             ("TRACE_PROBES", 2),
             ("CURVATURE_EXAMPLES", 16),
         ):
-            monkeypatch.setattr(measure, name, value)
+            monkeypatch.setattr(epochwise, name, value)
 
 
-def full_job(*argv: str) -> train.Job:
+def full_job(*argv: str) -> TrainingJob:
     job = job_for(*FULL, *argv)
-    job.state["plan"] = {"steps": 1}
+    job.state.plan = {"steps": 1}
     return job
 
 
-def per_example(job: train.Job, batch, labels: torch.Tensor) -> torch.Tensor:
+def per_example(job: TrainingJob, batch, labels: torch.Tensor) -> torch.Tensor:
     """Loss gradients (B, P) of every example by itself, by torch.func: an independent reference."""
     params = {k: p.detach() for k, p in job.module.named_parameters()}
     buffers = dict(job.module.named_buffers())
@@ -66,7 +70,7 @@ def test_every_value_from_brute_force_per_example_gradients():
     job = full_job("--precision", "64-true", "--norm", "gn", "--permutations", "2", "--window", "1")
     batch = warm(job)
     g = per_example(job, batch, batch.y)
-    fresh = measure.fresh_labels(job, batch, 3)
+    fresh = measure.fresh_labels(job.context, batch, 3)
     h, t = per_example(job, batch, fresh), per_example(job, batch, batch.true)
     got = train.train_step(job, batch, 3, measured=True)
     C, N, B, f = ~batch.noisy, batch.noisy, 32, 1 - batch.n_noisy / 32
@@ -95,12 +99,12 @@ def test_every_value_from_brute_force_per_example_gradients():
 
     _, var_a = moments(C | N)
     want |= {tag: v for tag, v in metrics.null_cosines(float(gA @ gA), var_a, f, B).items()}
-    masks = [measure.random_mask(batch, False, train.data.generator(0, f"permutation{r}", 3)) for r in range(2)]
+    masks = [measure.random_mask(batch, False, data.generator(0, f"permutation{r}", 3)) for r in range(2)]
     want["null/permuted_cos_clean_all"] = sum(cos(g[~m].mean(0), gA) for m in masks) / 2
     want["null/permuted_cos_clean_noisy"] = sum(cos(g[~m].mean(0), g[m].mean(0)) for m in masks) / 2
     for tag, value in want.items():
         assert float(got[tag]) == pytest.approx(value, rel=1e-9), tag
-    row = dict(zip(metrics.MOMENTS, job.state["window"][-1], strict=True))
+    row = dict(zip(metrics.MOMENTS, job.state.window[-1], strict=True))
     for name, mask in (("c", C), ("n", N)):
         G2, var = moments(mask)
         assert row[name * 2] == pytest.approx(G2, rel=1e-9) and row[f"var_{name}"] == pytest.approx(var, rel=1e-9)
@@ -177,29 +181,29 @@ def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
     )
     job = full_job(*big)
     torch.manual_seed(0)
-    job.module = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 10))
-    job.parameters = list(job.module.parameters())
+    job.context.module = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.BatchNorm1d(48), nn.Linear(48, 10))
+    job.context.parameters = list(job.module.parameters())
     with torch.no_grad():
         job.module[3].bias[0] = 3.0  # all examples, clean and noisy, pull this class down: a common true gradient
     plan = job.train.epoch(0, 0)
     raw, corrected = {}, {}
     for B, batches in ((16, 160), (64, 40), (256, 10)):  # the same 2,560 examples
-        job.state["window"] = []
+        job.state.window = []
         values = []
         for number in range(batches):
             batch = job.train.batch(plan, number, B)
-            with measure.batchnorm_mode(job.module, "eval"):
-                ahead = measure.make_forward(job, batch)
-                rows = measure.split_rows(job, batch, ahead, free=False)
+            with batchnorm_mode(job.module, "eval"):
+                ahead = measure.make_forward(job.context, batch)
+                rows = measure.split_rows(job.context, batch, ahead, free=False)
                 values.append(float(measure.split_values(rows, None, batch, 1.0)["grad/cos_clean_noisy"]))
                 if len(rows) == 2:
                     noisy_free = measure.chunk_estimates(
-                        job, batch, lambda y, w: ahead.row(y, w), metrics.gram([*rows, metrics.add_rows(rows)]).tolist(),
+                        job.context, batch, lambda y, w: ahead.row(y, w), metrics.gram([*rows, metrics.add_rows(rows)]).tolist(),
                         lambda *r: metrics.gram(list(r)).tolist(),
                     )  # fmt: skip
-                    job.state["window"].append(noisy_free)
+                    job.state.window.append(noisy_free)
         raw[B] = sum(values) / len(values)
-        corrected[B] = metrics.corrected(job.state["window"])[0].get("corrected/cos_clean_noisy", math.nan)
+        corrected[B] = metrics.corrected(job.state.window)[0].get("corrected/cos_clean_noisy", math.nan)
     assert raw[16] + 0.15 < raw[64] < raw[256] - 0.1, raw
     assert max(corrected.values()) - min(corrected.values()) < 0.06, (raw, corrected)
     assert min(corrected.values()) > raw[256], (raw, corrected)
@@ -230,13 +234,13 @@ def test_isotropy_rows_are_the_label_noise_gradients():
     gram = metrics.gram
     try:
         metrics.gram = lambda rows: seen.append(rows) or gram(rows)
-        got = measure.isotropy(job)
+        got = epochwise.isotropy(job.context)
     finally:
         metrics.gram = gram
-    noisy, _ = measure.probe_indices(job)
-    m = measure.ISOTROPY_PARTS
-    size = min(measure.ISOTROPY_EXAMPLES, len(noisy) // m)
-    mixed = noisy[torch.randperm(len(noisy), generator=train.data.generator(0, "isotropy"))][: m * size].view(m, size)
+    noisy, _ = epochwise.probe_indices(job.context)
+    m = epochwise.ISOTROPY_PARTS
+    size = min(epochwise.ISOTROPY_EXAMPLES, len(noisy) // m)
+    mixed = noisy[torch.randperm(len(noisy), generator=data.generator(0, "isotropy"))][: m * size].view(m, size)
     job.module.eval()
     for part, row in zip(mixed, seen[0], strict=True):
         logits = job.module(job.train.images.plain(part))
@@ -250,12 +254,12 @@ def test_isotropy_rows_are_the_label_noise_gradients():
 def test_hessian_of_a_tiny_net():
     job = full_job("--precision", "64-true")
     torch.manual_seed(0)
-    job.module = nn.Sequential(
+    job.context.module = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 10)
     ).double()
-    job.parameters = list(job.module.parameters())
+    job.context.parameters = list(job.module.parameters())
     sizes = [p.numel() for p in job.parameters]
-    index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: measure.CURVATURE_EXAMPLES]
+    index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
     x, y = job.train.images.plain(index), job.train.labels[index]
     names = [n for n, _ in job.module.named_parameters()]
 
@@ -264,7 +268,7 @@ def test_hessian_of_a_tiny_net():
         return F.cross_entropy(functional_call(job.module, parts, (x,)), y)
 
     H = torch.func.hessian(loss)(torch.cat([p.detach().flatten() for p in job.parameters]))
-    got = measure.curvature(job)
+    got = epochwise.curvature(job.context)
     assert got["curvature/top"] == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=3e-3)
     assert got["curvature/top_residual"] < 0.1
     assert abs(got["curvature/trace"] - float(H.trace())) < 5 * got["curvature/trace_error"]
@@ -302,8 +306,8 @@ def test_lanczos_beside_a_far_more_negative_eigenvalue():
 
 def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeypatch):
     """The second derivative through train-mode BatchNorm, on the real network, against central differences."""
-    monkeypatch.setattr(measure, "TRACE_PROBES", 2)
-    monkeypatch.setattr(measure, "CURVATURE_EXAMPLES", 16)
+    monkeypatch.setattr(epochwise, "TRACE_PROBES", 2)
+    monkeypatch.setattr(epochwise, "CURVATURE_EXAMPLES", 16)
     job = full_job("--precision", "64-true")
     warm(job)
     seen = {}
@@ -315,10 +319,10 @@ def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeyp
     original = metrics.lanczos
     try:
         metrics.lanczos = one_product
-        measure.curvature(job)
+        epochwise.curvature(job.context)
     finally:
         metrics.lanczos = original
-    index = torch.randperm(len(job.train), generator=train.data.generator(0, "curvature"))[: measure.CURVATURE_EXAMPLES]
+    index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
     x, y = job.train.images.plain(index), job.train.labels[index]
     start = torch.cat([p.detach().flatten() for p in job.parameters])
 
@@ -326,7 +330,7 @@ def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeyp
         with torch.no_grad():
             for p, part in zip(job.parameters, flat.split([p.numel() for p in job.parameters])):
                 p.copy_(part.view_as(p))
-        with measure.batchnorm_mode(job.module, "train"):
+        with batchnorm_mode(job.module, "train"):
             return torch.cat(
                 [g.flatten() for g in torch.autograd.grad(F.cross_entropy(job.module(x), y), job.parameters)]
             )
@@ -348,17 +352,17 @@ def test_auc_is_the_share_of_ordered_pairs():
 def test_fresh_labels_are_wrong_new_and_follow_the_law():
     job = full_job("--noise", "0.5", "--synthetic-train", "2000")
     batch = job.train.batch(job.train.epoch(0, 0), 0, 1600)
-    fresh = measure.fresh_labels(job, batch, 0)
+    fresh = measure.fresh_labels(job.context, batch, 0)
     assert torch.equal(fresh[~batch.noisy], batch.y[~batch.noisy])
     assert (fresh != batch.true)[batch.noisy].all() and (fresh != batch.y)[batch.noisy].all()
-    assert not torch.equal(fresh, measure.fresh_labels(job, batch, 1))
+    assert not torch.equal(fresh, measure.fresh_labels(job.context, batch, 1))
     assert torch.bincount(fresh[batch.noisy], minlength=10).min() > 40  # 700 labels over ten classes
-    job.transition = torch.eye(10, dtype=torch.float64) + torch.eye(10, dtype=torch.float64).roll(3, 1)
-    job.transition[:, 7] += 1e-9  # k -> k + 3 and, hardly ever, 7: what is left once the given label is taken out
-    drawn = measure.fresh_labels(job, batch, 0)
+    job.context.transition = torch.eye(10, dtype=torch.float64) + torch.eye(10, dtype=torch.float64).roll(3, 1)
+    job.context.transition[:, 7] += 1e-9  # k -> k + 3 and, hardly ever, 7: what is left once the given label is taken out
+    drawn = measure.fresh_labels(job.context, batch, 0)
     third = batch.noisy & (batch.y != (batch.true + 3) % 10) & (batch.true != 7)
     assert (drawn == (batch.true + 3) % 10)[third].double().mean() > 0.99
-    assert job.transition.shape == (10, 10)
+    assert job.context.transition.shape == (10, 10)
 
 
 def test_stratified_masks_keep_each_labels_count():
@@ -509,17 +513,19 @@ def test_the_counted_budget_holds():
         for budget in (0.01, 0.05, 0.3, 1.0, 100.0):
             args = train.options.parse(["--measure", "full", "--measure-budget", str(budget), *argv.split()])
             spe = math.ceil(40_000 / args.bs)
-            plan = measure.schedule_full(args, 11_173_962, 4000, args.epochs * spe, spe, 40_000, 10_000)
+            costs = epochwise.counted_costs(args, args.bs, 11_173_962, 4000)
+            length = epochwise.RunLength(args.epochs * spe, spe, args.bs, 40_000, 10_000)
+            plan = epochwise.plan_full(args, costs, length)
             assert plan["share"] <= budget
             assert plan["steps"] % args.measure_every == 0
-            costs = measure.counted_costs(args, 11_173_962, 4000)
             counts = {"steps": math.ceil(args.epochs * spe / plan["steps"]) if plan["steps"] else 0}
             for family in ("probe", "isotropy", "curvature"):
-                counts[family] = sum(measure.due(plan[family], at, args.epochs) for at in range(args.epochs + 1))
+                counts[family] = sum(measure.is_due(plan[family], at, args.epochs) for at in range(args.epochs + 1))
             spent = sum(costs[family] * n for family, n in counts.items())
             assert spent <= budget * (3 * args.epochs * 40_000 + (args.epochs + 1) * 10_000)
     args = train.options.parse(["--measure", "full"])
-    plan = measure.schedule_full(args, 11_173_962, 4000, 64 * 313, 313, 40_000, 10_000)
+    costs = epochwise.counted_costs(args, 128, 11_173_962, 4000)
+    plan = epochwise.plan_full(args, costs, epochwise.RunLength(64 * 313, 313, 128, 40_000, 10_000))
     assert plan["probe"] == 1 and 0 < plan["steps"] < 2000  # on the report's runs: after every epoch, and often enough
 
 
@@ -528,26 +534,52 @@ def test_what_is_alike_everywhere_is_not_synchronised():
     job = full_job()
     module = torch.nn.SyncBatchNorm.convert_sync_batchnorm(job.module)
     before = [b.clone() for b in module.buffers()]
-    assert len(measure.synchronised(module)) == 20
-    with measure.batchnorm_mode(module, "train"):
-        assert len(measure.synchronised(module)) == 20
-    with measure.batchnorm_mode(module, "train", alike=True):
-        assert measure.synchronised(module) == []
+    assert len(sync_batchnorms(module)) == 20
+    with batchnorm_mode(module, "train"):
+        assert len(sync_batchnorms(module)) == 20
+    with batchnorm_mode(module, "train", same_on_all_ranks=True):
+        assert sync_batchnorms(module) == []
         module(torch.randn(4, 3, 32, 32))
         assert not torch.equal(before[0], next(module.buffers()))
-    assert len(measure.synchronised(module)) == 20
+    assert len(sync_batchnorms(module)) == 20
     assert all(torch.equal(b, old) for b, old in zip(module.buffers(), before, strict=True))
 
 
 def test_measurements_are_counted_back_from_the_end(go, monkeypatch):
     """A budget for one measurement is not spent on the untrained network. Two epochs of five steps, measured every 2."""
-    plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0}
-    monkeypatch.setattr(measure, "schedule_full", lambda *sizes: plan)
+    plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0, "total_steps": 10}
+    monkeypatch.setattr(epochwise, "plan_full", lambda *_: plan)
     found = series(go("--noise", "0.5", *FULL))
     assert [step for step, _ in found["null/cos_clean_noisy"]] == [2, 8]
     assert [step for step, _ in found["probe/memorized"]] == [0, 10]
     assert [step for step, _ in found["isotropy/participation"]] == [10]
     assert "curvature/trace" not in found
+
+
+def test_a_measure_is_one_function_and_one_entry(go, monkeypatch, capsys):
+    """Added from outside, it is planned within the budget, announced, timed and logged."""
+
+    def weight_norm(context) -> dict:
+        return {"weights/norm": float(torch.stack(torch._foreach_norm(context.parameters)).norm())}
+
+    entry = epochwise.EpochMeasure(weight_norm, cost=lambda P, n_probe: 1.0, share=0.1)
+    monkeypatch.setitem(epochwise.MEASURES, "weights", entry)
+    folder = go("--noise", "0.5", "--measure", "full", "--measure-budget", "0.3")
+    assert "weights every 1 epochs" in capsys.readouterr().out
+    assert [step for step, _ in series(folder)["weights/norm"]] == [0, 5, 10]
+    assert "weights" in summary(folder)["measure_seconds"] and summary(folder)["measure_share_counted"] <= 0.3
+
+
+def test_the_state_is_saved_and_restored_as_one():
+    names = "plan window not_resolved half_memorized_step measure_seconds step best_val_acc seconds steps_seconds steps_images"
+    before, after = JobState(), JobState(plan={"steps": 4})
+    before.window, before.step, before.measure_seconds["probe"] = [[0.5] * len(metrics.MOMENTS)], 7, 1.5
+    saved = before.saved()
+    assert set(saved) == set(names.split())  # as checkpoints of earlier versions have them
+    before.window.append([])
+    before.measure_seconds["probe"] = 2.0
+    after.restore({k: v for k, v in saved.items() if k != "plan"})
+    assert after.saved() == saved | {"plan": {"steps": 4}}
 
 
 def test_accumulators_survive_a_kill(zygote, tmp_path):

@@ -15,10 +15,12 @@ import models
 import noises
 import train
 from conftest import TINY
+from context import Forward, cut_graph
 from engine import options, sources
+from engine.job import TrainingJob
 
 
-def job_for(*argv: str) -> train.Job:
+def job_for(*argv: str) -> TrainingJob:
     """A prepared tiny job under the options `argv`."""
     args = options.parse([*TINY, "--noise", "0.5", *argv])
     torch.set_default_dtype(torch.float64 if args.precision == "64-true" else torch.float32)
@@ -34,7 +36,7 @@ def default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-def warm(job: train.Job, steps: int = 3) -> data.Batch:
+def warm(job: TrainingJob, steps: int = 3) -> data.Batch:
     """A few plain steps, so that weights and running statistics are not the initial ones; then the next batch."""
     plan = job.train.epoch(0, 0)
     for step in range(steps):
@@ -42,7 +44,7 @@ def warm(job: train.Job, steps: int = 3) -> data.Batch:
     return job.train.batch(plan, steps, 32)
 
 
-def reference(job: train.Job, batch: data.Batch, mode: str) -> dict[str, torch.Tensor]:
+def reference(job: TrainingJob, batch: data.Batch, mode: str) -> dict[str, torch.Tensor]:
     """g_C, g_N and g as flat vectors, by three separate forward and backward passes of a copied network."""
     noisy = batch.y != batch.true
     found = {}
@@ -82,8 +84,8 @@ def test_clean_plus_noisy_is_the_training_gradient(precision, bound):
     job = job_for("--precision", precision)
     batch = warm(job)
     buffers = copy.deepcopy(dict(job.module.named_buffers()))
-    ahead = measure.Forward(job, batch)
-    rows, ((_, logits),) = measure.split_rows(job, batch, ahead), ahead.pieces
+    ahead = Forward(job.context, batch.x, batch.size)
+    rows, logits = measure.split_rows(job.context, batch, ahead), ahead.logits
     total = torch.cat([t.flatten() for t in metrics.add_rows(rows)])
     after = copy.deepcopy(dict(job.module.named_buffers()))
     job.module.load_state_dict(buffers, strict=False)
@@ -127,7 +129,7 @@ def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
 def test_an_overflow_in_the_first_step_leaves_no_trace():
     """Under 16-mixed fused SGD makes its momentum in a step that it then leaves out."""
     job = job_for("--precision", "16-mixed")
-    measure.loss_scale(job)
+    job.context.loss_scale()
     before = [p.detach().clone() for p in job.parameters]
     plan = job.train.epoch(0, 0)
     torch.use_deterministic_algorithms(True)  # what is not initialised is NaN
@@ -212,14 +214,14 @@ def test_batch_measures_by_hand():
 def test_dropout_mask_is_shared_by_both_rows_and_repeats():
     """torchvision's VGG has dropout: one forward serves clean and noisy, and the step number alone decides it."""
     job = job_for()
-    job.module = job.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10))
-    job.parameters, job.dropout = list(job.module.parameters()), models.has_dropout(job.module)
-    assert job.dropout
+    job.context.module = job.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10))
+    job.context.parameters, job.context.has_dropout = list(job.module.parameters()), models.has_dropout(job.module)
+    assert job.context.has_dropout
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
     outs = []
     for step in (1, 1, 2):
-        measure.seed_dropout(job, step)
-        rows = measure.split_rows(job, batch, measure.Forward(job, batch))
+        job.context.seed_dropout(step)
+        rows = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
         outs.append(torch.cat([t.flatten() for t in metrics.add_rows(rows)]))
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
@@ -232,7 +234,7 @@ def pulled(model: str, precision: torch.dtype, cut: bool, watch=None) -> list[li
     if watch:
         net.cuts[0].register_forward_hook(lambda module, args, out: watch(out))
     modules = net.cuts if cut else ()
-    with measure.cut(modules) as (outputs, entries), torch.autocast("cpu", precision, enabled=precision.itemsize < 4):
+    with cut_graph(modules) as (outputs, entries), torch.autocast("cpu", precision, enabled=precision.itemsize < 4):
         logits = net(x).float()
     U = [metrics.cotangent(logits, y, w) for w in (1 - noisy, noisy)]
     assert len(outputs) == len(entries) == len(modules) and len(net.cuts) >= 3

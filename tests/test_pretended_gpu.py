@@ -11,10 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import measure
+import epochwise
 import train
 from conftest import TINY
 from engine import options, sources
+from engine.job import TrainingJob
 from engine.labels import relabel
 from test_metrics import default_dtype  # noqa: F401
 
@@ -79,7 +80,7 @@ def gpu(monkeypatch):
         yield mode
 
 
-def pretended_job(*argv: str) -> train.Job:
+def pretended_job(*argv: str) -> TrainingJob:
     """A tiny job as on one GPU, the control families at every measured step."""
     args = options.parse([*TINY, "--noise", "0.5", *argv])
     args.accelerator = "cuda"
@@ -96,7 +97,7 @@ def pretended_job(*argv: str) -> train.Job:
     fabric = SimpleNamespace(device=GPU, autocast=contextlib.nullcontext, backward=backward, **alone)
     fabric.setup = lambda module, optimizer: (module, optimizer)
     job = train.prepare(args, source, indices, labels, fabric, by_epoch=by_epoch)
-    job.state["plan"] |= {"steps": 1} if args.measure == "full" else {}
+    job.state.plan |= {"steps": 1} if args.measure == "full" else {}
     assert all(t.device == GPU for t in (*job.module.parameters(), *job.module.buffers()))
     return job
 
@@ -105,7 +106,7 @@ def steps(job, mode, measured: bool) -> list[str]:
     """What makes the host wait in two steps."""
     plan = job.train.epoch(0, 0)
     mode.waits.clear()
-    for number in range(1 if job.state["plan"] and measured else 2):
+    for number in range(1 if job.state.plan and measured else 2):
         batch = job.train.batch(plan, number, job.args.bs)
         assert 0 < batch.n_noisy < batch.size
         train.train_step(job, batch, number, measured)
@@ -126,10 +127,10 @@ FULL = ["--precision 64-true --stratify", "--measure-bn separate"]
 @pytest.mark.parametrize("words", FULL)
 def test_measurements_stay_on_their_device(gpu, monkeypatch, words):
     for name, few in (("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2), ("ISOTROPY_PARTS", 3)):
-        monkeypatch.setattr(measure, name, few)
+        monkeypatch.setattr(epochwise, name, few)
     job = pretended_job("--measure", "full", "--chunks", "2", "--permutations", "2", *words.split())
     assert steps(job, gpu, measured=False) == []
     assert "item" in steps(job, gpu, measured=True)  # the controls are read at once: a wait is seen
-    for act in (measure.probe, measure.isotropy, measure.curvature):
-        act(job)
+    for act in (epochwise.probe, epochwise.isotropy, epochwise.curvature):
+        act(job.context)
     assert train.evaluate(job, *job.val)[1] == 1 / 40  # the ones that are read, over the examples

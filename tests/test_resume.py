@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import epochwise
 import train
 from conftest import TINY, same_weights, series, summary, weights
 from engine import labels, record
@@ -285,7 +286,7 @@ REFUSED = {  # when: (what is refused then, what the line names, the last checkp
         None,
     ),
     "at an epoch's end": (
-        "before(train, 'validate', lambda job, _: full.extend(['events'] * (job.state['step'] == 10)))",
+        "before(train, 'validate', lambda job, _: full.extend(['events'] * (job.state.step == 10)))",
         "the event file",
         5,
     ),
@@ -413,7 +414,7 @@ def test_a_checkpoint_that_one_process_cannot_read(zygote, plain, tmp_path):
     shutil.copytree(plain, tmp_path / "r")
     before = content(tmp_path / "r")
     argv = [*TINY, *GN, "--epochs", "3", "--runs", str(tmp_path), "--name", "r", "--resume"]
-    code = "import os, train\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: train.load_state = fail\n"
+    code = "import os, train\nfrom engine import checkpoints\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: checkpoints.load_state = fail\n"
     assert zygote.run(code=f"{code}os._exit(train.main({argv!r}))", ranks=2) == [2, 2]
     assert "last.ckpt cannot be read by another process" in zygote.said() and "Traceback" not in zygote.said(1)
     assert content(tmp_path / "r") == before
@@ -503,8 +504,8 @@ def test_a_grown_run_keeps_its_first_plan(go):
 def test_what_did_not_fit_at_first_is_planned_when_the_run_grows():
     first = {"steps": 6, "probe": 0, "share": 0.1, "total_steps": 5}
     now = {"steps": 4, "probe": 2, "share": 0.2, "total_steps": 15}
-    assert train.measure.kept_plan(first, now) == {"steps": 6, "probe": 2, "share": 0.1, "total_steps": 5}
-    assert train.measure.kept_plan({}, now) == now
+    assert epochwise.kept_plan(first, now) == {"steps": 6, "probe": 2, "share": 0.1, "total_steps": 5}
+    assert epochwise.kept_plan({}, now) == now
 
 
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):

@@ -236,7 +236,7 @@ def pretend(patch, **accuracies: float) -> None:
     """Have `evaluate` return these accuracies at step5, step10, ...; by default the second epoch is the best."""
     original, accuracies = train.evaluate, accuracies or {"step5": 0.3, "step10": 0.5}
     patch.setattr(
-        train, "evaluate", lambda job, *on: (original(job, *on)[0], accuracies.get(f"step{job.state['step']}", 0.1))
+        train, "evaluate", lambda job, *on: (original(job, *on)[0], accuracies.get(f"step{job.state.step}", 0.1))
     )
 
 

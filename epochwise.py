@@ -1,0 +1,301 @@
+"""What is measured after an epoch: a registry of one function and one entry each, and what fits into the budget.
+
+Everything is counted, nothing timed, so that the same command measures the same: F is one forward of one example, a
+gradient or a vector-Jacobian product 2F more, a step 3F an example.
+
+Shapes: m examples or parts, n examples of a probe, K classes, P parameters.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import metrics
+from context import Forward, MeasuringContext, MeasuringOptions, batchnorm_mode
+from measure import is_due
+
+EVAL_BATCH = 1000  # examples of a forward without gradients
+PROBE = 2000  # noisy and as many clean training examples
+CURVATURE_EXAMPLES = 128
+CURVATURE_PRODUCTS = 16  # at most, for the eigenvalue
+PRODUCT_COST = 30.0  # F: 5 by arithmetic, but in full precision and through BatchNorm's second derivative (see docs/measurements.md)
+CURVATURE_TOLERANCE = 1e-2  # relative residual of the eigenpair at which to stop
+CURVATURE_RESOLVED = 0.3  # at which the eigenvalue, whose own error is far smaller, is still logged
+TRACE_PROBES = 8
+ISOTROPY_PARTS = 16  # fewer where the network is so large that they would take more than ISOTROPY_BYTES
+ISOTROPY_EXAMPLES = 64  # of a part
+ISOTROPY_BYTES = 2 << 30
+
+
+# ------------------------------------------------------------------------------------------------------------- probe
+
+
+def eval_batches(context: MeasuringContext, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (m, K), positions (m,)) over this process's share of training examples `index`, eval mode, not augmented."""
+    a, b = data.shard(len(index), context.rank, context.world_size)
+    for i in range(a, b, EVAL_BATCH):
+        at = torch.arange(i, min(i + EVAL_BATCH, b))
+        yield context.logits(context.train.images.plain(index[at])), at
+
+
+def probe_indices(context: MeasuringContext) -> tuple[Tensor, Tensor]:
+    """Fixed training examples, noisy (n1,) and clean (n2,), PROBE of each or fewer where there are fewer."""
+    chosen = []
+    for name, mask in (("noisy", context.train.noisy), ("clean", ~context.train.noisy)):
+        where = mask.nonzero().squeeze(1)
+        order = torch.randperm(len(where), generator=data.generator(context.noise_seed, f"probe-{name}"))
+        chosen.append(where[order[:PROBE]].sort().values)
+    return chosen[0], chosen[1]
+
+
+@torch.no_grad()
+def probe(context: MeasuringContext) -> dict:
+    """`probe/*`: what the network predicts on the probe set (eval mode, no augmentation); waits for the device.
+
+    Of the noisy examples: shares predicted as their given label (memorized), their true one (recovered), another; of
+    the clean ones: accuracy; AUC with which the loss against the given label tells noisy from clean (Arazo et al. 2019
+    separate them by it).
+    """
+    context.average_buffers()
+    noisy, clean = probe_indices(context)
+    index = torch.cat([noisy, clean])
+    y, true, device = context.train.labels[index], context.train.true[index], context.device
+    sheet = torch.zeros(2, len(index), dtype=torch.float64, device=device)  # predicted class, loss
+    context.module.eval()
+    for logits, at in eval_batches(context, index):
+        sheet[0, at] = logits.argmax(1).double()
+        sheet[1, at] = F.cross_entropy(logits, y[at].to(device), reduction="none").double()
+    context.module.train()
+    predicted, loss = context.sum_over_ranks(sheet).cpu()
+    n, values = len(noisy), {}
+    if n:
+        memorized, recovered = predicted[:n] == y[:n], predicted[:n] == true[:n]
+        values["probe/memorized"] = float(memorized.double().mean())
+        values["probe/recovered"] = float(recovered.double().mean())
+        values["probe/other"] = float((~memorized & ~recovered).double().mean())
+        values["probe/auc"] = metrics.auc(loss[:n], loss[n:])
+    if len(clean):
+        values["probe/clean_acc"] = float((predicted[n:] == y[n:]).double().mean())
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------- isotropy
+
+
+def isotropy(context: MeasuringContext) -> dict:
+    """`isotropy/*`: participation ratio of m label-noise gradients, each of as many noisy training examples.
+
+    Part k's gradient is pulled back from U_i = (onehot(y*_i) - onehot(y_i)) / |part|, directly the part's g - g(y*).
+    Empty with too few noisy examples. Every process computes the same.
+    """
+    noisy, _ = probe_indices(context)
+    P = sum(p.numel() for p in context.parameters)
+    m = min(isotropy_parts(P), len(noisy) // 4)
+    if m < 3 or context.fake_mask:
+        return {}
+    size, rows, K = min(ISOTROPY_EXAMPLES, len(noisy) // m), [], len(context.transition)
+    mixed = noisy[torch.randperm(len(noisy), generator=data.generator(context.noise_seed, "isotropy"))]
+    dropout = [d for d in context.module.modules() if isinstance(d, nn.Dropout)]
+    with batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True):
+        for d in dropout:
+            d.eval()
+        for part in mixed[: m * size].view(m, size):
+            x = context.train.images.plain(part)
+            onehot = [F.one_hot(t[part].to(x.device), K) for t in (context.train.true, context.train.labels)]
+            rows.append(Forward(context, x, size).pull_back(onehot[0] - onehot[1]))
+    G = metrics.gram(rows)
+    return {
+        "isotropy/participation": float(metrics.participation(G)),
+        "isotropy/isotropic": metrics.isotropic_participation(m, P),
+    }
+
+
+def isotropy_parts(P: int) -> int:
+    """Parts m whose rows of `P` float32 parameters fit ISOTROPY_BYTES together; at least 3, for anything to compare."""
+    return max(3, min(ISOTROPY_PARTS, ISOTROPY_BYTES // (4 * P)))
+
+
+# --------------------------------------------------------------------------------------------------------- curvature
+
+
+def curvature(context: MeasuringContext) -> dict:
+    """`curvature/*` of the loss (without weight decay) on a fixed batch of unaugmented training examples.
+
+    Always in full precision: autocast would leave little of a second derivative. Every process computes the same.
+    """
+    g = data.generator(context.seed, "curvature")
+    index = torch.randperm(len(context.train), generator=g)[:CURVATURE_EXAMPLES]
+    sizes = [p.numel() for p in context.parameters]
+    dropout = [d for d in context.module.modules() if isinstance(d, nn.Dropout)]
+
+    def vectors(sign: bool) -> Tensor:
+        v = torch.randn(sum(sizes), generator=g, dtype=torch.float32).to(context.device, torch.get_default_dtype())
+        return v.sign() if sign else v
+
+    with (
+        batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True),
+        torch.autocast(context.device.type, enabled=False),
+    ):
+        for d in dropout:
+            d.eval()
+        logits = context.module(context.train.images.plain(index))
+        loss = F.cross_entropy(logits, context.train.labels[index].to(logits.device))
+        gradient = torch.autograd.grad(loss, context.parameters, create_graph=True)
+
+        def product(v: Tensor) -> Tensor:  # H v, both (P,)
+            parts = [part.view_as(p) for part, p in zip(v.split(sizes), context.parameters, strict=True)]
+            Hv = torch.autograd.grad(gradient, context.parameters, parts, retain_graph=True, materialize_grads=True)
+            return torch.cat([part.reshape(-1) for part in Hv])
+
+        top, residual, _ = metrics.lanczos(product, vectors(False), CURVATURE_TOLERANCE, CURVATURE_PRODUCTS)
+        trace, error = metrics.hutchinson(product, [vectors(True) for _ in range(TRACE_PROBES)])
+    lr = context.learning_rate()
+    return {
+        "curvature/top": top if residual < CURVATURE_RESOLVED else math.nan,  # not resolved: left out
+        "curvature/top_residual": residual,
+        "curvature/trace": float(trace),
+        "curvature/trace_error": float(error),
+        "curvature/two_over_lr": 2 / lr if lr > 0 else math.nan,
+    }
+
+
+def curvature_cost() -> float:
+    """Of one time, in F."""
+    return CURVATURE_EXAMPLES * (3.0 + PRODUCT_COST * (CURVATURE_PRODUCTS + TRACE_PROBES))
+
+
+# ---------------------------------------------------------------------------------------------------------- registry
+
+
+@dataclass(frozen=True)
+class EpochMeasure:
+    """One entry: what is measured, and what the plan, the line at the start and the charts need of it."""
+
+    measure: Callable[[MeasuringContext], dict]  # the values by tag, "NAME/..."; all processes call it
+    cost: Callable[[int, int], float]  # of one time, in F, from P and the number of probed examples
+    share: float  # of the budget that the others leave, to be divided among those that are not `first`
+    first: bool = False  # its share is of the whole budget, taken before the others'
+    unit: str = "epochs"  # between two times
+
+
+MEASURES = {  # name, which also begins its tags
+    "probe": EpochMeasure(probe, lambda P, n_probe: float(n_probe), 0.65, first=True),
+    "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 3.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
+    "curvature": EpochMeasure(curvature, lambda P, n_probe: curvature_cost(), 0.25),
+}
+STEPS_SHARE = 0.60  # of what is left: measured steps with the controls
+
+
+def measure_after_epoch(context: MeasuringContext, epoch: int, step: int) -> dict:
+    """Values of the measures that are due when `epoch` epochs and `step` updates are done (0: before training)."""
+    values, plan, state = {}, context.state.plan, context.state
+    last = math.ceil(plan.get("total_steps", context.total_steps) / context.steps_per_epoch)
+    for name, entry in MEASURES.items():
+        if is_due(plan.get(name), epoch, last):
+            with context.timed(name):
+                values |= entry.measure(context)
+    if values.get("probe/memorized", 0) >= 0.5 and state.half_memorized_step is None:
+        state.half_memorized_step = step
+        values["probe/half_memorized_step"] = float(step)
+    return values
+
+
+# ------------------------------------------------------------------------------------------------------------ budget
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """What a run trains on and evaluates, for what it costs."""
+
+    total_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    train_examples: int
+    val_examples: int
+
+    @property
+    def times(self) -> int:
+        """How often an epoch-wise measure can be made: before training and after each epoch."""
+        return math.ceil(self.total_steps / self.steps_per_epoch) + 1
+
+    @property
+    def cost(self) -> float:
+        """Of the run without measurements: 3F an example trained on, F an example evaluated."""
+        epochs = self.total_steps / self.steps_per_epoch
+        return 3.0 * epochs * self.train_examples + self.times * self.val_examples
+
+
+def make_plan(context: MeasuringContext, length: RunLength) -> dict:
+    """The plan of `MeasuringState`: how far apart what the budget pays for stands; {} where there is nothing to plan."""
+    options = context.options
+    if options.measure == "off":
+        return {}
+    noisy, clean = probe_indices(context)
+    n_probe = len(noisy) + len(clean)
+    if options.measure == "full":
+        P = sum(p.numel() for p in context.parameters)
+        return plan_full(options, counted_costs(options, length.batch_size, P, n_probe), length)
+    return plan_split(options, n_probe, length) if len(noisy) else {}
+
+
+def counted_costs(options: MeasuringOptions, batch_size: int, P: int, n_probe: int) -> dict[str, float]:
+    """Cost in F of one measurement: the controls of a measured step beyond the split, and each of `MEASURES`."""
+    rows = 2 * options.chunks + options.permutations + 2
+    # Two forwards of half a batch and one more row for each mask.
+    separate = 2 * options.permutations if options.measure_bn == "separate" else 0
+    own_forward = 0 if options.measure_bn == "train" else 1
+    steps = batch_size * (2.0 * rows + separate * 1.5 + own_forward)
+    return {"steps": steps} | {name: entry.cost(P, n_probe) for name, entry in MEASURES.items()}
+
+
+def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLength) -> dict:
+    """How far apart the full measurements stand so that they cost at most `--measure-budget` of the run.
+
+    `costs` are those of `counted_costs`. The probe comes first, after every epoch unless that took over 65 % of the budget;
+    of what is left 60 % goes to measured steps, 15 % to isotropy, 25 % to curvature. Returns {name: spacing} in steps for
+    "steps", in epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's
+    cost. Measurements are counted back from the end of the run (`is_due`): the one that fits is not of the untrained
+    network. "total_steps" is that end, from which a run that has grown since goes on counting (`kept_plan`).
+    """
+    left = options.measure_budget * length.cost
+    spacing, spent = {}, 0.0
+
+    def place(name: str, money: float, slots: float, unit: int = 1) -> float:
+        affordable = math.floor(money / costs[name]) if costs[name] else slots
+        every = unit * max(1, math.ceil(slots / unit / affordable)) if affordable else 0
+        spacing[name] = every
+        return math.ceil(slots / every) * costs[name] if every else 0.0
+
+    rest = {name: entry.share for name, entry in MEASURES.items() if not entry.first}
+    for name, entry in MEASURES.items():
+        if entry.first:
+            spent += place(name, entry.share * left, length.times)
+    left -= spent
+    parts = STEPS_SHARE + sum(rest.values())  # 1, unless measures were added to the registry
+    spent += place("steps", STEPS_SHARE / parts * left, length.total_steps, options.measure_every)
+    for name, share in rest.items():
+        spent += place(name, share / parts * left, length.times)
+    return spacing | {"share": spent / length.cost, "total_steps": length.total_steps}
+
+
+def plan_split(options: MeasuringOptions, n_probe: int, length: RunLength) -> dict:
+    """How many epochs apart the probe of `--measure split` is made so that it costs at most `--measure-budget` of the run:
+    {"probe": epochs, "share": counted share}, as of `plan_full`; {} where not even one fits."""
+    affordable = math.floor(options.measure_budget * length.cost / n_probe) if n_probe else 0
+    if not affordable:
+        return {}
+    every = math.ceil(length.times / affordable)
+    return {"probe": every, "share": math.ceil(length.times / every) * n_probe / length.cost}
+
+
+def kept_plan(first: dict, now: dict) -> dict:
+    """The plan of a resumed run: that of its first start, whose series so go on as they began when the run grows.
+
+    `now` is the plan for the length it has now, and gives the spacing of what did not fit into the first one at all.
+    """
+    return {key: first.get(key) or value for key, value in now.items()}
