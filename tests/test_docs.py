@@ -244,6 +244,7 @@ def test_commands_are_understood(page, line, tmp_path, monkeypatch):
 OTHERS = {
     "--help",
     "--sweeps",
+    "--n",
     "--seeds",
     "--with",
     "--main-port",
