@@ -245,6 +245,7 @@ OTHERS = {
     "--help",
     "--sweeps",
     "--n",
+    "--dist",
     "--seeds",
     "--with",
     "--main-port",
