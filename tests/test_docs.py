@@ -244,6 +244,8 @@ def test_commands_are_understood(page, line, tmp_path, monkeypatch):
 OTHERS = {
     "--help",
     "--sweeps",
+    "--n",
+    "--dist",
     "--seeds",
     "--with",
     "--main-port",
