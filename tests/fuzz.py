@@ -9,6 +9,7 @@ step earlier or later where the machine is slower).
 """
 
 import argparse
+import json
 import math
 import random
 import shlex
@@ -27,8 +28,10 @@ import torch  # noqa: E402
 
 import fuzz_damage  # noqa: E402
 import fuzz_grids  # noqa: E402
+import fuzz_invalid  # noqa: E402
 import fuzz_options  # noqa: E402
 import fuzz_resume  # noqa: E402
+import options  # noqa: E402
 from conftest import series, summary  # noqa: E402
 from fuzz_children import Children  # noqa: E402
 from fuzz_inputs import Inputs, make_inputs  # noqa: E402
@@ -54,9 +57,9 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
     folders = [p.parent for p in cwd.rglob("summary.json")]
     if len(folders) != 1:
         return [f"{len(folders)} run folders"]
-    wrong, found, said = [], series(folders[0]), summary(folders[0])
-    if (said["status"], said["steps"]) != ("finished", c.total_steps):
-        wrong.append(f"summary: {said['status']} after {said['steps']} of {c.total_steps} steps")
+    wrong, found, ended = [], series(folders[0]), summary(folders[0])
+    if (ended["status"], ended["steps"]) != ("finished", c.total_steps):
+        wrong.append(f"summary: {ended['status']} after {ended['steps']} of {c.total_steps} steps")
     for tag, points in found.items():
         steps = [step for step, _ in points]
         if len(set(steps)) < len(steps):
@@ -74,8 +77,22 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
     state = torch.load(folders[0] / "last.ckpt", weights_only=True)["model"]
     if not all(bool(t.isfinite().all()) for t in state.values()):
         wrong.append("weights that are not finite")
+    wrong += best_weights(folders[0], ended["best_val_acc"] if c.value("best") else None)
+    first = json.loads((folders[0] / "config.json").read_text())["options"]
+    again = options.differences(first, vars(options.parse(["--config", str(folders[0] / "config.json")])))
+    wrong += [f"--config with its config.json: {'; '.join(again.values())}"] * bool(again)
     left = {p.name for p in folders[0].iterdir() if p.suffix == ".tmp" or p.name.startswith("tmp")}
     return wrong + [f"left behind {sorted(left)}"] * bool(left)
+
+
+def best_weights(folder: Path, best: float | None) -> list[str]:
+    """What is wrong with best.ckpt, which is there if --best was given and any validation had an accuracy above 0."""
+    path = folder / "best.ckpt"
+    if path.exists() != (best is not None):
+        return [f"best.ckpt is {'there' if path.exists() else 'missing'}, the best accuracy being {best}"]
+    state = torch.load(path, weights_only=True) if best else {"val_acc": None, "model": {}}
+    finite = all(bool(t.isfinite().all()) for t in state["model"].values())
+    return [f"best.ckpt: accuracy {state['val_acc']}, not {best}, or not finite"] * (state["val_acc"] != best or not finite)
 
 
 def command_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
@@ -92,7 +109,7 @@ def command_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list
 
 def invalid_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     """An invalid command line: status 2, one line on standard error that names what is wrong, nothing created."""
-    kind, argv = fuzz_options.invalid(rng, world.inputs)
+    kind, argv = fuzz_invalid.invalid(rng, world.inputs)
     result = world.children.call("train", argv, cwd, timeout=60)
     problems = result.problems({2})
     if problems:
@@ -121,7 +138,8 @@ PARTS = {  # name: (a case, cases of a whole run)
 
 def one(world: World, part: str, seed: int, number: int, parent: Path, keep: bool) -> tuple[str, list[str]]:
     """One case in a folder of its own; (its kind, what was wrong)."""
-    cwd = fuzz_options.case_folder(parent, f"{part}-{number}")
+    cwd = parent / f"{part}-{number}"
+    cwd.mkdir(parents=True)
     rng = random.Random(f"{seed}/{part}/{number}")
     try:
         return PARTS[part][0](world, rng, cwd)

@@ -215,7 +215,9 @@ def base_runs(world) -> tuple[Path, list[list[str]]]:
                 if result.status not in (0, 3):
                     raise RuntimeError(f"a base run failed: {result.err[0][-500:]}")
             export = ["base/runs", "--export", "base/all.npz"]
-            assert world.children.call("report", export, world.shared).status == 0
+            result = world.children.call("report", export, world.shared)
+            if result.status:
+                raise RuntimeError(f"the export of the base runs failed: {result.err[0][-500:]}")
     return runs, [job.argv for job in jobs]
 
 

@@ -70,11 +70,14 @@ def options_of(world, rng: random.Random) -> tuple[list[str], dict]:
     budget = rng.choice(["0.05", "1", "1000"])
     if measure == "full":
         argv += ["--measure-budget", budget, "--chunks", "2", "--permutations", "2"]
+    elif measure == "split":
+        argv += ["--measure-budget", budget, "--permutations", rng.choice("0123"), "--null-every", rng.choice("123")]
+    argv += ["--stratify"] * (rng.random() < 0.2) + ["--best"] * (rng.random() < 0.4)
     bs, n = rng.choice([7, 16, 33, 40]), 40 if half else 160
     bs = 8 if half else bs
     return [*argv, "--bs", str(bs)], {
         "steps_per_epoch": math.ceil(n / bs),
-        "grows": measure != "full" or budget == "1000",  # else a longer run is measured at other steps
+        "grows": measure == "off" or budget == "1000",  # else a longer run is measured at other steps
         "kind": f"{measure} {precision}",
         "ranks": 2 if not half and rng.random() < 0.06 else 1,
         "half": half,
@@ -113,6 +116,12 @@ def differences(whole: Path, cut: Path, grown: bool) -> list[str]:
     a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, cut))
     wrong = [f"{key} of the checkpoint" for key in ("step", "model", "optimizer", "scaler", "window", "latest")
              if not equal(a.get(key), b.get(key))]  # fmt: skip
+    a, b = ((folder / "best.ckpt").exists() for folder in (whole, cut))
+    if a != b:
+        wrong.append(f"best.ckpt, which is {'missing' if a else 'there'}")
+    elif a:
+        a, b = (torch.load(folder / "best.ckpt", weights_only=True) for folder in (whole, cut))
+        wrong += [f"{key} of the best weights" for key in ("model", "step", "val_acc") if not equal(a[key], b[key])]
     a, b = everything(whole), everything(cut)
     wrong += [f"series {tag}" for tag in sorted(a.keys() | b.keys()) if a.get(tag) != b.get(tag)]
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
