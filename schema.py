@@ -89,16 +89,13 @@ not_negative = real(0, what="a number from 0")
 seconds = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
 several_seconds = mapping_of(seconds, "an object of numbers of seconds")
 plain = Kind("a number, text, true, false or null", lambda v: v is None or isinstance(v, (bool, int, float, str)))
-texts = list_of(text, "a list of texts")
 scalars = mapping_of(plain, "an object of plain values")
-plain_or_texts = Kind(f"{plain.what}, or a list of texts", lambda v: plain.holds(v) or texts.holds(v))
 tensor = Kind("a tensor", lambda v: isinstance(v, Tensor))
 moments = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
 an_object = Kind("an object", lambda v: isinstance(v, dict))
 
 RESOLVED = {
     "device": text,
-    "cpu_features": texts,
     "world_size": whole(1),
     "sched_steps": whole(1),
     "steps_per_epoch": whole(1),
@@ -115,7 +112,7 @@ CONFIG = {
     "resolved": RESOLVED,
     "noise": NOISE,
     "versions": VERSIONS,
-    "segments": list_of(mapping_of(plain_or_texts, "an object of plain values"), "a list of objects of plain values"),
+    "segments": list_of(scalars, "a list of objects of plain values"),
 }
 SUMMARY = {
     "status": Kind(f"one of {', '.join(STATUSES)}", lambda v: isinstance(v, str) and v in STATUSES),

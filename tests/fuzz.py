@@ -136,42 +136,64 @@ PARTS = {  # name: (a case, cases of a whole run)
 }
 
 
-def one(world: World, part: str, seed: int, number: int, parent: Path, keep: bool) -> tuple[str, list[str]]:
-    """One case in a folder of its own; (its kind, what was wrong)."""
+def one(world: World, part: str, seed: int, number: int, parent: Path, keep: bool) -> tuple[str, list[str], float]:
+    """One case in a folder of its own; (its kind, what was wrong, seconds)."""
+    began = time.monotonic()
     cwd = parent / f"{part}-{number}"
     cwd.mkdir(parents=True)
     rng = random.Random(f"{seed}/{part}/{number}")
     try:
-        return PARTS[part][0](world, rng, cwd)
+        return *PARTS[part][0](world, rng, cwd), time.monotonic() - began
     except Exception as e:  # a defect of the fuzzer, or a folder it cannot read: shown like a failure
-        return "fuzzer", [f"the fuzzer itself: {type(e).__name__}: {e}"]
+        return "fuzzer", [f"the fuzzer itself: {type(e).__name__}: {e}"], time.monotonic() - began
     finally:
         if not keep:
             shutil.rmtree(cwd, ignore_errors=True)
 
 
-def run_part(world: World, part: str, cases: list[int], seed: int, jobs: int, parent: Path, keep: bool = False) -> list[str]:
-    """Run some cases of a part, printing failures as they come, then counts; returns the failures."""
-    began, kinds, failures = time.monotonic(), Counter(), []
+def run_part(
+    world: World,
+    part: str,
+    cases: list[int],
+    seed: int,
+    jobs: int,
+    parent: Path,
+    keep: bool = False,
+    minutes: float = math.inf,
+) -> list[str]:
+    """Run some cases of a part, printing failures as they come, then counts; returns the failures.
+
+    After `minutes` no more cases are begun, and the counts say how many were left out.
+    """
+    began, kinds, failures, times = time.monotonic(), Counter(), [], []
+
+    def timely(number: int) -> tuple | None:
+        late = time.monotonic() - began > 60 * minutes
+        return None if late else (number, *one(world, part, seed, number, parent, keep))
+
     with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda i: (i, *one(world, part, seed, i, parent, keep)), cases)
-        for number, kind, problems in results:
+        for number, kind, problems, seconds in filter(None, pool.map(timely, cases)):
             kinds[kind] += 1
+            times.append((seconds, number))
             for problem in problems:
                 again = shlex.join(["python", "tests/fuzz.py", "--part", part, "--seed", str(seed), "--case", str(number)])
                 failures.append(f"{problem.encode('utf-8', 'backslashreplace').decode()}\n    again: {again}")
                 print(f"FAILED {failures[-1]}", flush=True)
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    slowest = ", ".join(f"{seconds:.0f} s case {number}" for seconds, number in sorted(times, reverse=True)[:4])
+    left_out = f" ({len(cases) - len(times)} more left out)" if len(times) < len(cases) else ""
     print(
-        f"{part}: {len(cases)} cases, {len(failures)} failures, seed {seed}, "
-        f"{time.monotonic() - began:.0f} s ({listed})",
+        f"{part}: {len(times)} cases{left_out}, {len(failures)} failures, seed {seed}, "
+        f"{time.monotonic() - began:.0f} s ({listed}; slowest: {slowest})",
         flush=True,
     )
     return failures
 
 
-def run(parts: list[str], n: int | None, seed: int, jobs: int, case: int | None = None, share: float = 1) -> list[str]:
-    """`n` cases of each part (a `share` of its full number without), or number `case` alone; returns the failures."""
+def run(
+    parts: list[str], n: int | None, seed: int, jobs: int, case: int | None = None, minutes: float = math.inf
+) -> list[str]:
+    """`n` cases of each part (its full number without), or number `case` alone; returns the failures."""
     fuzz_options.check_complete()
     parent = Path(tempfile.mkdtemp(prefix="fuzz-"))
     children = Children(parent)
@@ -180,8 +202,8 @@ def run(parts: list[str], n: int | None, seed: int, jobs: int, case: int | None 
         world = World(children, make_inputs(parent / "inputs"), parent / "shared")
         world.shared.mkdir()
         for part in parts:
-            cases = list(range(n or math.ceil(share * PARTS[part][1]))) if case is None else [case]
-            failures += run_part(world, part, cases, seed, jobs, parent, keep=case is not None)
+            cases = list(range(n or PARTS[part][1])) if case is None else [case]
+            failures += run_part(world, part, cases, seed, jobs, parent, case is not None, minutes)
     finally:
         children.close()
         if case is None:
@@ -198,8 +220,9 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--case", type=int, help="this case alone, its folder kept")
     p.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no more cases of a part after so many")
     args = p.parse_args()
-    failures = run(args.part or list(PARTS), args.n, args.seed, args.jobs, args.case)
+    failures = run(args.part or list(PARTS), args.n, args.seed, args.jobs, args.case, args.minutes)
     print(f"{len(failures)} failures in all")
     return 1 if failures else 0
 

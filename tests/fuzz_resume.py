@@ -136,9 +136,9 @@ def cut_checkpoints(folder: Path, rng: random.Random) -> str:
     """Damage the checkpoints as a lost disk does; at least one way to go on is left: the older one, or a new start."""
     last, previous = folder / "last.ckpt", folder / "previous.ckpt"
     how = rng.choice(["cut", "cut", "empty", "missing", "both", "leftover"])
-    if not last.exists():
+    content = last.read_bytes() if last.exists() else b""
+    if not content:
         return "nothing to damage"
-    content = last.read_bytes()
     if how in ("cut", "both"):
         last.write_bytes(content[: rng.randrange(len(content))])
     elif how == "empty":
@@ -148,7 +148,7 @@ def cut_checkpoints(folder: Path, rng: random.Random) -> str:
     else:
         (folder / "last.ckpt.tmp").write_bytes(content[: rng.randrange(len(content))])
     if how == "both" and previous.exists():
-        previous.write_bytes(previous.read_bytes()[: rng.randrange(previous.stat().st_size)])
+        previous.write_bytes(previous.read_bytes()[: rng.randrange(previous.stat().st_size + 1)])
     return how
 
 
