@@ -344,7 +344,7 @@ def schedule_seen(run: Run) -> tuple[float, float] | None:
     if seen is None and {"sched_steps", "total_steps", "steps_per_epoch"} <= run.resolved.keys():  # a run of an older version
         lengths = (run.resolved[name] for name in ("sched_steps", "total_steps", "steps_per_epoch"))
         seen = schedules.span(run.options["sched"], *lengths)
-    return (seen["fraction_seen"], seen["share_at_end"]) if seen and "fraction_seen" in seen else None
+    return (seen["fraction_seen"], seen["share_at_end"]) if seen and {"fraction_seen", "share_at_end"} <= seen.keys() else None
 
 
 def last(run: Run, tag: str) -> float | None:

@@ -92,6 +92,10 @@ plain = Kind("a number, text, true, false or null", lambda v: v is None or isins
 scalars = mapping_of(plain, "an object of plain values")
 tensor = Kind("a tensor", lambda v: isinstance(v, Tensor))
 moments = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
+features = list_of(text, "a list of names")
+segment = mapping_of(
+    Kind(f"{plain.what} or a list of names", lambda v: plain.holds(v) or features.holds(v)), "an object of plain values"
+)
 an_object = Kind("an object", lambda v: isinstance(v, dict))
 
 RESOLVED = {
@@ -105,6 +109,12 @@ RESOLVED = {
     "train_examples": whole(1),
     "val_examples": whole(),
     "test_examples": whole(),
+    "cpu_features": features,
+    "schedule": {
+        **dict.fromkeys(("run_steps", "sched_steps"), whole(1)),
+        **dict.fromkeys(("run_epochs", "sched_epochs"), not_negative),
+        **dict.fromkeys(("fraction_seen", "share_at_end"), share),
+    },
 }
 NOISE = {"type": text, "nominal": share, "realised": share, "labels_sha256": text}
 VERSIONS = mapping_of(optional(text), "an object of version numbers as text")
@@ -112,7 +122,7 @@ CONFIG = {
     "resolved": RESOLVED,
     "noise": NOISE,
     "versions": VERSIONS,
-    "segments": list_of(scalars, "a list of objects of plain values"),
+    "segments": list_of(segment, "a list of objects of plain values"),
 }
 SUMMARY = {
     "status": Kind(f"one of {', '.join(STATUSES)}", lambda v: isinstance(v, str) and v in STATUSES),
