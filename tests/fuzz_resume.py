@@ -108,7 +108,7 @@ def equal(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return a == b or (a != a and b != b)  # an undefined moment is NaN in both
 
 
 def differences(whole: Path, cut: Path, grown: bool) -> list[str]:
