@@ -151,7 +151,10 @@ def make_junk_configs(folder: Path) -> list[str]:
     options += [{"nosuch": 1}, {"": 1}, {"\ud800": 1}, {"x" * 5000: 1}, {"best ": True}]
     options += [{"stratify": value} for value in ("on", 1, [])] + [{"sched": "linear"}, {"measure": ""}, {"lr": "nan"}]
     options += [{"sched_steps": 3, "sched_epochs": 3}, {"model": "vgg16", "width": 8}, {"noise_type": "file", "noise": 0.5}]
-    options += [{"norm": "gn", "width": 7}, {"null_every": 2, "measure": "off"}, {"noise_file": "a\0b"}, [], "x", 3, None]
+    options += [{"norm": "gn", "width": 7}, {"null_every": 2, "measure": "off"}, [], "x", 3, None]
+    odd = ("a\0b", "\ud800", "\udcff", "")
+    options += [{key: text} for key in ("dataset", "noise_type", "precision") for text in odd]
+    options += [{"noise_type": "file", "noise_file": text} for text in odd]
     texts = [json.dumps({"options": content}) for content in options]
     texts += ["", "{", "[]", "null", "{}", '{"options": {"lr": NaN}}', '{"options": {"lr": 1e999}}', "[" * 100_000]
     texts += ['{"options": ' * 100_000, '{"options": {"seed": ' + "9" * 100_000 + "}}", '{"options": {"bs": 1}} x']
