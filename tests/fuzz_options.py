@@ -160,7 +160,7 @@ def noise_matrix(c: Command) -> object:
 
 
 def model(c: Command) -> object:
-    if c.set.side >= 32 and c.chance(0.02):
+    if c.set.side >= 32 and c.chance(0.01):
         return "vgg16-linear"
     return "resnet18" if c.set.grown or c.chance(0.3) else None
 
@@ -181,7 +181,7 @@ def bs(c: Command) -> int:
 
 
 def max_steps(c: Command) -> object:
-    limit = 3 if c.vgg or c.half else 12 if c.value("measure") == "full" else 30
+    limit = 2 if c.vgg or c.half else 8 if c.value("measure") == "full" else 20
     longer = c.value("epochs") * math.ceil(c.n_train / c.value("bs")) > limit
     return c.rng.randint(1, limit) if longer or c.chance(0.2) else None
 
