@@ -28,7 +28,9 @@ from study.processes import STATES, command, nothing_to_start, run_here, run_sta
 
 def jobs_of(args, extra: list[str]) -> list[Job]:
     """The jobs that the command line asks for. Raises `InputError`."""
-    seeds = args.seeds.split(",") if args.seeds else []
+    seeds = [] if args.seeds is None else args.seeds.split(",")
+    if not all(seeds):
+        raise InputError(f"--seeds '{args.seeds}': not a list of seeds like 0,1,2")
     if args.grid is not None:
         if args.part or args.with_1024:
             raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
@@ -48,7 +50,7 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
 def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> list[Job]:
     """The jobs of every sweep that was started in RUNS, for --status without a grid; says which. Raises `InputError`."""
     given = {"--part": args.part, "--seeds": args.seeds, "--with-1024": args.with_1024, **dict.fromkeys(extra[:1], True)}
-    for option in (name for name, value in given.items() if value):
+    for option in (name for name, value in given.items() if value or value == ""):
         raise InputError(f"{option}: goes with --grid or --preset")
     if not sweeps:
         raise InputError(f"--status: no sweep is written down in {runs}; give its --grid or --preset")

@@ -249,14 +249,15 @@ def parser() -> Parser:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Parsed and checked options. Raises `InputError`."""
     words = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(words)
-    if args.config:
-        args = parser().parse_args([*startfrom.arguments(args.config, parser(), words), *words])
-    for name, default in FABRIC.items():
-        given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
-        setattr(args, name, given or getattr(args, name) or default)
-    args.precision = PRECISIONS.get(args.precision, args.precision)
     try:
+        args = parser().parse_args(words)
+        if args.config is not None:
+            args = parser().parse_args([*startfrom.arguments(args.config, parser(), words), *words])
+        for name, default in FABRIC.items():
+            own = getattr(args, name)
+            given = os.environ.get(f"LT_{name.upper()}") if under_fabric_run() else None
+            setattr(args, name, given or (default if own is None else own))
+        args.precision = PRECISIONS.get(args.precision, args.precision)
         check(args)
     except InputError as e:
         raise InputError(shortened(str(e), words)) from None

@@ -1,11 +1,12 @@
 """`--config FILE`: the options of another run, from its config.json, as words for the command line's own parser."""
 
+import os
 from argparse import ArgumentParser
 from pathlib import Path
 
 from data import InputError
 from engine import roles
-from engine.jsonfiles import Unreadable, read_json
+from engine.jsonfiles import read_json
 from noises import NOISES
 
 
@@ -32,10 +33,11 @@ def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
             if not isinstance(value, bool):
                 raise InputError(f"--config {file}: {option}: '{value!s:.80}' is not true or false")
             word = [option] * value
-        elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        elif is_text(value) or isinstance(value, (int, float)) and not isinstance(value, bool):
             word = [f"{option}={value}"]
         else:
-            raise InputError(f"--config {file}: {option}: '{value!s:.80}' is neither a text nor a number")
+            quoted = str(value)[:80].encode("utf-8", "backslashreplace").decode()
+            raise InputError(f"--config {file}: {option}: '{quoted}' is neither a text nor a number")
         try:
             parser.parse_args(word)
         except InputError as e:
@@ -44,11 +46,19 @@ def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
     return words
 
 
+def is_text(value: object) -> bool:
+    """Whether this is a text that could be a word of a command line: without NUL and without half a surrogate pair."""
+    try:
+        return isinstance(value, str) and b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+
+
 def options_in(file: Path) -> dict:
     """The options in a config.json. Raises `InputError` if there are none that can be read."""
     try:
         content = read_json(file)
-    except Unreadable as e:
+    except InputError as e:
         raise InputError(f"--config {e}") from e
     if content is None:
         raise InputError(f"--config {file}: there is no such file")

@@ -9,6 +9,7 @@ step earlier or later where the machine is slower).
 """
 
 import argparse
+import json
 import math
 import random
 import shlex
@@ -27,9 +28,11 @@ import torch  # noqa: E402
 
 import fuzz_damage  # noqa: E402
 import fuzz_grids  # noqa: E402
+import fuzz_invalid  # noqa: E402
 import fuzz_options  # noqa: E402
 import fuzz_resume  # noqa: E402
 from conftest import series, summary  # noqa: E402
+from engine import identity, options  # noqa: E402
 from fuzz_children import Children  # noqa: E402
 from fuzz_inputs import Inputs, make_inputs  # noqa: E402
 
@@ -54,9 +57,9 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
     folders = [p.parent for p in cwd.rglob("summary.json")]
     if len(folders) != 1:
         return [f"{len(folders)} run folders"]
-    wrong, found, said = [], series(folders[0]), summary(folders[0])
-    if (said["status"], said["steps"]) != ("finished", c.total_steps):
-        wrong.append(f"summary: {said['status']} after {said['steps']} of {c.total_steps} steps")
+    wrong, found, ended = [], series(folders[0]), summary(folders[0])
+    if (ended["status"], ended["steps"]) != ("finished", c.total_steps):
+        wrong.append(f"summary: {ended['status']} after {ended['steps']} of {c.total_steps} steps")
     for tag, points in found.items():
         steps = [step for step, _ in points]
         if len(set(steps)) < len(steps):
@@ -74,8 +77,22 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
     state = torch.load(folders[0] / "last.ckpt", weights_only=True)["model"]
     if not all(bool(t.isfinite().all()) for t in state.values()):
         wrong.append("weights that are not finite")
+    wrong += best_weights(folders[0], ended["best_val_acc"] if c.value("best") else None)
+    first = json.loads((folders[0] / "config.json").read_text())["options"]
+    again = identity.differences(first, vars(options.parse(["--config", str(folders[0] / "config.json")])))
+    wrong += [f"--config with its config.json: {'; '.join(again.values())}"] * bool(again)
     left = {p.name for p in folders[0].iterdir() if p.suffix == ".tmp" or p.name.startswith("tmp")}
     return wrong + [f"left behind {sorted(left)}"] * bool(left)
+
+
+def best_weights(folder: Path, best: float | None) -> list[str]:
+    """What is wrong with best.ckpt, which is there if --best was given and any validation had an accuracy above 0."""
+    path = folder / "best.ckpt"
+    if path.exists() != (best is not None):
+        return [f"best.ckpt is {'there' if path.exists() else 'missing'}, the best accuracy being {best}"]
+    state = torch.load(path, weights_only=True) if best else {"val_acc": None, "model": {}}
+    finite = all(bool(t.isfinite().all()) for t in state["model"].values())
+    return [f"best.ckpt: accuracy {state['val_acc']}, not {best}, or not finite"] * (state["val_acc"] != best or not finite)
 
 
 def command_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
@@ -92,7 +109,7 @@ def command_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list
 
 def invalid_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     """An invalid command line: status 2, one line on standard error that names what is wrong, nothing created."""
-    kind, argv = fuzz_options.invalid(rng, world.inputs)
+    kind, argv = fuzz_invalid.invalid(rng, world.inputs)
     result = world.children.call("train", argv, cwd, timeout=60)
     problems = result.problems({2})
     if problems:
@@ -119,41 +136,64 @@ PARTS = {  # name: (a case, cases of a whole run)
 }
 
 
-def one(world: World, part: str, seed: int, number: int, parent: Path, keep: bool) -> tuple[str, list[str]]:
-    """One case in a folder of its own; (its kind, what was wrong)."""
-    cwd = fuzz_options.case_folder(parent, f"{part}-{number}")
+def one(world: World, part: str, seed: int, number: int, parent: Path, keep: bool) -> tuple[str, list[str], float]:
+    """One case in a folder of its own; (its kind, what was wrong, seconds)."""
+    began = time.monotonic()
+    cwd = parent / f"{part}-{number}"
+    cwd.mkdir(parents=True)
     rng = random.Random(f"{seed}/{part}/{number}")
     try:
-        return PARTS[part][0](world, rng, cwd)
+        return *PARTS[part][0](world, rng, cwd), time.monotonic() - began
     except Exception as e:  # a defect of the fuzzer, or a folder it cannot read: shown like a failure
-        return "fuzzer", [f"the fuzzer itself: {type(e).__name__}: {e}"]
+        return "fuzzer", [f"the fuzzer itself: {type(e).__name__}: {e}"], time.monotonic() - began
     finally:
         if not keep:
             shutil.rmtree(cwd, ignore_errors=True)
 
 
-def run_part(world: World, part: str, cases: list[int], seed: int, jobs: int, parent: Path, keep: bool = False) -> list[str]:
-    """Run some cases of a part, printing failures as they come, then counts; returns the failures."""
-    began, kinds, failures = time.monotonic(), Counter(), []
+def run_part(
+    world: World,
+    part: str,
+    cases: list[int],
+    seed: int,
+    jobs: int,
+    parent: Path,
+    keep: bool = False,
+    minutes: float = math.inf,
+) -> list[str]:
+    """Run some cases of a part, printing failures as they come, then counts; returns the failures.
+
+    After `minutes` no more cases are begun, and the counts say how many were left out.
+    """
+    began, kinds, failures, times = time.monotonic(), Counter(), [], []
+
+    def timely(number: int) -> tuple | None:
+        late = time.monotonic() - began > 60 * minutes
+        return None if late else (number, *one(world, part, seed, number, parent, keep))
+
     with ThreadPoolExecutor(jobs) as pool:
-        results = pool.map(lambda i: (i, *one(world, part, seed, i, parent, keep)), cases)
-        for number, kind, problems in results:
+        for number, kind, problems, seconds in filter(None, pool.map(timely, cases)):
             kinds[kind] += 1
+            times.append((seconds, number))
             for problem in problems:
                 again = shlex.join(["python", "tests/fuzz.py", "--part", part, "--seed", str(seed), "--case", str(number)])
                 failures.append(f"{problem.encode('utf-8', 'backslashreplace').decode()}\n    again: {again}")
                 print(f"FAILED {failures[-1]}", flush=True)
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    slowest = ", ".join(f"{seconds:.0f} s case {number}" for seconds, number in sorted(times, reverse=True)[:4])
+    left_out = f" ({len(cases) - len(times)} more left out)" if len(times) < len(cases) else ""
     print(
-        f"{part}: {len(cases)} cases, {len(failures)} failures, seed {seed}, "
-        f"{time.monotonic() - began:.0f} s ({listed})",
+        f"{part}: {len(times)} cases{left_out}, {len(failures)} failures, seed {seed}, "
+        f"{time.monotonic() - began:.0f} s ({listed}; slowest: {slowest})",
         flush=True,
     )
     return failures
 
 
-def run(parts: list[str], n: int | None, seed: int, jobs: int, case: int | None = None, share: float = 1) -> list[str]:
-    """`n` cases of each part (a `share` of its full number without), or number `case` alone; returns the failures."""
+def run(
+    parts: list[str], n: int | None, seed: int, jobs: int, case: int | None = None, minutes: float = math.inf
+) -> list[str]:
+    """`n` cases of each part (its full number without), or number `case` alone; returns the failures."""
     fuzz_options.check_complete()
     parent = Path(tempfile.mkdtemp(prefix="fuzz-"))
     children = Children(parent)
@@ -162,8 +202,8 @@ def run(parts: list[str], n: int | None, seed: int, jobs: int, case: int | None 
         world = World(children, make_inputs(parent / "inputs"), parent / "shared")
         world.shared.mkdir()
         for part in parts:
-            cases = list(range(n or math.ceil(share * PARTS[part][1]))) if case is None else [case]
-            failures += run_part(world, part, cases, seed, jobs, parent, keep=case is not None)
+            cases = list(range(n or PARTS[part][1])) if case is None else [case]
+            failures += run_part(world, part, cases, seed, jobs, parent, case is not None, minutes)
     finally:
         children.close()
         if case is None:
@@ -180,8 +220,9 @@ def main() -> int:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--case", type=int, help="this case alone, its folder kept")
     p.add_argument("--jobs", type=int, default=1, help="cases at a time")
+    p.add_argument("--minutes", type=float, default=math.inf, help="begin no more cases of a part after so many")
     args = p.parse_args()
-    failures = run(args.part or list(PARTS), args.n, args.seed, args.jobs, args.case)
+    failures = run(args.part or list(PARTS), args.n, args.seed, args.jobs, args.case, args.minutes)
     print(f"{len(failures)} failures in all")
     return 1 if failures else 0
 

@@ -6,6 +6,7 @@ So a start costs no import, and a crash in native code or an endless wait is the
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BAR = re.compile(r"[0-9?](step|run|it)/s|[0-9?]s/(step|run|it)")  # of a line of tqdm's
 MEMORY = 24 << 30  # bytes of address space for a child: an endless read ends as one failure
 
 # Run as `python -c`: forks for every line on standard input, answers with a line of exit statuses. A child is the
@@ -109,7 +111,7 @@ class Result:
     def errors(self) -> list[str]:
         """Lines on rank 0's standard error that are not progress bars."""
         lines = self.err[0].replace("\r", "\n").splitlines()
-        return [line for line in lines if line.strip() and "step/s" not in line and "s/step" not in line]
+        return [line for line in lines if line.strip() and not BAR.search(line)]
 
     @property
     def shell(self) -> str:

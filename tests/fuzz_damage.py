@@ -215,7 +215,9 @@ def base_runs(world) -> tuple[Path, list[list[str]]]:
                 if result.status not in (0, 3):
                     raise RuntimeError(f"a base run failed: {result.err[0][-500:]}")
             export = ["base/runs", "--export", "base/all.npz"]
-            assert world.children.call("report", export, world.shared).status == 0
+            result = world.children.call("report", export, world.shared)
+            if result.status:
+                raise RuntimeError(f"the export of the base runs failed: {result.err[0][-500:]}")
     return runs, [job.argv for job in jobs]
 
 
@@ -241,11 +243,12 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
         done = [edit(folder, rng, outside) for _ in range(rng.choice([1, 1, 2, 4]))]
     before, others = fingerprint(outside), {p.name: fingerprint(p) for p in folders if p != folder}
     sweep = ["--grid", GRID, "--runs", "place/runs", *COMMON.split()]
+    drawn = ["--out", "report", "--format", rng.choice(["png", "svg"]), *["--csv", "out.csv"] * (rng.random() < 0.3)]
     name, words = {
         "resume": ("train", [*argv, "--runs", "place/runs", "--resume", *["--epochs", "3"] * (rng.random() < 0.3)]),
-        "report": ("report", ["place/runs", "--out", "report", *["--export", "out.npz"] * (rng.random() < 0.5)]),
+        "report": ("report", ["place/runs", *drawn, *["--export", "out.npz"] * (rng.random() < 0.5)]),
         "status": ("sweep", [*sweep, rng.choice(["--status", "--dry-run", "--print-commands"])]),
-        "export": ("report", ["place/all.npz", "--out", "report"]),
+        "export": ("report", ["place/all.npz", *drawn]),
         "done": ("sweep", [*sweep, "--status", "--done", "place/all.npz"]),
     }[program]
     result = world.children.call(name, words, cwd, timeout=240)
@@ -258,7 +261,8 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     if program != "resume" or {p.name: fingerprint(p) for p in folders if p != folder} != others:
         now = {p.name: fingerprint(p) for p in folders if p != folder}
         problems += ["another run was touched"] * (now != others)
-    made = sorted(p.name for p in cwd.iterdir() if p.name not in ("place", "outside", "report", "out.npz"))
+    asked = ("place", "outside", "report", "out.npz", "out.csv", "out-runs.csv")
+    made = sorted(p.name for p in cwd.iterdir() if p.name not in asked)
     problems += [f"made {made}"] * bool(made)
     return program, [f"{p}: {result.shell} (after {'; '.join(done)})" for p in problems]
 

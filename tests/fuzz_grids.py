@@ -31,13 +31,24 @@ VALUES = {  # axes that go together in any combination
     "subset": ["100", "default"],
     "split-seed": ["0", "1"],
     "precision": ["auto", "32-true", "64-true"],
+    "chunks": ["2", "4", "64"],
+    "window": ["1", "20"],
+    "sched-steps": ["1", "5000", "default"],
+    "val-frac": ["0.1", ".5"],
+    "synthetic-train": ["64", "200", "default"],
+    "sync-bn": ["on", "off"],
+    "model": ["resnet18", "default"],
 }
 WORDS = ("bs", "bs=", "=1", "bs=1,,2", "bs=x", "nosuch=1", "bs=0", "threads=1,2", "runs=a", "name=b", "resume=on")
 WORDS += ("stratify=yes", "seed+noise-seed=0:1:2", "seed+noise-seed=:", "bs+bs", "help=on", "sched=linear", "h=1")
 WORDS += ("noise=nan", "noise=0.5,-1", "=", "+", "+=", "a+b=1", "seed=٣", "bs=1_0", "lr=" + "9" * 5000, "\udcff=1")
 WORDS += ("dataset=cifar11", "norm=gn width=7", "model=vgg16 width=8", "sched-steps=1 sched-epochs=2", "val-frac=2")
+WORDS += ("measure=split,full null-every=2", "measure=off null-every=1", "null-every=0", "best=on", "config=a", "config=")
+WORDS += ("bs=32,32x", "bs=32:64", "seed=0,,1", "--bs=", "width=1025", "image-size=32", "checkpoint-minutes=1")
 OPTIONS = (["--part", "nosuch"], ["--jobs", "0"], ["--name", "x"], ["--resume"], ["--nosuch", "1"], ["--bs", "x"])
 OPTIONS += (["--seeds", "0,x"], ["--done", "absent.npz"], ["--jobs", "1_0"], ["--retries", "-1"], ["--epochs=0"])
+OPTIONS += (["--config", "absent.json"], ["--config", "."], ["--best=on"], ["--null-every", "0"], ["--permutations", "x"])
+OPTIONS += (["--per-gpu", "0"], ["--seeds", ""], ["--seeds", "0,0.5"], ["--threads", "x"], ["--grid", ""], ["--jobs", "1 "])
 
 
 def grid(rng: random.Random) -> tuple[str, int]:

@@ -1,6 +1,7 @@
 """What random command lines are given to read: own sets, folders of images, files of noise, and files that are none."""
 
 import io
+import json
 import os
 import random
 import zipfile
@@ -46,6 +47,7 @@ class Inputs:
     sets: dict[str, Set] = field(default_factory=dict)
     folder: Path = Path()
     junk_files: list[str] = field(default_factory=list)
+    junk_configs: list[str] = field(default_factory=list)
 
     def junk(self, name: str) -> str:
         return str(self.folder / "junk" / name)
@@ -142,6 +144,26 @@ def make_junk(folder: Path) -> list[str]:
     return sorted(str(p) for p in folder.iterdir() if p.name != "damaged-sets") + absent
 
 
+def make_junk_configs(folder: Path) -> list[str]:
+    """Files that --config cannot use, each for a reason of its own; returns their paths."""
+    folder.mkdir()
+    options = [{"bs": value} for value in (0, -1, "x", 1.5, 10**400, [], {}, True, "3 ", "٣", "9" * 5000)]
+    options += [{"nosuch": 1}, {"": 1}, {"\ud800": 1}, {"x" * 5000: 1}, {"best ": True}]
+    options += [{"stratify": value} for value in ("on", 1, [])] + [{"sched": "linear"}, {"measure": ""}, {"lr": "nan"}]
+    options += [{"sched_steps": 3, "sched_epochs": 3}, {"model": "vgg16", "width": 8}, {"noise_type": "file", "noise": 0.5}]
+    options += [{"norm": "gn", "width": 7}, {"null_every": 2, "measure": "off"}, [], "x", 3, None]
+    odd = ("a\0b", "\ud800", "\udcff", "")
+    options += [{key: text} for key in ("dataset", "noise_type", "precision") for text in odd]
+    options += [{"noise_type": "file", "noise_file": text} for text in odd]
+    texts = [json.dumps({"options": content}) for content in options]
+    texts += ["", "{", "[]", "null", "{}", '{"options": {"lr": NaN}}', '{"options": {"lr": 1e999}}', "[" * 100_000]
+    texts += ['{"options": ' * 100_000, '{"options": {"seed": ' + "9" * 100_000 + "}}", '{"options": {"bs": 1}} x']
+    for i, text in enumerate(texts):
+        (folder / f"{i}.json").write_text(text)
+    (folder / "bytes.json").write_bytes(b"\xff\xfe{\0")
+    return sorted(str(p) for p in folder.iterdir())
+
+
 def make_inputs(folder: Path) -> Inputs:
     """All inputs, made in `folder`; the same every time."""
     rng = np.random.default_rng(0)
@@ -172,4 +194,5 @@ def make_inputs(folder: Path) -> Inputs:
         if name in inputs.sets:
             inputs.sets[name].data_dir = str(SHARED)
     inputs.junk_files = make_junk(folder / "junk")
+    inputs.junk_configs = make_junk_configs(folder / "junk configs")
     return inputs

@@ -1,17 +1,16 @@
-"""Random command lines of train.py: one generator for each option of its parser, and ways to make a valid line invalid.
+"""Random valid command lines of train.py: one generator for each option of its parser.
 
 An option without a generator is an error that names it: whoever adds an option says here what it may be.
 """
 
+import json
 import math
 import random
-import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import schedules
-from engine import options
+from engine import options, roles
 from fuzz_inputs import Inputs, Set
 
 
@@ -23,6 +22,7 @@ class Command:
     inputs: Inputs
     ranks: int = 1
     chosen: dict[str, object] = field(default_factory=dict)
+    in_file: set[str] = field(default_factory=set)  # options that the file of --config gives, and not the command line
 
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
@@ -65,7 +65,7 @@ class Command:
         words = []
         for name, value in self.chosen.items():
             option = f"--{name.replace('_', '-')}"
-            if value is None or value is False:
+            if value is None or value is False or name in self.in_file:
                 continue
             if name == "dataset":
                 value = self.set.path
@@ -160,7 +160,7 @@ def noise_matrix(c: Command) -> object:
 
 
 def model(c: Command) -> object:
-    if c.set.side >= 32 and c.chance(0.02):
+    if c.set.side >= 32 and c.chance(0.01):
         return "vgg16-linear"
     return "resnet18" if c.set.grown or c.chance(0.3) else None
 
@@ -181,7 +181,7 @@ def bs(c: Command) -> int:
 
 
 def max_steps(c: Command) -> object:
-    limit = 3 if c.vgg or c.half else 12 if c.value("measure") == "full" else 30
+    limit = 2 if c.vgg or c.half else 8 if c.value("measure") == "full" else 20
     longer = c.value("epochs") * math.ceil(c.n_train / c.value("bs")) > limit
     return c.rng.randint(1, limit) if longer or c.chance(0.2) else None
 
@@ -210,6 +210,36 @@ def devices(c: Command) -> object:
 def name(c: Command) -> object:
     odd = ["r", "-x", "ü ß", "a=b,c;d", ".hidden", "x" * 200, "'quoted\"", "$HOME", "100%", "r.npz", "[a]*?"]
     return c.rng.choice(odd) if c.chance(0.5) else None
+
+
+def null_every(c: Command) -> object:
+    return c.rng.randint(1, 4) if c.value("measure", "split") == "split" and c.chance(0.5) else None
+
+
+def plain(name: str, value: object) -> object:
+    """The value of an option as config.json holds it."""
+    action = known_options()[name]
+    return action.type(str(value)) if action.type and not isinstance(value, bool) else value
+
+
+def config(c: Command) -> object:
+    """A config.json that gives some of the options chosen so far; what else it says must not hold."""
+    if not c.chance(0.2):
+        return None
+    given = [name for name, value in c.chosen.items() if value is not None and value is not False]
+    c.in_file = {name for name in given if name not in roles.having(roles.OWN) and c.chance(0.5)}
+    for name in given:  # what the command line gives takes these out of the file
+        if name not in c.in_file:
+            c.in_file -= set(roles.REPLACES.get(name, ()))
+    content = {name: plain(name, c.set.path if name == "dataset" else c.chosen[name]) for name in c.in_file}
+    defaults = {name: action.default for name, action in known_options().items() if not action.nargs == 0}
+    content |= {name: defaults[name] for name in given if name not in c.in_file and defaults.get(name) is not None}
+    content |= {"name": "of the file", "runs": "/nowhere", "threads": 1000, "devices": 7, "resume": True, "config": "x"}
+    folder = c.inputs.folder / "configs"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{c.rng.getrandbits(64):x}.json"
+    path.write_text(json.dumps({"options": content}))
+    return str(path)
 
 
 # In the order in which they are chosen: a later one looks at what was chosen before it. True is a switch that is given.
@@ -248,6 +278,7 @@ GENERATORS: dict[str, Generator] = {
     "measure_every": lambda c: c.rng.choice([1, 2, 3, 5]) if c.chance(0.9) else None,
     "measure_bn": sometimes(0.6, "train", "eval", "separate"),
     "measure_budget": lambda c: c.rng.choice([0.05, 0.5, 2, 100]) if c.chance(0.7) else None,
+    "null_every": null_every,
     "permutations": between(0.4, 0, 5),
     "stratify": switch(0.3),
     "chunks": sometimes(0.4, 2, 3, 5, 8, 64),
@@ -267,7 +298,9 @@ GENERATORS: dict[str, Generator] = {
     "runs": sometimes(0.5, "runs", "a/b/ü", "./x y/"),
     "resume": switch(0.1),
     "checkpoint_minutes": sometimes(0.3, 0, 0.001, "1e9"),
+    "best": switch(0.3),
     "name": name,
+    "config": config,  # last, for it may hold any of the others
 }
 
 
@@ -294,134 +327,3 @@ def valid(rng: random.Random, inputs: Inputs) -> Command:
     for name, generate in GENERATORS.items():
         c.chosen[name] = generate(c)
     return c
-
-
-# ---------------------------------------------------------------------------------------------------------- invalid ones
-
-NO_NUMBERS = ["", "x", "nan", "-inf", "1e", "--", "-1", "1_000", "٣", "１", " 1", "1 ", "0x10", "1,5", "1;", "\n1"]
-NO_NUMBERS += ["9" * 5000, "x" * 5000, "None", "true", "1/2", "\udcff", "-", "½", "1+1"]
-OUTSIDE = ["0", "-0.0001", "1.0001", "1.5", "1e9", "9" * 20, "inf", "65", "1025", "27", "1"]
-NO_CHOICE = ["", "x", "--", "x" * 5000, "\udcff", "ON", " on", "on,off", "ü"]
-NO_NAMES = ["a/b", "..", ".", "", "a\\b", "/", "x" * 300]
-STRINGS = ("precision", "accelerator", "strategy")  # checked by train.py and not by the parser
-
-
-def is_number(action) -> bool:
-    return action.type not in (None, str, options.path) and action.nargs != 0
-
-
-def refused(action, text: str) -> bool:
-    """Whether the option's own type says that it does not take `text`."""
-    try:
-        action.type(text)
-    except Exception:
-        return True
-    return False
-
-
-def bad_value(c: Command) -> list[str]:
-    """One option with a value that it does not take."""
-    known = known_options()
-    takes = {n: a for n, a in known.items() if is_number(a) or a.choices or n in STRINGS or n == "name"}
-    name = c.rng.choice(list(takes))
-    action, option = takes[name], f"--{name.replace('_', '-')}"
-    if is_number(action):
-        outside = [text for text in OUTSIDE if refused(action, text)]
-        return [f"{option}={c.rng.choice(outside if outside and c.chance(0.4) else NO_NUMBERS)}"]
-    return [f"{option}={c.rng.choice(NO_NAMES if name == 'name' else NO_CHOICE)}"]
-
-
-def bad_word(c: Command) -> list[str]:
-    """A word that is no option of this parser: misspelt, abbreviated, without its value, or none at all."""
-    known = known_options()
-    name = c.rng.choice(list(known)).replace("_", "-")
-    junk = "".join(c.rng.choices(string.ascii_lowercase, k=6))
-    switches = [n for n, a in known.items() if a.nargs == 0]
-    alone = [n for n, a in known.items() if a.nargs is None]
-    words = [[f"--{junk}"], [f"--{junk}=1"], [junk], [f"--{name}x"], [f"-{name}"], ["--x" * 2000], ["-"]]
-    words += [[f"--{c.rng.choice(switches).replace('_', '-')}=1"], [f"--{c.rng.choice(alone).replace('_', '-')}"]]
-    short = name[: c.rng.randint(2, len(name))].rstrip("-")
-    if short.replace("-", "_") not in known and short != "help":
-        words.append([f"--{short}=1"])
-    return c.rng.choice(words)
-
-
-def contradiction(c: Command) -> list[str]:
-    """Options that do not go together, or not with the data."""
-    synthetic = ["--dataset=synthetic", "--synthetic-train=200", "--synthetic-test=10"]
-    no_file = ["--noise-type=uniform", *synthetic]
-    ways = [
-        ["--model=resnet18", "--norm=gn", f"--width={c.rng.choice([1, 7, 9, 20])}"],
-        ["--model=vgg16", "--width=32"],
-        ["--model=vgg16-linear", "--norm=gn"],
-        ["--sched-steps=5", "--sched-epochs=1"],
-        ["--sched-examples=5", "--sched-epochs=1"],
-        ["--noise-type=file", "--noise=0.5"],
-        ["--noise-type=human"],
-        ["--noise-type=matrix"] if not c.value("noise_matrix") else ["--noise-matrix=missing.npy"],
-        ["--noise-labels=worse_label", *no_file],
-        ["--noise-file=noise.npz", *no_file],
-        ["--noise-matrix=T.npy", *no_file],
-        ["--noise-type=instance", "--noise=1", *synthetic],
-        ["--noise=0.5", "--fake-mask=0.5", "--noise-type=pair", *synthetic],
-        ["--bs=100000"],
-        ["--subset=1000000"],
-        [f"--val-frac={c.rng.choice(['0', '1', '0.999999', '1e-9'])}"],
-        ["--subset=1"],
-        ["--strategy=dp"],
-        ["--accelerator=tpu"],
-        ["--accelerator=gpu"],
-        ["--precision=bf17"],
-        ["--graph=on"],
-        ["--dataset=cifar11"],
-        ["--dataset=synthetic", "--image-size=32"],
-        ["--dataset=fmnist", "--data-dir=" + c.inputs.junk("empty-folder")],
-    ]
-    return c.rng.choice(ways)
-
-
-def bad_file(c: Command) -> list[str]:
-    """A file or a folder that is not what an option needs."""
-    junk = c.rng.choice(c.inputs.junk_files)
-    s = c.inputs.sets["synthetic"]
-    own = [f"--dataset={s.path}", f"--synthetic-train={s.size}", "--synthetic-test=10"]
-    ways = [
-        [f"--dataset={junk}"],
-        [*own, "--noise-type=file", f"--noise-file={junk}"],
-        [*own, "--noise-type=human", "--noise-labels=worse_label", f"--noise-file={junk}"],
-        [*own, "--noise-type=matrix", f"--noise-matrix={junk}"],
-        [*own, "--noise-type=file", f"--noise-file={c.inputs.sets['grey'].file('noise.npz')}"],
-        [*own, "--noise-type=matrix", f"--noise-matrix={c.inputs.sets['grey'].file('T.npy')}"],
-        [f"--runs={c.inputs.junk('text.npz')}"],
-        ["--dataset=cifar10", f"--data-dir={c.inputs.junk('damaged-sets')}"],
-        ["--dataset=fmnist", f"--data-dir={c.inputs.junk('damaged-sets')}"],
-    ]
-    return c.rng.choice(ways)
-
-
-INVALID = {"value": bad_value, "word": bad_word, "contradiction": contradiction, "file": bad_file}
-
-
-def invalid(rng: random.Random, inputs: Inputs) -> tuple[str, list[str]]:
-    """(kind, command line) of one that train.py has to refuse: a valid one, and something that makes it invalid."""
-    c = valid(rng, inputs)
-    kind = rng.choices(list(INVALID), [5, 2, 3, 3])[0]
-    spoilt = INVALID[kind](c)
-    c.ranks = 1
-    given = {word.split("=")[0] for word in spoilt}
-    if kind in ("contradiction", "file"):  # what was chosen before could make these right, or wrong for another reason
-        plain = [f"--{n.replace('_', '-')}={v}" for n, v in {"width": 8, "bs": 32, "epochs": 1}.items()]
-        if any("vgg" in word for word in spoilt):
-            plain = plain[1:]
-        first = [f"--dataset={inputs.sets['synthetic'].path}", "--synthetic-train=200", "--synthetic-test=10"]
-        if "--dataset" in given:
-            first = first[1:]
-        return kind, [*first, *plain, "--accelerator=cpu", "--threads=1", *spoilt]
-    return kind, [*c.argv(), *spoilt]  # behind, for of an option given twice the last one counts
-
-
-def case_folder(parent: Path, name: str) -> Path:
-    """A new and empty folder for one case."""
-    folder = parent / name
-    folder.mkdir(parents=True)
-    return folder

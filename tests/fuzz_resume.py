@@ -5,6 +5,7 @@ Where a signal comes is counted in function calls of the process, so that a case
 
 import json
 import math
+import pickle
 import random
 from collections import Counter
 from pathlib import Path
@@ -58,8 +59,7 @@ def options_of(world, rng: random.Random) -> tuple[list[str], dict]:
     argv += ["--checkpoint-minutes", rng.choice(["0", "0.001", "10"]), "--lr", rng.choice(["0.1", "0.02"])]
     argv += ["--momentum", rng.choice(["0", "0.9"]), "--seed", str(rng.randint(0, 99))]
     argv += ["--norm", rng.choice(["bn", "gn"]), "--width", "8"] if rng.random() < 0.5 else ["--width", rng.choice("345")]
-    if half:
-        argv += ["--subset", "50"]
+    argv += ["--subset", "50" if half else "100"]
     if kind in ("human", "file", "matched"):
         argv += ["--noise-type", kind, "--noise-file", s.file("human.pt"), "--noise-labels", "worse_label"]
     elif kind == "fake mask":
@@ -70,11 +70,14 @@ def options_of(world, rng: random.Random) -> tuple[list[str], dict]:
     budget = rng.choice(["0.05", "1", "1000"])
     if measure == "full":
         argv += ["--measure-budget", budget, "--chunks", "2", "--permutations", "2"]
-    bs, n = rng.choice([7, 16, 33, 40]), 40 if half else 160
+    elif measure == "split":
+        argv += ["--measure-budget", budget, "--permutations", rng.choice("0123"), "--null-every", rng.choice("123")]
+    argv += ["--stratify"] * (rng.random() < 0.2) + ["--best"] * (rng.random() < 0.4)
+    bs, n = rng.choice([7, 16, 33, 40]), 40 if half else 80
     bs = 8 if half else bs
     return [*argv, "--bs", str(bs)], {
         "steps_per_epoch": math.ceil(n / bs),
-        "grows": measure != "full" or budget == "1000",  # else a longer run is measured at other steps
+        "grows": measure == "off" or budget == "1000",  # else a longer run is measured at other steps
         "kind": f"{measure} {precision}",
         "ranks": 2 if not half and rng.random() < 0.06 else 1,
         "half": half,
@@ -105,14 +108,30 @@ def equal(a: object, b: object) -> bool:
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
+    return a == b or (a != a and b != b)  # an undefined moment is NaN in both
 
 
-def differences(whole: Path, cut: Path, grown: bool) -> list[str]:
-    """In what an interrupted run differs from the uninterrupted one."""
-    a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (whole, cut))
+def newest(folder: Path, damaged: bool) -> dict:
+    """A finished run's checkpoint. One `damaged` after the run's last step stays so: then it is the one before."""
+    try:
+        return torch.load(folder / "last.ckpt", weights_only=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
+        if not damaged:
+            raise
+        return torch.load(folder / "previous.ckpt", weights_only=True)
+
+
+def differences(whole: Path, cut: Path, grown: bool, damaged: bool) -> list[str]:
+    """In what an interrupted run differs from the uninterrupted one; `damaged`: its checkpoints were."""
+    a, b = newest(whole, False), newest(cut, damaged)
     wrong = [f"{key} of the checkpoint" for key in ("step", "model", "optimizer", "scaler", "window", "latest")
              if not equal(a.get(key), b.get(key))]  # fmt: skip
+    a, b = ((folder / "best.ckpt").exists() for folder in (whole, cut))
+    if a != b:
+        wrong.append(f"best.ckpt, which is {'missing' if a else 'there'}")
+    elif a:
+        a, b = (torch.load(folder / "best.ckpt", weights_only=True) for folder in (whole, cut))
+        wrong += [f"{key} of the best weights" for key in ("model", "step", "val_acc") if not equal(a[key], b[key])]
     a, b = everything(whole), everything(cut)
     wrong += [f"series {tag}" for tag in sorted(a.keys() | b.keys()) if a.get(tag) != b.get(tag)]
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
@@ -127,9 +146,9 @@ def cut_checkpoints(folder: Path, rng: random.Random) -> str:
     """Damage the checkpoints as a lost disk does; at least one way to go on is left: the older one, or a new start."""
     last, previous = folder / "last.ckpt", folder / "previous.ckpt"
     how = rng.choice(["cut", "cut", "empty", "missing", "both", "leftover"])
-    if not last.exists():
+    content = last.read_bytes() if last.exists() else b""
+    if not content:
         return "nothing to damage"
-    content = last.read_bytes()
     if how in ("cut", "both"):
         last.write_bytes(content[: rng.randrange(len(content))])
     elif how == "empty":
@@ -139,7 +158,7 @@ def cut_checkpoints(folder: Path, rng: random.Random) -> str:
     else:
         (folder / "last.ckpt.tmp").write_bytes(content[: rng.randrange(len(content))])
     if how == "both" and previous.exists():
-        previous.write_bytes(previous.read_bytes()[: rng.randrange(previous.stat().st_size)])
+        previous.write_bytes(previous.read_bytes()[: rng.randrange(previous.stat().st_size + 1)])
     return how
 
 
@@ -183,6 +202,7 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     last = start("cut", length(epochs, max_steps))
     problems = last.problems({0})
     if not problems:
-        wrong = differences(cwd / "runs" / "whole", cwd / "runs" / "cut", grown)
+        damaged = any(event in ("cut", "both", "empty", "missing") for event in history)
+        wrong = differences(cwd / "runs" / "whole", cwd / "runs" / "cut", grown, damaged)
         problems = [f"differs in {', '.join(wrong[:12])}: {last.shell}"] if wrong else []
     return about["kind"], [f"{p} (after {'; '.join(history)})" for p in problems]

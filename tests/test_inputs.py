@@ -86,6 +86,8 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
         ("--chunks 1", ("--chunks",)),
         ("--precision fp8", ("--precision fp8", "bf16-mixed")),
         ("--accelerator tpu", ("--accelerator tpu", "cpu")),
+        ("--accelerator=", ("--accelerator", "cpu")),
+        ("--precision=", ("--precision", "32-true")),
         ("--devices none", ("--devices",)),
         ("--strategy fsdp", ("--strategy fsdp", "ddp")),
         ("--nois 0.5", ("--nois",)),

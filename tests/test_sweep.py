@@ -120,6 +120,8 @@ def test_a_bad_grid_is_one_line_and_status_2(grid, message, fake, capsys, tmp_pa
         (["--grid", "bs=16", "--num-nodes", "2"], "--num-nodes 2"),
         (["--grid", "bs+seed=16:0,32:1", "--seeds", "5"], "--seeds: --grid varies --bs together with the seed"),
         (["--seeds", "1"], "--preset"),
+        (["--grid", "bs=16", "--seeds", ""], "--seeds ''"),
+        (["--grid", "bs=16", "--seeds", "0,,1"], "--seeds '0,,1'"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(argv, message, fake, capsys):
