@@ -245,8 +245,8 @@ class TrainSet:
         labels = labels[index]
         noisy = labels != true if self.mask is None else self.mask[index]
         starts = self.images.starts(index, dy, dx, flip)
-        parts = (index, starts, labels, true, noisy)
-        return Epoch(*(t.to(self.device, non_blocking=True) for t in parts), labels, noisy)
+        here = [t.to(self.device, non_blocking=True) for t in (index, starts, labels, true, noisy)]
+        return Epoch(here[0], here[1], here[2], here[3], here[4], labels, noisy)
 
     def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1) -> Batch:
         """Batch `number` of the epoch: positions [number B, (number + 1) B) of the plan; the last may be smaller."""

@@ -10,7 +10,7 @@ import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -218,7 +218,7 @@ class DataSet:
 
     load: Callable[[object], Source]
     model: str = "resnet18"
-    shape: Callable[[object], Shape] | None = None
+    shape: Callable[[Any], Shape] | None = None
     files: Files | None = None
 
 

@@ -193,7 +193,8 @@ STEPS_SHARE = 0.60  # of what is left: measured steps with the controls
 
 def measure_after_epoch(context: MeasuringContext, epoch: int, step: int) -> dict:
     """Values of the measures that are due when `epoch` epochs and `step` updates are done (0: before training)."""
-    values, plan, state = {}, context.state.plan, context.state
+    values: dict[str, float] = {}
+    plan, state = context.state.plan, context.state
     last = math.ceil(plan.get("total_steps", context.total_steps) / context.steps_per_epoch)
     for name, entry in MEASURES.items():
         if is_due(plan.get(name), epoch, last):

@@ -54,7 +54,7 @@ def make_forward(context: MeasuringContext, batch: Batch) -> Forward:
 
 def is_due(every: int | None, at: int, last: int) -> bool:
     """Whether what is measured every `every`-th time, the last time at `last`, is due `at` this one."""
-    return bool(every) and (last - at) % every == 0
+    return every is not None and every > 0 and (last - at) % every == 0
 
 
 def controls_due(context: MeasuringContext, step: int) -> bool:
@@ -112,7 +112,7 @@ def measure_split(
     rows = split_rows(context, batch, forward, free, masks)
     rows, mask_rows = rows[: len(rows) - len(masks)], rows[len(rows) - len(masks) :]
     values = split_values(rows, own, batch, context.loss_scale(), mask_rows)
-    if due and not forward.is_joint:  # each mask takes two forwards of its own, and the host waits for the device
+    if due and not forward.is_joint and own is not None:  # each mask takes two forwards of its own, and the host waits for the device
         values |= permuted_values(context, batch, step, forward, own)
     return rows, values
 
@@ -153,7 +153,7 @@ def random_mask(batch: Batch, stratify: bool, g: torch.Generator) -> Tensor:
 def permuted_values(context: MeasuringContext, batch: Batch, step: int, forward: Forward, g: Row) -> dict:
     """`null/permuted_*`: mean and standard deviation of both cosines over R random masks of the noisy set's size."""
     options = context.options
-    cosines = {"null/permuted_cos_clean_all": [], "null/permuted_cos_clean_noisy": []}
+    cosines: dict[str, list[float]] = {"null/permuted_cos_clean_all": [], "null/permuted_cos_clean_noisy": []}
     for r in range(options.permutations):
         mask = random_mask(batch, options.stratify, data.generator(context.seed, f"permutation{r}", step))
         mine = mask[batch.first : batch.first + len(batch.y)].to(batch.y.device)
@@ -167,7 +167,7 @@ def permuted_values(context: MeasuringContext, batch: Batch, step: int, forward:
             (ss, sq, sg), (_, qq, _), (_, _, gg) = metrics.gram([s, q, g]).tolist()
         cosines["null/permuted_cos_clean_all"].append(metrics.cosine_of_products(sg, ss, gg))
         cosines["null/permuted_cos_clean_noisy"].append(metrics.cosine_of_products(sq, ss, qq))
-    values = {}
+    values: dict[str, float] = {}
     for tag, values_of_masks in cosines.items():
         if values_of_masks:
             sample = torch.tensor(values_of_masks, dtype=torch.float64)
@@ -199,7 +199,10 @@ def control_values(
     f = 1 - batch.n_noisy / B
     scale2 = float(context.loss_scale()) ** 2
     together = metrics.add_rows(rows)
-    values, products = {}, lambda *wanted: metrics.gram(list(wanted)).div(scale2).tolist()
+    values: dict[str, float] = {}
+
+    def products(*wanted: Row) -> list[list[float]]:
+        return metrics.gram(list(wanted)).div(scale2).tolist()
 
     def row(labels: Tensor, weights: Tensor, graph: Forward = forward) -> Row:
         return sum_rows(context, [graph.row(labels, weights)])[0]
@@ -250,7 +253,7 @@ def chunk_estimates(
     B, k = batch.size, min(context.options.chunks, batch.size)
     position = torch.arange(B) * k // B  # (B,) part of each position, on the host
     here = position[batch.first : batch.first + len(batch.y)].to(batch.y.device)
-    squares = {"c": [], "n": [], "a": []}
+    squares: dict[str, list[float]] = {"c": [], "n": [], "a": []}
     for part in range(k):
         pair = [row(batch.y, (here == part) & s) for s in (~batch.noisy, batch.noisy)]
         (cc, cn), (_, nn) = products(*pair)

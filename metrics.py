@@ -282,7 +282,8 @@ def lanczos(product, start: Tensor, tolerance: float, limit: int) -> tuple[float
     below `tolerance`, when the space is exhausted, or after `limit` products.
     """
     v, before, beta = start / start.norm(), torch.zeros_like(start), 0.0
-    diagonal, off = [], []
+    diagonal: list[float] = []
+    off: list[float] = []
     for done in range(1, limit + 1):
         w = product(v) - beta * before
         alpha = float(v @ w)  # here the host waits for the device

@@ -201,4 +201,6 @@ NOISES = {  # a new noise is one function, entered here
 
 def apply(kind: str, true: Tensor, K: int, rate: float, seed: int, **more: Tensor) -> Tensor:
     """Labels (n,) to train on: noise `kind` at the nominal `rate`, from the noise seed's own stream."""
-    return NOISES[kind].draw(true, K, rate, generator(seed, "noise"), **more)
+    draw = NOISES[kind].draw
+    assert draw is not None, f"{kind} takes its labels from a file"
+    return draw(true, K, rate, generator(seed, "noise"), **more)

@@ -14,38 +14,23 @@ from conftest import ROOT
 
 COMMANDS = {"train", "sweep", "report", "noise"}
 REGISTRIES = {"models", "datasets", "noises", "optim", "schedules"}  # plural: one function and one entry each
-MEASURING = {"data", "metrics", "measure", "nulls"}
+MEASURING = {"data", "metrics", "context", "measure", "epochwise"}
 MOST_AT_THE_TOP = 14  # modules
 MOST_LINES = {"module": 400, "function": 60}
 
 # What `study` may know of a run: its options, and how its folder is read.
-OF_A_RUN = {"options", "roles", "schema", "jsonfiles", "files", "locks", "events"}
+OF_A_RUN = {"options", "roles", "identity", "schema", "jsonfiles", "files", "locks", "events"}
 REPORTS_ONLY = {"matplotlib", "scipy", "markdown"}  # training works where these are missing
 
 # rule: {what breaks it: why}
 EXCEPTIONS = {
-    "independent of engine": {
-        "datasets -> engine.interrupts": "TO BE REMOVED: a download that is interrupted takes back what it wrote",
-        "measure -> engine.hardware": "TO BE REMOVED with the measurements' own context",
-        "nulls -> engine.hardware": "TO BE REMOVED with the measurements' own context",
-    },
     "module": {
         "benchmarks.speed": "one part a benchmark, read one at a time",
-        "datasets": "TO BE REMOVED: loaders, download and checks of what is loaded",
-        "engine.options": "the parser, every option in it, and their checks in one place",
-        "measure": "TO BE REMOVED with the measurements' own context",
-        "report": "TO BE REMOVED: the command alone belongs here",
-        "study.results": "TO BE REMOVED: reading and exporting",
-        "train": "TO BE REMOVED with the measurements' own context",
     },
     "function": {
         "engine.options.parser": "the list of all options in the order of --help",
-        "engine.job.prepare": "TO BE REMOVED with the measurements' own context",
-        "study.cluster.run_on_ray": "TO BE REMOVED: one scheduler with two back ends",
-        "study.processes.run_here": "TO BE REMOVED: one scheduler with two back ends",
-        "sweep.run": "TO BE REMOVED: one scheduler with two back ends",
-        "train.fit": "TO BE REMOVED with the measurements' own context",
-        "train.run": "TO BE REMOVED with the measurements' own context",
+        "study.cluster.run_on_ray": "one loop, whose steps share the queue, the running tasks and the counts",
+        "study.processes.run_here": "one loop, whose steps share the queue, the running processes and the counts",
     },
 }
 
