@@ -106,7 +106,7 @@ def test_an_entry_from_outside_trains_sweeps_resumes_and_reports(add, registry, 
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=InProcess, **names))
     monkeypatch.setattr(processes, "POLL", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    runs, out, rest = tmp_path / "runs", tmp_path / "report", [*TINY, *words, "--epochs", "1", "--bs", "16"]
+    runs, out, rest = tmp_path / "runs", tmp_path / "report", [*TINY, *words, "--epochs", "2", "--bs", "16"]
     grid = f"{option.removeprefix('--')}={value} seed=0,1"
     argv = ["--grid", grid, "--runs", str(runs), "--threads", "1", *without(option, rest), "--max-steps", "3"]
     assert sweep.main(argv) == 0
