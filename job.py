@@ -18,7 +18,7 @@ import options
 from data import Images, TrainSet
 from hardware import average_buffers
 from measure import synchronised
-from record import NotFinite, Record, load_state, written
+from record import NotFinite, Record, load_plain, written
 
 
 @dataclass
@@ -190,7 +190,7 @@ def drop_later_best(job: Job, record: Record) -> None:
 
     def later(name: str) -> bool:
         try:
-            return load_state(record.folder / name)["val_acc"] > job.state["best_val_acc"]
+            return load_plain(record.folder / name)["val_acc"] > job.state["best_val_acc"]
         except FileNotFoundError:
             return False
         except Exception:  # damaged: worth nothing
