@@ -15,7 +15,7 @@ from engine import identity, schema
 from engine.files import write_temporary
 from engine.hardware import on_rank_zero, sum_over_ranks
 from engine.job import TrainingJob
-from engine.record import NotFinite, Record, config_if_readable, error_line, load_state, status_if_readable
+from engine.record import NotFinite, Record, config_if_readable, error_line, load_plain, load_state, status_if_readable
 
 
 def finite_weights(module: nn.Module) -> bool:
@@ -76,7 +76,7 @@ def drop_later_best(job: TrainingJob, record: Record) -> None:
 
     def later(name: str) -> bool:
         try:
-            return load_state(record.folder / name)["val_acc"] > job.state.best_val_acc
+            return load_plain(record.folder / name)["val_acc"] > job.state.best_val_acc
         except FileNotFoundError:
             return False
         except Exception:  # damaged: worth nothing

@@ -98,23 +98,26 @@ def check_folder(folder: Path) -> None:
             raise InputError(f"--name {folder.name}: {path} is {problem}; a run's folder holds its own files")
 
 
-def load_state(path: Path) -> dict:
-    """A checkpoint, on the CPU, as plain data only.
+def load_plain(path: Path) -> object:
+    """What `torch.save` wrote, on the CPU, as plain data only; not checked further.
 
     It is read whole before it is parsed, which tells a file that cannot be read now (`OSError`, or `MemoryError` for
-    want of memory) from a damaged one, which can make torch raise nearly anything: here always `ValueError`. A file that
-    is whole and has a wrong field raises `InputError`.
+    want of memory) from a damaged one, which can make torch raise nearly anything: here always `ValueError`.
     """
     with files.open_regular(path) as f:
         content = f.read()
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as e:
         requested = memory.requested_bytes(e)
         if requested is not None and requested <= len(content):  # a damaged file may ask for any amount
             raise MemoryError("not enough memory") from e
         raise ValueError(error_line(e)) from e
-    return schema.check_state(state, path)
+
+
+def load_state(path: Path) -> dict:
+    """A checkpoint that a run goes on from. Raises as `load_plain`, and `InputError` if it is whole and has a wrong field."""
+    return schema.check_state(load_plain(path), path)
 
 
 class Record:

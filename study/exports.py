@@ -59,6 +59,8 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
 
     A run with a wrong field is added to `left_out`, as "NAME: reason"; without it, it raises too.
     """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise InputError(f"{path}: not a regular file")
     try:
         with np.load(path, allow_pickle=False) as z:
             listed = jsonfiles.parse_json(z["runs"].tobytes(), path)

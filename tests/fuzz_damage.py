@@ -251,7 +251,7 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
         "export": ("report", ["place/all.npz", *drawn]),
         "done": ("sweep", [*sweep, "--status", "--done", "place/all.npz"]),
     }[program]
-    result = world.children.call(name, words, cwd, timeout=240)
+    result = world.children.call(name, words, cwd, timeout=90)
     allowed = {0, 1, 2} if program == "resume" else {0, 1, 2} if program in ("report", "export") else {0, 2}
     problems = result.problems(allowed)
     if not problems and result.status == 2 and len(result.errors) != 1 and program != "resume":

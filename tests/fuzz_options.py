@@ -251,7 +251,7 @@ GENERATORS: dict[str, Generator] = {
     "synthetic_train": lambda c: c.rng.choice([64] if c.half else [200, 200, 200, 101, 64]) if c.set.name == "synthetic" else None,
     "synthetic_test": lambda c: c.rng.choice([1, 20, 33]) if c.set.name == "synthetic" else None,
     "subset": lambda c: (
-        c.rng.randint(50, 64) if c.set.grown or c.half or c.chance(0.15) and c.set.size > 64 else None
+        c.rng.randint(50, min(64, c.set.size)) if c.set.grown or c.half or c.chance(0.15) and c.set.size > 64 else None
     ),
     "val_frac": val_frac,
     "split_seed": sometimes(0.2, 1, 2**63 - 1),

@@ -67,7 +67,7 @@ def options_of(world, rng: random.Random) -> tuple[list[str], dict]:
     elif kind != "none":
         argv += ["--noise-type", kind, "--noise", rng.choice(["0.2", "0.5"])]
         argv += ["--noise-matrix", s.file("T.npy")] if kind == "matrix" else []
-    budget = rng.choice(["0.05", "1", "1000"])
+    budget = "0.05" if half else rng.choice(["0.05", "1", "1000"])
     if measure == "full":
         argv += ["--measure-budget", budget, "--chunks", "2", "--permutations", "2"]
     elif measure == "split":

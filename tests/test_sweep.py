@@ -130,6 +130,13 @@ def test_bad_options_are_one_line_and_status_2(argv, message, fake, capsys):
     assert message in err and err.count("\n") == 1
 
 
+def test_done_is_no_pipe(fake, capsys, tmp_path):
+    """It would be waited for."""
+    os.mkfifo(tmp_path / "done.npz")
+    assert fake("--grid", "bs=16", "--done", str(tmp_path / "done.npz")) == 2
+    assert "done.npz: not a regular file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("below", ["file/below", "file/below/that", "folder"])
 def test_a_place_that_cannot_be_written_is_one_line_and_status_2(below, tmp_path, capsys):
     (tmp_path / "file").write_text("")

@@ -274,6 +274,14 @@ def test_best_of_a_run_killed_at_a_write(whole, tmp_path, monkeypatch, at, numbe
     same_best(whole, tmp_path / "cut")
 
 
+def test_best_weights_stay_when_the_run_goes_on(go, tmp_path, monkeypatch):
+    """What the checkpoint knows of is kept, where no later epoch is better."""
+    pretend(monkeypatch, step5=0.9, step10=0.4)
+    folder = go("--best", "--epochs", "1")
+    assert train.main([*TINY, "--best", "--resume", "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
+    assert summary(folder)["steps"] == 10 and (best(folder)["step"], best(folder)["val_acc"]) == (5, 0.9)
+
+
 def test_best_in_mid_epoch_gives_way_when_the_run_grows(go, tmp_path, monkeypatch):
     """--max-steps validates in mid-epoch where a longer run does not: what was best there is not when it goes on."""
     pretend(monkeypatch, step5=0.5, step7=0.9, step10=0.4)
