@@ -91,7 +91,7 @@ def image_folder(path: Path, rng: np.random.Generator, colour: bool, listed: boo
                 pixels = (rng.integers(0, 150, shape) + 50 * k).astype(np.uint8)
                 Image.fromarray(pixels).save(path / part / name / f"{i}.{'jpg' if i % 3 == 0 else 'png'}")
     if listed:
-        (path / datasets.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
+        (path / sources.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
 
 
 def make_junk(folder: Path) -> list[str]:
@@ -183,7 +183,7 @@ def make_inputs(folder: Path) -> Inputs:
         inputs.sets[name] = Set(name, str(folder / name), 60, 3, 28, 0.7, given=listed, folder=True)
     for s in inputs.sets.values():
         how = {"synthetic_train": 200, "synthetic_test": 1, "image_size": 32, "data_dir": "."}
-        source = datasets.load(SimpleNamespace(dataset=s.path, **how))
+        source = sources.load(SimpleNamespace(dataset=s.path, **how))
         s.files = folder / f"files of {s.name}"
         label_files(s.files, source.y_train, s.K)
     if (SHARED / datasets.CIFAR10_FOLDER).is_dir():
