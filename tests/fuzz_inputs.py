@@ -16,7 +16,7 @@ from PIL import Image
 import data
 import datasets
 import noises
-from engine import noisefile
+from engine import noisefile, sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # the real sets, where they are here
 
