@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import optim
 import schedules
 from engine import options, roles
 from fuzz_inputs import Inputs, Set
@@ -266,6 +267,7 @@ GENERATORS: dict[str, Generator] = {
     "norm": norm,
     "bs": bs,
     "lr": lambda c: c.rng.choice([0.1, 0.03, "1e-3", "0.05"]) if c.chance(0.5) else None,
+    "optimizer": sometimes(0.2, *optim.OPTIMIZERS),
     "momentum": sometimes(0.4, 0, 0.5, 0.95, 0.99),
     "wd": sometimes(0.3, 0, "1e-4", 0.01),
     "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),
