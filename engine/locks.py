@@ -1,9 +1,10 @@
 """The lock of a run's folder: held by the process that writes the run, and by no dead one.
 
-`flock` itself rather than the `filelock` package, for three reasons: a look at a lock must not take it, not even for a
-moment (a run that starts just then would be refused), and `filelock` has exclusive locks only; where the file system
-has no `flock`, `filelock` falls back to a marker file, which outlives a killed process; and the file is opened by
-`files.open_regular`, which follows no link and waits for no pipe that a folder from elsewhere may hold under that name.
+`flock` itself rather than the `filelock` package, for three reasons. A look at a lock must not take it, not even for a
+moment, for a run that starts just then would be refused: this needs a shared lock, and those of `filelock` by `flock` are
+exclusive. Where the file system has no `flock`, `filelock` falls back to a marker file, which outlives a killed process.
+And the file is opened by `files.open_regular`, which follows no link and waits for no pipe that a folder from elsewhere
+may hold under that name.
 """
 
 from pathlib import Path

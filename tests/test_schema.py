@@ -16,8 +16,8 @@ import report
 import train
 from conftest import TINY
 from data import InputError
-from engine import identity, options, record, schema, sources
-from study import exports, processes, runfolders
+from engine import identity, jsonfiles, options, record, schema, sources
+from study import exports, gallery, onerun, processes, runfolders
 
 # 48 training examples, 3 steps an epoch
 ARGV = [*TINY, *"--synthetic-train 60 --synthetic-test 20 --width 4 --bs 16 --noise 0.4 --max-steps 4".split()]
@@ -201,7 +201,7 @@ def test_no_file_a_pipe_and_a_huge_one(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     assert "not a regular file" in outcome(schema.read_json, tmp_path / "pipe")
     (tmp_path / "f").write_text('{"a": 1}')
-    monkeypatch.setattr(schema, "LARGEST_FILE", 7)
+    monkeypatch.setattr(jsonfiles, "LARGEST_FILE", 7)
     assert "larger than" in outcome(schema.read_json, tmp_path / "f")
 
 
@@ -307,7 +307,8 @@ def test_scaler_state(made, job, monkeypatch):
 
 
 def test_a_report_leaves_out_what_it_cannot_read(copied, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "styled", lambda *_, **__: False)  # drawing takes long, and is not in question
+    for module in (gallery, onerun):  # drawing takes long, and is not in question
+        monkeypatch.setattr(module, "styled", lambda *_, **__: False)
     shutil.copytree(copied, copied.parent / "good")
     edit(copied / "config.json", lambda c: c["options"].update(bs=[]))
     argv = [str(copied.parent), "--out", str(tmp_path / "out"), "--export", str(tmp_path / "x.npz")]
