@@ -1,6 +1,7 @@
 """What a user adds from outside, one function and one entry in each registry, trains, sweeps and reports with no other change.
 
-The registry of measures after an epoch (made elsewhere) joins `ENTRIES` once it is there."""
+The registry of measures after an epoch joins `ENTRIES` once it is there.
+"""
 
 import json
 import subprocess
