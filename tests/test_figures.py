@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 import report
 from conftest import SHARED
 from engine import options
-from study import drawing, figures, onerun
+from study import drawing, figures, manyruns, onerun
 from study.drawing import Look
 from study.exports import export_runs
 from study.page import Page
@@ -81,7 +81,7 @@ def test_cosines_of_another_batchnorm_mode_are_labelled(mode):
 def table(tmp_path, runs: list[Run]) -> list[list[str]]:
     """The rows of the table beside the report, without header."""
     page = Page(tmp_path)
-    report.write_comparison(page, runs, [REPORT])
+    manyruns.write_comparison(page, runs, [REPORT])
     rows = [line.strip("| ").split(" | ") for line in "\n".join(page.markdown).splitlines() if line.startswith("|")]
     return rows[2:]
 

@@ -10,12 +10,11 @@ import torch
 import measure
 import metrics
 import nulls
-import report
 import schedules
 import train
 from conftest import same_weights, series, summary
 from engine import hardware, options, pace
-from study import runfolders, runvalues
+from study import manyruns, runfolders, runvalues
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
 
 # ------------------------------------------------------------------------------------------------------------- precision
@@ -184,11 +183,11 @@ def test_the_schedule_is_stated_on_screen_in_config_and_report(go, capsys):
     assert runvalues.schedule_shares(run) == (0.001, 0.0)
     del run.resolved["schedule"]  # as a run of an earlier version
     assert runvalues.schedule_shares(run) == (0.001, 0.0)
-    assert report.schedule_seen([run]) == "0.1%"
+    assert manyruns.schedule_text([run]) == "0.1%"
     run.resolved |= {"total_steps": 20_000}
-    assert report.schedule_seen([run]) == "100%, then 75% at its end"
+    assert manyruns.schedule_text([run]) == "100%, then 75% at its end"
     run.options["sched"] = "constant"
-    assert runvalues.schedule_shares(run) is None and report.schedule_seen([run]) == ""
+    assert runvalues.schedule_shares(run) is None and manyruns.schedule_text([run]) == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ busy cores

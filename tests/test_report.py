@@ -334,10 +334,10 @@ def test_a_page_begins_with_the_cells(made):
 def test_long_lists_of_runs_are_folded():
     runs = [finished(f"r{i}", status="stopped", bs=16, seed=i) for i in range(12)]
     page = Page(Path())
-    report.write_unfinished(page, runs)
+    manyruns.write_unfinished(page, runs)
     assert "<summary>12 runs are not finished</summary>" in page.html[0] and page.markdown[-1] == "</details>"
     page = Page(Path())
-    report.write_unfinished(page, runs[:2])
+    manyruns.write_unfinished(page, runs[:2])
     assert not any("details" in part for part in page.html) and "r1" in page.html[0]
 
 
