@@ -82,7 +82,7 @@ def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[st
     """Give each job the name under which its run is there already, if it is not there under its own.
 
     That is a name from one of `sweeps`, earlier ones with other axes, or the one that train.py gives. `done`: see
-    `processes.state`.
+    `processes.run_state`.
     """
     known: dict[str, list[str]] = {}
     for sweep in sweeps:

@@ -3,6 +3,7 @@
 import noises
 from engine.labels import relabel
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -220,12 +221,10 @@ def test_make_for_a_subset(go, tmp_path):
 
 
 def test_make_leaves_nothing_where_the_disk_is_full(tmp_path, capsys, monkeypatch):
-    def full(path, content):
-        with open(path, "wb") as f:
-            f.write(content[:100])
+    def full(_descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     refused(capsys, ["make", str(tmp_path / "a.npz"), *SYNTHETIC], "a.npz", "cannot be written (No space left")
     assert list(tmp_path.iterdir()) == []
 

@@ -308,7 +308,7 @@ def test_scaler_state(made, job, monkeypatch):
 
 def test_a_report_leaves_out_what_it_cannot_read(copied, capsys, monkeypatch, tmp_path):
     for module in (gallery, onerun):  # drawing takes long, and is not in question
-        monkeypatch.setattr(module, "styled", lambda *_, **__: False)
+        monkeypatch.setattr(module, "save_styled", lambda *_, **__: False)
     shutil.copytree(copied, copied.parent / "good")
     edit(copied / "config.json", lambda c: c["options"].update(bs=[]))
     argv = [str(copied.parent), "--out", str(tmp_path / "out"), "--export", str(tmp_path / "x.npz")]

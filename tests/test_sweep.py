@@ -389,7 +389,7 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
         return looked(runs, job, done)
 
     monkeypatch.setattr(processes, "run_state", state)
-    monkeypatch.setattr(sweep, "state", state)
+    monkeypatch.setattr(sweep, "run_state", state)
     assert fake("--grid", "noise=0,0.9 epochs=1") == 1
     assert "noise0.9_epochs1: failed: elsewhere" in capsys.readouterr().err
     assert started(tmp_path) == ["noise0_epochs1"]
