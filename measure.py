@@ -11,7 +11,6 @@ measured step only.
 Shapes: B examples of the global batch, b of them on this process, K classes, P parameters, R masks.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -171,7 +170,9 @@ def permuted_values(context: MeasuringContext, batch: Batch, step: int, forward:
     for tag, values_of_masks in cosines.items():
         if values_of_masks:
             sample = torch.tensor(values_of_masks, dtype=torch.float64)
-            values |= {tag: float(sample.mean()), f"{tag}_std": float(sample.std()) if len(sample) > 1 else math.nan}
+            values[tag] = float(sample.mean())
+            if len(sample) > 1:
+                values[f"{tag}_std"] = float(sample.std())
     return values
 
 
