@@ -45,7 +45,7 @@ def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
 def read_jobs(runs: Path) -> list[Sweep]:
     """Every sweep written down in RUNS, the oldest first. One that cannot be read is left out with a warning."""
     found = []
-    for path in sorted((runs / LOGS).glob("jobs-*.json")):
+    for path in sorted((runs / LOGS).glob("jobs-*.json"), key=lambda path: path.lstat().st_mtime_ns):  # two may start in one second
         try:
             content = jsonfiles.read_json(path) or {}
             if content.get("format") != FORMAT:
