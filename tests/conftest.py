@@ -33,10 +33,11 @@ def pytest_configure(config) -> None:
 
 @pytest.fixture(autouse=True)
 def same_threads():
-    """A run sets the number of threads for its process; here the process goes on to the next test."""
-    before = torch.get_num_threads()
+    """A run sets threads and default dtype for its process; here the process goes on to the next test."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
 
 
 @pytest.fixture(scope="session")
