@@ -194,6 +194,6 @@ def test_fashion_mnist_in_one_channel(go, real_data):
 @pytest.mark.slow
 def test_training_learns(go):
     """On clean drawn images a narrow net gets far above chance in a few epochs; the noisy labels stay unlearnt."""
-    argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 5 --bs 50 --sched onecycle --sched-epochs 5".split()
+    argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 8 --bs 50 --sched onecycle --sched-epochs 8".split()
     said = summary(go(*argv, "--threads", "2", "--precision", "auto"))
     assert said["val_acc"] > 0.45 and said["test_acc"] > 0.4
