@@ -125,10 +125,12 @@ def print_verdicts(judged: Judged) -> None:
 def make_report(args) -> int:
     """Read, export, draw and judge. Raises `InputError`, and `CannotWrite` where the disk refuses."""
     check_report_options(args)
-    if args.csv and not (args.out or args.export):  # one run at a time in memory
-        print(tables.write_tables(results.iter_runs(args.paths), Path(args.csv)))
-        return 0
     left_out: list[str] = []
+    if args.csv and not (args.out or args.export):  # one run at a time in memory
+        print(tables.write_tables(results.iter_runs(args.paths, left_out=left_out), Path(args.csv)))
+        for line in left_out:
+            print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
+        return 0
     runs = results.load_runs(args.paths, left_out=left_out)
     if not runs:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data import InputError
+from study.outputs import whole_folder
 from study.runfolders import Run
 
 HEADER = ("run", "tag", "step", "value")
@@ -60,14 +61,14 @@ def columns(rows: list[dict[str, str]]) -> list[str]:
 def write_tables(runs: Iterable[Run], path: Path) -> str:
     """Both tables, whole or not at all; returns a line that says what was written.
 
-    A name that several runs have, from different folders, is numbered from the second on: `NAME (2)`. Raises `InputError` where
-    a file cannot be written.
+    A name that several runs have, from different folders, is numbered from the second on: `NAME (2)`; bytes of a name that
+    are no UTF-8 are spelled out. Raises `CannotWrite`.
     """
     names: Counter[str] = Counter()
     rows, points = [], 0
-    parts = [p.with_name(p.name + ".tmp") for p in (path, runs_path(path))]
-    try:
-        with open(parts[0], "w", newline="") as f:
+    how = {"mode": "w", "newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with whole_folder(path.parent, "--csv") as folder:
+        with open(folder / path.name, **how) as f:
             out = csv.writer(f)
             out.writerow(HEADER)
             for run in runs:
@@ -77,15 +78,8 @@ def write_tables(runs: Iterable[Run], path: Path) -> str:
                     out.writerows((name, tag, s, v) for s, v in zip(steps.tolist(), values.tolist(), strict=True))
                     points += len(steps)
                 rows.append(table_row(run, name))
-        with open(parts[1], "w", newline="") as f:
+        with open(folder / runs_path(path).name, **how) as f:
             table = csv.DictWriter(f, columns(rows), restval="")
             table.writeheader()
             table.writerows(rows)
-        for part, target in zip(parts, (path, runs_path(path)), strict=True):
-            part.replace(target)
-    except OSError as e:
-        raise InputError(f"--csv {path}: cannot be written ({e.strerror})") from e
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
     return f"{len(rows)} runs -> {path} ({points} values), {runs_path(path)}"

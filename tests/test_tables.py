@@ -63,7 +63,8 @@ def test_runs_are_written_one_at_a_time(tmp_path):
             big = made(f"r{i}")
             big.series["val/acc"] = (np.arange(5000), np.arange(5000) / 7)
             yield big
-            assert (tmp_path / "all.csv.tmp").stat().st_size > 50_000 * (i + 1)
+            (part,) = tmp_path.glob(".writing-*/all.csv")
+            assert part.stat().st_size > 50_000 * (i + 1)
             assert (tmp_path / "all.csv").read_text() == "old"
 
     tables.write_tables(feed(), tmp_path / "all.csv")
