@@ -19,11 +19,12 @@ from data import InputError
 from engine import options
 from engine.hardware import cores
 from study import exports
-from study.cluster import Request, run_on_ray
+from study.cluster import RayTasks, Request
 from study.grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
 from study.joblist import Sweep, find_earlier, read_jobs, write_jobs
 from study.outputs import CannotWrite
-from study.processes import STATES, command, nothing_to_start, run_here, run_state
+from study.processes import STATES, LocalProcesses, command, nothing_to_start, run_state
+from study.scheduler import Backend, run_jobs
 
 
 def jobs_of(args, extra: list[str]) -> list[Job]:
@@ -123,6 +124,12 @@ def parser() -> options.Parser:
     g.add_argument("--jobs", type=options.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
     g.add_argument("--per-gpu", type=options.count, default=1, metavar="K", help="runs at a time on one GPU")
     g.add_argument("--threads", type=options.count, metavar="N", help="CPU threads of a run's process (cores / jobs)")
+    g.add_argument(
+        "--minutes",
+        type=options.number(0, 1e6, "a number above 0", open_low=True),
+        metavar="M",
+        help="end within this time: what runs then saves, and the same command goes on",
+    )
     g.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, or local to start one here")
     g.add_argument(
         "--retries",
@@ -214,11 +221,12 @@ def run_sweep(args, extra: list[str]) -> int:
         if size > 1 and args.per_gpu > 1:
             raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {size} has whole GPUs")
         share = 0 if place.accelerator == "cpu" else size / args.per_gpu
-        where = Request(args.ray, share, size, threads, args.jobs, args.retries)
-        ended, interrupted = run_on_ray(queue, runs, where, done, skipped, again)
+        runs = runs.resolve()  # a worker starts elsewhere
+        backend: Backend = RayTasks(Request(args.ray, share, size, threads, args.jobs, args.retries))
     else:
         slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
-        ended, interrupted = run_here(queue, runs, slots, threads, done, skipped, again)
+        backend = LocalProcesses(slots, threads)
+    ended, interrupted = run_jobs(queue, runs, backend, done, skipped, again, args.minutes)
     # a run that was never started may have been run by another process
     statuses = [
         ended.get(job.name) or (run_state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs

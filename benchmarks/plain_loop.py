@@ -86,8 +86,8 @@ def main() -> None:
                 break
     synchronize(device)
     ended = time.perf_counter()
-    said = {"images_per_second": images / (ended - clock), "seconds": ended - began}
-    print(json.dumps(said | {"peak_memory_mb": peak_memory_mb(device), "loss": loss_sum / step, "acc": correct / seen}))
+    result = {"images_per_second": images / (ended - clock), "seconds": ended - began}
+    print(json.dumps(result | {"peak_memory_mb": peak_memory_mb(device), "loss": loss_sum / step, "acc": correct / seen}))
 
 
 if __name__ == "__main__":

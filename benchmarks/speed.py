@@ -107,8 +107,8 @@ def in_turn(acts: list, budget: float, least: int = 5, most: int = 40) -> list[l
     times = [max(1, round(BLOCK / max(seconds(act, 2), 1e-6))) if BLOCK else 1 for act in acts]
     samples, began = [[] for _ in acts], time.perf_counter()
     while len(samples[0]) < least or (time.perf_counter() - began < budget and len(samples[0]) < most):
-        for act, n, found in zip(acts, times, samples, strict=True):
-            found.append(seconds(act, n))
+        for act, n, collected in zip(acts, times, samples, strict=True):
+            collected.append(seconds(act, n))
     return samples
 
 
@@ -179,7 +179,7 @@ def part_steps(mine) -> str:
 def steps_table(cells: list[dict]) -> str:
     """The table of steps, and from it the time for the report's grid once all of its batch sizes are there."""
     used = [name for name in COLUMNS if any(name in c for c in cells)]
-    said = table([COLUMNS[name] for name in used], [[str(c.get(name, "")) for name in used] for c in cells])
+    text = table([COLUMNS[name] for name in used], [[str(c.get(name, "")) for name in used] for c in cells])
     fastest = {}
     for c in cells:
         if c["model"] == "resnet18-64" and "seconds" in c:
@@ -187,11 +187,11 @@ def steps_table(cells: list[dict]) -> str:
     sizes = (16, 32, 64, 128, 256, 512)
     if set(sizes) <= fastest.keys():  # 9 runs of 64 epochs at each size, every 50th step measured
         hours = sum(9 * 64 * -(-40_000 // B) * fastest[B] for B in sizes) / 3600
-        said += (
+        text += (
             "\n\nThe steps of the report's grid (figures 4-12: 54 runs of 64 epochs, ResNet-18 of width 64, every 50th "
             f"step measured) would take {hours:.1f} hours, at each batch size the fastest way above, one run at a time."
         )
-    return said
+    return text
 
 
 def cell(mine) -> None:

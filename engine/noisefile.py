@@ -85,71 +85,72 @@ def read(path: str, name: str | None = None, option: str = "--noise-file") -> La
     return read_npz(path, option)
 
 
-def labels(a: object, name: str, said: str, like: Tensor | None = None, classes: bool = True) -> Tensor:
+def labels(a: object, name: str, source: str, like: Tensor | None = None, classes: bool = True) -> Tensor:
     """An array as int64 labels (n,), or as positions without `classes`, as long as `like`. Else `InputError`."""
     try:
         a = a.numpy() if isinstance(a, Tensor) else np.asarray(a)
     except Exception as e:  # ragged lists, tensors of a kind that numpy lacks: each raises its own
-        raise InputError(f"{said}: {name} is not an array of integers ({reason(e)})") from e
+        raise InputError(f"{source}: {name} is not an array of integers ({reason(e)})") from e
     if a.dtype.kind not in "iu" or a.ndim != 1 or len(a) == 0:
-        raise InputError(f"{said}: {name} is {a.dtype} of shape {a.shape}, not integer (n,)")
+        raise InputError(f"{source}: {name} is {a.dtype} of shape {a.shape}, not integer (n,)")
     if like is not None and len(a) != len(like):
-        raise InputError(f"{said}: {name} has {len(a)} entries, true has {len(like)}")
+        raise InputError(f"{source}: {name} has {len(a)} entries, true has {len(like)}")
     if int(a.min()) < 0 or int(a.max()) > (9999 if classes else 2**31):
         what = "class numbers from 0" if classes else "positions from 0"
-        raise InputError(f"{said}: {name} holds {a.min()}..{a.max()}, not {what}")
+        raise InputError(f"{source}: {name} holds {a.min()}..{a.max()}, not {what}")
     return torch.from_numpy(a.astype(np.int64))
 
 
 def read_npz(path: str, option: str) -> LabelFile:
     """`read` for `.npz`. Pickled arrays are refused by numpy."""
-    said = f"{option} {path}"
+    source = f"{option} {path}"
     try:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in ("index", "true", "label", "dynamic_rate", "dynamic_seed") if k in z.files}
     except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(f"{said}: not a readable .npz of labels ({reason(e)})") from e
+        raise InputError(f"{source}: not a readable .npz of labels ({reason(e)})") from e
     missing = [k for k in ("index", "true", "label") if k not in arrays]
     if missing:
-        raise InputError(f"{said}: lacks the array {', '.join(missing)}; needed are index, true and label")
-    true = labels(arrays["true"], "true", said)
-    label, index = labels(arrays["label"], "label", said, true), labels(arrays["index"], "index", said, true, False)
+        raise InputError(f"{source}: lacks the array {', '.join(missing)}; needed are index, true and label")
+    true = labels(arrays["true"], "true", source)
+    label, index = labels(arrays["label"], "label", source, true), labels(arrays["index"], "index", source, true, False)
     if len(index.unique()) < len(index):
-        raise InputError(f"{said}: index names an example twice")
+        raise InputError(f"{source}: index names an example twice")
     dynamic = None
     if "dynamic_rate" in arrays:
         rate, seed = arrays["dynamic_rate"], arrays.get("dynamic_seed", np.empty(0))
         plain = rate.size == seed.size == 1 and rate.dtype.kind in "fiu" and seed.dtype.kind in "iu"
         if not plain or not 0 <= rate.item() <= 1 or not 0 <= seed.item() < 2**63:
-            raise InputError(f"{said}: dynamic_rate and dynamic_seed are not a share and a seed")
+            raise InputError(f"{source}: dynamic_rate and dynamic_seed are not a share and a seed")
         dynamic = float(rate.item()), seed.item()
     return LabelFile(index, true, label, dynamic)
 
 
 def read_pt(path: str, name: str | None, option: str) -> LabelFile:
     """`read` for `.pt`: the labels called `name` of a dictionary that also holds the true ones (`clean_label`)."""
-    said, found = f"{option} {path}", load_pt(path, option)
-    names = [k for k in found if k != CLEAN]
+    source, arrays = f"{option} {path}", load_pt(path, option)
+    names = [k for k in arrays if k != CLEAN]
     if name not in names:
         given = f"has no labels '{name}'" if name else "holds several sets of labels"
         how = "--noise-labels must be" if option == "--noise-file" else f"give {path}:LABELS, LABELS being"
-        raise InputError(f"{said}: {given}; {how} one of {', '.join(names)}")
-    true = labels(found[CLEAN], CLEAN, said)
-    return LabelFile(None, true, labels(found[name], name, said, true))
+        raise InputError(f"{source}: {given}; {how} one of {', '.join(names)}")
+    true = labels(arrays[CLEAN], CLEAN, source)
+    return LabelFile(None, true, labels(arrays[name], name, source, true))
 
 
 def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
     """The dictionary of arrays in a `.pt` of CIFAR-10N's layout: `clean_label` and label sets by name.
 
-    Without those called coarse: CIFAR-100N's superclasses, which are no labels of these classes. torch's restricted unpickler makes integer numpy arrays and nothing else: a file that names any other function is
-    refused before that function is called. Raises `InputError`.
+    Without those called coarse: CIFAR-100N's superclasses, which are no labels of these classes. torch's restricted
+    unpickler makes integer numpy arrays and nothing else: a file that names any other function is refused before that
+    function is called. Raises `InputError`.
     """
     make = np.empty(0).__reduce__()[0]  # numpy's own array maker, which moved between numpy 1 and 2
     allowed = [(make, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     allowed += [np.ndarray, np.dtype, *{type(np.dtype(t)) for t in ("i1", "i2", "i4", "i8", "u1", "u2", "u4")}]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            arrays = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise InputError(f"{option} {path}: cannot be read ({e.strerror or reason(e)})") from e
     except Exception as e:  # a file can be broken in any way
@@ -158,26 +159,26 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
             f"it wants {wants[1].rstrip('.,')} to be called" if wants else "it is damaged, or holds other than arrays"
         )
         raise InputError(f"{option} {path}: refused, {what}; a .pt may hold integer arrays only") from e
-    if not isinstance(found, dict) or CLEAN not in found or not all(isinstance(k, str) for k in found):
+    if not isinstance(arrays, dict) or CLEAN not in arrays or not all(isinstance(k, str) for k in arrays):
         raise InputError(f"{option} {path}: not a dictionary of label arrays with '{CLEAN}', as CIFAR-10N's")
-    found = {k: v for k, v in found.items() if "coarse" not in k}
-    if len(found) < 2:
+    arrays = {k: v for k, v in arrays.items() if "coarse" not in k}
+    if len(arrays) < 2:
         raise InputError(f"{option} {path}: holds no labels to train on, '{CLEAN}' only")
-    return found
+    return arrays
 
 
 def read_true(path: str) -> Tensor:
     """True labels (N,) int64 of a whole training set from a `.npy`. Raises `InputError`."""
-    said = f"--true {path}"
+    source = f"--true {path}"
     if not os.path.isfile(path):
-        raise InputError(f"{said}: there is no such file")
+        raise InputError(f"{source}: there is no such file")
     try:
         a = np.load(path, allow_pickle=False)
     except Exception as e:
-        raise InputError(f"{said}: not a readable .npy ({reason(e)})") from e
-    y = labels(a, "the array", said)
+        raise InputError(f"{source}: not a readable .npy ({reason(e)})") from e
+    y = labels(a, "the array", source)
     if int(y.max()) == 0:
-        raise InputError(f"{said}: holds one class only")
+        raise InputError(f"{source}: holds one class only")
     return y
 
 
@@ -187,9 +188,9 @@ def read_matrix(path: str, K: int) -> Tensor:
     Rows must be probabilities that sum to 1 within 1e-4 (decimals in a text file); they are then scaled to do so
     exactly. Raises `InputError`.
     """
-    said = f"--noise-matrix {path}"
+    source = f"--noise-matrix {path}"
     if not os.path.isfile(path):
-        raise InputError(f"{said}: there is no such file")
+        raise InputError(f"{source}: there is no such file")
     try:
         if path.endswith(".npy"):
             T = np.load(path, allow_pickle=False)
@@ -198,18 +199,18 @@ def read_matrix(path: str, K: int) -> Tensor:
                 T = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")  # Excel puts a mark before it
         T = np.asarray(T)
     except Exception as e:
-        raise InputError(f"{said}: not a readable .npy or .csv of numbers ({reason(e)})") from e
+        raise InputError(f"{source}: not a readable .npy or .csv of numbers ({reason(e)})") from e
     if T.dtype.kind not in "fiu":  # a complex one would lose its imaginary part
-        raise InputError(f"{said}: is of {T.dtype}, not of real numbers")
+        raise InputError(f"{source}: is of {T.dtype}, not of real numbers")
     T = torch.from_numpy(T.astype(np.float64))
     if T.shape != (K, K):
-        raise InputError(f"{said}: is of shape {tuple(T.shape)}, the data set has {K} classes: ({K}, {K})")
+        raise InputError(f"{source}: is of shape {tuple(T.shape)}, the data set has {K} classes: ({K}, {K})")
     if not bool(T.isfinite().all()) or bool((T < 0).any()):
-        raise InputError(f"{said}: holds entries that are negative or not finite, not probabilities")
+        raise InputError(f"{source}: holds entries that are negative or not finite, not probabilities")
     off = (T.sum(1) - 1).abs()
     if float(off.max()) > 1e-4:
         k = int(off.argmax())
-        raise InputError(f"{said}: row {k} sums to {float(T[k].sum()):.6g}, not to 1")
+        raise InputError(f"{source}: row {k} sums to {float(T[k].sum()):.6g}, not to 1")
     return T / T.sum(1, keepdim=True)
 
 
@@ -315,8 +316,8 @@ def show(text: str) -> str:
     index = torch.arange(len(file.true)) if file.index is None else file.index
     K = int(torch.cat([file.true, file.label]).max()) + 1
     rate, seed = file.dynamic or ((file.label != file.true).double().mean().item(), None)
-    said = ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
-    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe(said, tuple(map(str, range(K))))
+    drawn = ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
+    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe(drawn, tuple(map(str, range(K))))
 
 
 def compare(one: str, other: str) -> str:

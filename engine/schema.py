@@ -279,13 +279,13 @@ def check_state(state: object, where: object) -> dict:
     return state | {"config": config}
 
 
-def check_tensor(found: object, like: Tensor, where: object, field: str) -> None:
-    """Raise `InputError` unless `found` has the shape and dtype of `like` and finite values."""
-    if not isinstance(found, Tensor) or found.layout != torch.strided:
-        raise wrong_value(where, field, found, "a dense tensor")
-    if found.shape != like.shape or found.dtype != like.dtype:
-        raise wrong_value(where, field, found, describe_value(like))
-    if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+def check_tensor(given: object, like: Tensor, where: object, field: str) -> None:
+    """Raise `InputError` unless `given` has the shape and dtype of `like` and finite values."""
+    if not isinstance(given, Tensor) or given.layout != torch.strided:
+        raise wrong_value(where, field, given, "a dense tensor")
+    if given.shape != like.shape or given.dtype != like.dtype:
+        raise wrong_value(where, field, given, describe_value(like))
+    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
         raise InputError(f"{where}: {field} has values that are not finite")
 
 
@@ -308,11 +308,11 @@ def check_fits(state: dict, job, where: object) -> None:
         check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
 
 
-def check_optimizer(found: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:
-    """Raise `InputError` unless `found` is the state of an optimizer like the one of `own`, which keeps tensors of these
+def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:
+    """Raise `InputError` unless `given` is the state of an optimizer like the one of `own`, which keeps tensors of these
     `names` for each parameter; rate and momentum may differ."""
-    check_fields(found, {"state": OBJECT}, where, required=("state", "param_groups"))
-    groups = found["param_groups"]
+    check_fields(given, {"state": OBJECT}, where, required=("state", "param_groups"))
+    groups = given["param_groups"]
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
         raise wrong_value(where, "param_groups", groups, "a list of one object")
     (group,), (mine,) = groups, own["param_groups"]
@@ -320,11 +320,11 @@ def check_optimizer(found: dict, own: dict, parameters: list[Tensor], names: tup
     for name in mine.keys() - {"lr", "momentum"}:
         if type(group[name]) is not type(mine[name]) or group[name] != mine[name]:
             raise wrong_value(where, f"param_groups.0.{name}", group[name], describe_value(mine[name]))
-    for i in found["state"]:
+    for i in given["state"]:
         if type(i) is not int or not 0 <= i < len(parameters):
             raise InputError(f"{where}: state.{describe_value(i)} belongs to no parameter")
     for i, parameter in enumerate(parameters):
-        entry, field = found["state"].get(i, {}), f"state.{i}"
+        entry, field = given["state"].get(i, {}), f"state.{i}"
         if not isinstance(entry, dict) or entry.keys() - {*names}:
             raise wrong_value(where, field, entry, f"an object with a {' and a '.join(names) or 'state of no name'}")
         for name in names:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from torch import Tensor
@@ -64,26 +65,22 @@ def one_at_a_time(folder: Path):
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".download.lock"
+    lock = filelock.FileLock(path)
+
+    def remove_lock() -> None:
+        path.unlink(missing_ok=True)
+
     try:
-        f = open(path, "w")
-    except OSError:  # of another user
+        lock.acquire()
+    except (OSError, NotImplementedError):  # of another user, or on a file system without locks
         yield
         return
-    with f:
-        try:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX)
-        except (ImportError, OSError):
-            pass
-        def remove_lock() -> None:
-            path.unlink(missing_ok=True)
-
-        try:
-            with interrupts.undo_if_interrupted(remove_lock):
-                yield
-        finally:
-            remove_lock()
+    try:
+        with interrupts.undo_if_interrupted(remove_lock):
+            yield
+    finally:
+        remove_lock()
+        lock.release()
 
 
 def download(make, data_dir: Path, folder: str) -> None:

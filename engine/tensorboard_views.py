@@ -177,9 +177,9 @@ BLACK, RED, GREY, DARK = (0, 0, 0), (200, 0, 0), (200, 200, 200), (8, 48, 107)
 
 def font(size: int) -> ImageFont.FreeTypeFont:
     """matplotlib's font, which knows more alphabets than Pillow's own, found without importing matplotlib."""
-    found = importlib.util.find_spec("matplotlib")
+    spec = importlib.util.find_spec("matplotlib")
     try:
-        return ImageFont.truetype(str(Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
+        return ImageFont.truetype(str(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"), size)
     except (AttributeError, OSError, ImportError):
         return ImageFont.load_default(size)
 

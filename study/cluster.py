@@ -1,28 +1,15 @@
-"""Runs as tasks of a Ray cluster. Ray is optional: requirements-ray.txt."""
+"""Runs as tasks of a Ray cluster, a back end of the scheduler. Ray is optional: requirements-ray.txt."""
 
 import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from data import InputError
 from study.grids import Job
-from study.processes import (
-    LOGS,
-    POLL,
-    Progress,
-    StopSignals,
-    command,
-    end_line,
-    failure_reason,
-    make_folder,
-    note_failure,
-    nothing_to_start,
-    run_state,
-)
+from study.processes import Exit
 
 
 @dataclass
@@ -124,96 +111,56 @@ def run_task(argv: list[str], folder: str, log: str, cwd: str, again: bool) -> t
         return code, begin, ""
 
 
-def run_on_ray(
-    queue: list[Job], runs: Path, where: Request, done: dict[str, list[dict]], skipped: int, again: set[str]
-) -> tuple[dict[str, str], bool]:
-    """Run jobs as tasks of a Ray cluster, whose machines see this code, this folder and RUNS under the same paths.
+class RayTasks:
+    """The scheduler's back end for a Ray cluster, whose machines see this code, this folder and the runs under the same paths.
 
     Ray shows a run the GPUs that it has asked for, alone. A task whose machine is lost is given to another one, where
-    the run goes on from its last checkpoint. The first signal lets the runs save, the second kills them. Returns what
-    `processes.run_here` does. Raises `InputError` without Ray, where no cluster answers at the address ("local" starts
-    one here), or where no node is large enough.
+    the run goes on from its last checkpoint. Raises `InputError` without Ray, where no cluster answers at the address
+    ("local" starts one here), or where no node is large enough.
     """
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--ray: Ray is not installed; pip install -r requirements-ray.txt") from None
-    try:
-        if not ray.is_initialized():
-            local = where.address == "local"
-            ray.init(address=None if local else where.address, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, RuntimeError, ValueError) as e:
-        raise InputError(f"--ray {where.address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    threads, share = fit_to_nodes(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
-    runs = runs.resolve()  # a worker starts elsewhere
-    make_folder(runs)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
-    task = ray.remote(run_task).options(num_cpus=threads * where.size, num_gpus=share, max_retries=where.retries)
-    queue, elsewhere, pending, ended, again = list(queue), [], {}, {}, set(again)
-    progress, cancelled = Progress(queue, skipped), 0
 
-    def finish(job: Job, status: str, detail: str) -> None:
-        ended[job.name] = status
-        progress.end(job, ended, len(pending))
-        if status != "finished":
-            tqdm.write(end_line(job, status, detail), file=sys.stderr)
-
-    def submit(job: Job) -> None:
-        status, detail = run_state(runs, job, done)
-        if nothing_to_start(status, job, again):
-            finish(job, status, detail)
-        elif status == "running":
-            again.discard(job.name)  # another process repeats it
-            elsewhere.append(job)
-        else:
-            log, folder = runs / LOGS / f"{job.name}.log", runs / job.name
-            (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
-            argv = command(job, runs, folder.is_dir(), threads)
-            ref = task.remote(argv, str(folder), str(log), os.getcwd(), job.name in again)
-            again.discard(job.name)
-            pending[ref] = (job, log)
-
-    def ended_task(ref) -> None:
-        job, log = pending.pop(ref)
+    def __init__(self, where: Request) -> None:
         try:
-            code, begin, lost = ray.get(ref)
-        except Exception as e:  # the machine was lost too often, or the task cancelled before its start
-            code, begin, lost = 1, 0, type(e).__name__
-        status, detail = run_state(runs, job, done)
-        if status == "running" and not cancelled:  # another process still holds it, such as a lost task's
-            elsewhere.append(job)
-            return
-        if not cancelled and (status == "failed" or (status in ("waiting", "stopped") and code not in (0, 3))):
-            detail = detail if status == "failed" else lost or failure_reason(log, code, begin)
-            status = "failed"
-            note_failure(runs, job.name, detail)
-        finish(job, status, detail)
-
-    with StopSignals() as stop:
+            import ray
+        except ImportError:
+            raise InputError("--ray: Ray is not installed; pip install -r requirements-ray.txt") from None
         try:
-            while pending or ((queue or elsewhere) and not stop.asked):
-                if stop.asked > cancelled:
-                    for ref in pending:
-                        # first an interrupt, which the task passes on to its run, then the end of both; waiting
-                        # tasks never start
-                        ray.cancel(ref, force=cancelled > 0)
-                    cancelled = stop.asked
-                while queue and not stop.asked and len(pending) < (where.jobs or len(pending) + 1):
-                    submit(queue.pop(0))
-                progress.show(ended, len(pending))
-                if pending:
-                    for ref in ray.wait(list(pending), timeout=0.5)[0]:
-                        ended_task(ref)
-                else:
-                    time.sleep(5 * POLL)
-                if elsewhere and not queue:
-                    queue, elsewhere[:] = list(elsewhere), []
-        except BaseException:  # such as a full disk: no run is left behind
-            for ref in pending:
-                ray.cancel(ref)
-            if pending:
-                ray.wait(list(pending), num_returns=len(pending), timeout=60)
-            raise
-    progress.bar.close()
-    return ended, bool(stop.asked)
+            if not ray.is_initialized():
+                local = where.address == "local"
+                ray.init(address=None if local else where.address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise InputError(f"--ray {where.address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.threads, share = fit_to_nodes(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
+        ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
+        self.ray, self.most = ray, where.jobs
+        self.task = ray.remote(run_task).options(
+            num_cpus=self.threads * where.size, num_gpus=share, max_retries=where.retries
+        )
+        self.active: dict[str, Any] = {}  # the task's reference, by run
+
+    def has_room(self) -> bool:
+        return self.most is None or len(self.active) < self.most  # Ray lets tasks wait until they fit
+
+    def start(self, job: Job, argv: list[str], folder: Path, log: Path, again: bool) -> None:
+        self.active[job.name] = self.task.remote(argv, str(folder), str(log), os.getcwd(), again)
+
+    def wait(self, seconds: float) -> list[tuple[str, Exit]]:
+        if not self.active:
+            time.sleep(seconds)
+            return []
+        names = {ref: name for name, ref in self.active.items()}
+        ended = []
+        for ref in self.ray.wait(list(names), num_returns=len(names), timeout=seconds)[0]:
+            try:
+                how = Exit(*self.ray.get(ref))
+            except Exception as e:  # the machine was lost too often, or the task cancelled before its start
+                how = Exit(1, 0, type(e).__name__)
+            del self.active[names[ref]]
+            ended.append((names[ref], how))
+        return ended
+
+    def stop(self, force: bool) -> None:
+        for ref in self.active.values():
+            # first an interrupt, which the task passes on to its run, then the end of both; waiting tasks never start
+            self.ray.cancel(ref, force=force)

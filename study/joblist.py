@@ -44,17 +44,17 @@ def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
 
 def read_jobs(runs: Path) -> list[Sweep]:
     """Every sweep written down in RUNS, the oldest first. One that cannot be read is left out with a warning."""
-    found = []
+    sweeps = []
     for path in sorted((runs / LOGS).glob("jobs-*.json"), key=lambda path: path.lstat().st_mtime_ns):  # two may start in one second
         try:
             content = jsonfiles.read_json(path) or {}
             if content.get("format") != FORMAT:
                 raise ValueError
             jobs = [checked(**entry) for entry in content["jobs"]]
-            found.append(Sweep(str(content["command"]), str(content["started"]), jobs))
+            sweeps.append(Sweep(str(content["command"]), str(content["started"]), jobs))
         except (InputError, ValueError, KeyError, TypeError):
             print(f"warning: {path}: not a list of a sweep's jobs, left out", file=sys.stderr)
-    return sorted(found, key=lambda sweep: sweep.started)
+    return sorted(sweeps, key=lambda sweep: sweep.started)
 
 
 def checked(name: str, argv: list[str], options: dict) -> Job:

@@ -1,4 +1,4 @@
-"""Runs as processes of train.py: the state a run is in, its command, and a scheduler for this machine.
+"""Runs as processes of train.py: the state a run is in, its command, and a back end of the scheduler for this machine.
 
 A run's folder says how it ended; nothing else is kept, but the output of its process and, for a run that failed
 before it had a folder, the reason.
@@ -10,10 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import NamedTuple
 
 from data import InputError
 from engine import jsonfiles, locks, schema
@@ -21,7 +19,6 @@ from engine.identity import differences
 from study.grids import Job
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-POLL = 0.2  # seconds between looks at the running processes
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
 LOG_TAIL = 65536  # bytes of a log that are read for a reason
 STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
@@ -153,147 +150,46 @@ def kill(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-class StopSignals:
-    """Signals that ask a run to save and end, as a flag: `asked` counts them. A context manager; old handlers come back."""
+class Exit(NamedTuple):
+    """How the process of a run ended."""
 
-    def __enter__(self):
-        self.asked = 0
-        names = [s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s)]
-        self.before = {s: signal.signal(s, self.note) for s in (getattr(signal, name) for name in names)}
-        return self
-
-    def note(self, *_) -> None:
-        self.asked += 1
-
-    def __exit__(self, *_) -> None:
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
+    code: int  # its exit status; that of a signal is negative
+    log_start: int  # byte of its log at which its output begins
+    lost: str = ""  # why it never ran to an end of its own, where a machine was lost
 
 
-class Progress:
-    """A bar over runs, weighted by their work for the estimate of the time left."""
+class LocalProcesses:
+    """The scheduler's back end for this machine: a process for each run, one in each of `slots` (GPUs, or None for the CPU)."""
 
-    def __init__(self, jobs: list[Job], skipped: int) -> None:
-        self.bar = tqdm(
-            total=len(jobs) + skipped,
-            initial=skipped,
-            unit="run",
-            bar_format="{desc}{n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
-        )
-        self.left, self.done, self.began = sum(j.work for j in jobs), 0.0, time.monotonic()
-        self.show({}, 0)
+    def __init__(self, slots: list[str | None], threads: int) -> None:
+        self.threads = threads
+        self.free = list(slots)
+        self.active: dict[str, tuple[subprocess.Popen, str | None, int]] = {}  # by run: process, slot, log's first byte
 
-    def end(self, job: Job, ended: dict[str, str], running: int) -> None:
-        self.left -= job.work
-        self.done += job.work
-        self.bar.update()
-        self.show(ended, running)
+    def has_room(self) -> bool:
+        return bool(self.free)
 
-    def show(self, ended: dict[str, str], running: int) -> None:
-        """`ended`: how each run that ended did so, by name."""
-        counts = Counter(ended.values())
-        left = (time.monotonic() - self.began) * self.left / self.done if self.done else None
-        words = [f"{running} running"] + [f"{n} {s}" for s, n in counts.items() if s != "finished"]
-        words.append(f"about {left / 60:.0f} min left" if left is not None else "time left unknown")
-        self.bar.set_postfix_str(", ".join(words))
-
-
-def run_here(
-    queue: list[Job],
-    runs: Path,
-    slots: list[str | None],
-    threads: int,
-    done: dict[str, list[dict]],
-    skipped: int,
-    again: set[str],
-) -> tuple[dict[str, str], bool]:
-    """Run jobs as processes, one in each slot (GPUs, or None for the CPU).
-
-    Returns: how each run that ended did so, by name (a run that was not started is not in it), and whether a signal came.
-
-    A run that another process holds is waited for and looked at again. The first signal is passed on to the
-    children, which save; the second kills them. Raises `InputError` if RUNS cannot be written.
-    """
-    make_folder(runs)
-    queue, elsewhere, active, ended, again = list(queue), [], {}, {}, set(again)
-    free, passed_on = list(slots), 0
-    progress = Progress(queue, skipped)
-
-    def finish(job: Job, status: str, detail: str) -> None:
-        ended[job.name] = status
-        progress.end(job, ended, len(active))
-        if status != "finished":
-            tqdm.write(end_line(job, status, detail), file=sys.stderr)
-
-    def start(job: Job) -> None:
-        again.discard(job.name)
-        (runs / LOGS / f"{job.name}.failed").unlink(missing_ok=True)
-        slot, log = free[0], runs / LOGS / f"{job.name}.log"
+    def start(self, job: Job, argv: list[str], folder: Path, log: Path, again: bool) -> None:
+        slot = self.free[0]
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
-        argv = command(job, runs, (runs / job.name).is_dir(), threads)
         with open(log, "ab") as out:
             # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
             process = subprocess.Popen(
                 argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True
             )
-            active[process] = (job, free.pop(0), log, out.tell())
-        progress.show(ended, len(active))
+            self.active[job.name] = (process, self.free.pop(0), out.tell())
 
-    with StopSignals() as stop:
-        try:
-            while True:
-                for process, (job, slot, log, begin) in list(active.items()):
-                    code = process.poll()
-                    if code is None:
-                        continue
-                    del active[process]
-                    free.append(slot)
-                    status, detail = run_state(runs, job, done)
-                    # a signal that arrives before the run has its handlers ends it without output: no failure
-                    if status == "failed" or (
-                        status in ("waiting", "stopped") and code not in (0, 3) and not stop.asked
-                    ):
-                        status, detail = "failed", detail if status == "failed" else failure_reason(log, code, begin)
-                        note_failure(runs, job.name, detail)
-                    if status == "running":  # another process has taken it
-                        elsewhere.append(job)
-                    else:
-                        finish(job, status, detail)
-                if stop.asked > passed_on:
-                    if not passed_on:
-                        tqdm.write(
-                            f"stopping: {len(active)} running runs save and end (again to kill them)", file=sys.stderr
-                        )
-                    for process in active:
-                        kill(process) if passed_on else process.terminate()
-                    passed_on = stop.asked
-                if stop.asked and not active:
-                    break
-                if not stop.asked and not queue and not active and elsewhere:
-                    queue, elsewhere = elsewhere, []
-                    time.sleep(5 * POLL)
-                while queue and free and not stop.asked:
-                    job = queue.pop(0)
-                    status, detail = run_state(runs, job, done)
-                    if nothing_to_start(status, job, again):
-                        finish(job, status, detail)
-                    elif status == "running":
-                        again.discard(job.name)  # another process repeats it
-                        elsewhere.append(job)
-                    else:
-                        start(job)
-                if not active and not queue and not elsewhere:
-                    break
-                time.sleep(POLL)
-        except BaseException:  # such as a full disk: no run is left behind
-            asked = stop.asked
-            for process in active:
-                process.terminate()
-            while any(process.poll() is None for process in active):
-                if stop.asked > asked:
-                    for process in active:
-                        kill(process)
-                time.sleep(POLL)
-            raise
-    progress.bar.close()
-    return ended, bool(stop.asked)
+    def wait(self, seconds: float) -> list[tuple[str, Exit]]:
+        time.sleep(seconds)
+        ended = []
+        for name, (process, slot, begin) in list(self.active.items()):
+            code = process.poll()
+            if code is not None:
+                del self.active[name]
+                self.free.append(slot)
+                ended.append((name, Exit(code, begin)))
+        return ended
+
+    def stop(self, force: bool) -> None:
+        for process, _, _ in self.active.values():
+            kill(process) if force else process.terminate()

@@ -29,8 +29,6 @@ EXCEPTIONS = {
     },
     "function": {
         "engine.options.parser": "the list of all options in the order of --help",
-        "study.cluster.run_on_ray": "one loop, whose steps share the queue, the running tasks and the counts",
-        "study.processes.run_here": "one loop, whose steps share the queue, the running processes and the counts",
     },
 }
 

@@ -17,7 +17,7 @@ import sweep
 from conftest import ROOT, TINY
 from data import InputError
 from engine import identity, options
-from study import exports, grids, processes, runfolders
+from study import exports, grids, processes, runfolders, scheduler
 from study.cluster import Request, fit_to_nodes
 
 FAKE = Path(__file__).with_name("fake_train.py")
@@ -27,7 +27,7 @@ FAKE = Path(__file__).with_name("fake_train.py")
 def fake(tmp_path, monkeypatch):
     """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_train.py."""
     monkeypatch.setattr(processes, "TRAIN", FAKE)
-    monkeypatch.setattr(processes, "POLL", 0.02)
+    monkeypatch.setattr(scheduler, "POLL", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
 
@@ -345,7 +345,7 @@ def test_an_error_in_the_sweep_leaves_no_run_behind(fake, tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         return made(job, *args)
 
-    monkeypatch.setattr(processes, "command", command)
+    monkeypatch.setattr(scheduler, "command", command)
     assert fake("--grid", "bs=16,32 epochs=90", "--jobs", "2") == 1
     assert "sweep.py: error: [Errno 28] No space left on device" in capsys.readouterr().err
     assert [w[0] for w in history(tmp_path)] == ["start", "stop"]
@@ -388,7 +388,7 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
                 (runs / job.name / "summary.json").write_text('{"status": "failed", "reason": "elsewhere"}')
         return looked(runs, job, done)
 
-    monkeypatch.setattr(processes, "run_state", state)
+    monkeypatch.setattr(scheduler, "run_state", state)
     monkeypatch.setattr(sweep, "run_state", state)
     assert fake("--grid", "noise=0,0.9 epochs=1") == 1
     assert "noise0.9_epochs1: failed: elsewhere" in capsys.readouterr().err
@@ -433,6 +433,30 @@ def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys
         assert (folder / "steps.txt").read_text().split() == [
             str(i) for i in range(1, 7)
         ]  # no step twice, none left out
+
+
+def test_a_time_limit_lets_runs_save(fake, tmp_path, capsys):
+    """--minutes ends a sweep in time; the same command goes on, and no step is lost or made twice."""
+    argv = ("--grid", "bs=16,32 epochs=70", "--jobs", "2")
+    assert fake(*argv, "--minutes", "0.1") == 3
+    assert "the time is up, 2 running runs save and end" in capsys.readouterr().err
+    assert sorted(w[0] for w in history(tmp_path)) == ["start", "start", "stop", "stop"]
+    assert fake(*argv, "--minutes", "10") == 0
+    for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
+        assert (folder / "steps.txt").read_text().split() == [str(i) for i in range(1, 71)]
+
+
+def test_a_time_limit_ends_at_once_what_does_not_save(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    limit = scheduler.TimeLimit(10)
+    for clock[0], starts, asked in ((0, True, 0), (539, True, 0), (541, False, 0), (571, False, 1), (600, False, 2)):
+        assert (limit.allows_start(), limit.stops_asked()) == (starts, asked)
+    short = scheduler.TimeLimit(1)  # a tenth of the minute for saving
+    clock[0] = 600 + 53
+    assert not short.allows_start() and short.stops_asked() == 0
+    clock[0] = 1e9
+    assert scheduler.TimeLimit(None).allows_start() and scheduler.TimeLimit(None).stops_asked() == 0
 
 
 def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
