@@ -174,6 +174,8 @@ def parser() -> Parser:
     g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
+    ends = "at its last epoch, or already when its schedule has ended"
+    g.add_argument("--end", choices=["epochs", "schedule"], default="epochs", help=f"when the run ends: {ends}")
     g = p.add_argument_group("measurement")
     g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
@@ -272,6 +274,8 @@ def under_fabric_run() -> bool:
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
     args.model = args.model or default_model(args.dataset)
+    if not SCHEDULES[args.sched].moves:
+        args.end = "epochs"  # there is no other end
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
@@ -351,6 +355,13 @@ def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     if args.sched_examples:
         return math.ceil(args.sched_examples / args.bs)
     return args.sched_steps or 5000
+
+
+def run_steps(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, int]:
+    """(optimizer steps that the run makes, those of all its epochs or of `--max-steps`): fewer with `--end schedule`, where
+    the schedule ends before."""
+    whole = int(min(args.epochs * steps_per_epoch, args.max_steps or math.inf))
+    return min(whole, sched_steps(args, steps_per_epoch)) if args.end == "schedule" else whole, whole
 
 
 def rank_zero() -> bool:

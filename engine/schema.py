@@ -112,7 +112,7 @@ RESOLVED_FIELDS = {
     "world_size": whole(1),
     "sched_steps": whole(1),
     "steps_per_epoch": whole(1),
-    "total_steps": whole(1),
+    **dict.fromkeys(("total_steps", "whole_steps"), whole(1)),
     "parameters": whole(1),
     "classes": list_of(TEXT, "a list of names"),
     "train_examples": whole(1),
