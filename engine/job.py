@@ -49,6 +49,7 @@ class TrainingJob:
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
     auto: bool = False  # nobody asked for --compile or --graph: a run goes on without where they cannot be had
     refused: bool = False  # and does
+    best_is_saved: bool = True  # whether last.ckpt is of the same step as best.ckpt, or of a later one
     state: JobState = field(init=False)  # also the state of `context`
 
     def __post_init__(self) -> None:

@@ -232,9 +232,9 @@ def parser() -> Parser:
     g.add_argument(
         "--checkpoint-minutes",
         type=not_negative,
-        default=10.0,
+        default=2.0,
         metavar="MIN",
-        help="time between checkpoints in an epoch",
+        help="time between checkpoints; 0: one after each epoch",
     )
     g.add_argument("--best", action="store_true", help="also keep the weights of the best validation, as best.ckpt")
     g.add_argument(

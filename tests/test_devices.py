@@ -232,7 +232,7 @@ def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
-    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
     end = time.monotonic() + 60
     while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
@@ -245,7 +245,7 @@ def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
-    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
     end = time.monotonic() + 60
     while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
