@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import epochwise
+import models
 from data import InputError
 from engine import identity, schema
 from engine.files import write_temporary
@@ -32,7 +33,8 @@ def checkpoint(job: TrainingJob, record: Record, name: str = "last.ckpt") -> Non
         record.flush()
         if not finite_weights(job.module):
             raise NotFinite(f"the weights are not finite after step {job.state.step - 1}")
-    state = {"model": job.module.state_dict(), "optimizer": job.optimizer.state_dict(), "config": record.config}
+    model = models.counted_state(job.module, job.state.step)
+    state = {"model": model, "optimizer": job.optimizer.state_dict(), "config": record.config}
     if job.scaler:
         state["scaler"] = job.scaler.state_dict()
     now = {"seconds": job.state.seconds + time.perf_counter() - record.began}
@@ -53,7 +55,7 @@ def keep_best(job: TrainingJob, record: Record) -> None:
     if not record.active:
         return
     content = {
-        "model": job.module.state_dict(),
+        "model": models.counted_state(job.module, job.state.step),
         "step": job.state.step,
         "val_acc": job.state.best_val_acc,
         "config": record.config,
@@ -97,7 +99,7 @@ def drop_later_best(job: TrainingJob, record: Record) -> None:
 
 def restore(job: TrainingJob, record: Record, state: dict) -> None:
     """Go on from a checkpoint's content."""
-    job.module.load_state_dict(state["model"])
+    job.module.load_state_dict(state["model"], strict=False)  # it has counters more; `check_fits` has compared all names
     job.optimizer.load_state_dict(state["optimizer"])
     if job.scaler:
         job.scaler.load_state_dict(state["scaler"])

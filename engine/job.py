@@ -103,6 +103,7 @@ def prepare(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in sync_batchnorms(module):
             m.register_forward_pre_hook(empty_as_float)
+    models.stop_counting(module)
     optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
     total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
