@@ -150,9 +150,11 @@ def counts_in_vain(module: nn.Module) -> bool:
 
 
 def stop_counting(model: nn.Module) -> None:
-    """Take its BatchNorms' counters of batches out of `model`: on a GPU each is one launch more a step."""
+    """Take its BatchNorms' counters of batches out of `model`: on a GPU each is one launch more a step. What it loads may have
+    them."""
     for module in filter(counts_in_vain, model.modules()):
         module.num_batches_tracked = None
+        module.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: state.pop(prefix + COUNTER, None))
 
 
 def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:

@@ -99,7 +99,7 @@ def drop_later_best(job: TrainingJob, record: Record) -> None:
 
 def restore(job: TrainingJob, record: Record, state: dict) -> None:
     """Go on from a checkpoint's content."""
-    job.module.load_state_dict(state["model"], strict=False)  # it has counters more; `check_fits` has compared all names
+    job.module.load_state_dict(state["model"])
     job.optimizer.load_state_dict(state["optimizer"])
     if job.scaler:
         job.scaler.load_state_dict(state["scaler"])
