@@ -225,6 +225,8 @@ def parser() -> Parser:
     choice = {"choices": ["auto", "on", "off"], "default": "auto"}
     g.add_argument("--compile", nargs="?", const="on", **choice, help="torch.compile for plain steps")
     g.add_argument("--graph", nargs="?", const="on", **choice, help="replay plain steps as a CUDA graph (one GPU)")
+    chosen = "cuDNN's kernels: the same at every start (on), or the fastest as timed at the start"
+    g.add_argument("--deterministic", choices=["on", "off"], default="on", help=chosen)
     g.add_argument("--profile", type=count, metavar="STEPS", help="write a trace of so many steps")
     g = p.add_argument_group("run folder")
     g.add_argument("--runs", type=path, default="runs", metavar="DIR", help="the run is written to DIR/NAME")

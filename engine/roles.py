@@ -78,6 +78,7 @@ ROLES: dict[str, frozenset[str]] = {
         ("threads", PLACE, HARDWARE, OWN),
         ("compile", PLACE, HARDWARE, OWN),
         ("graph", PLACE, HARDWARE, OWN),
+        ("deterministic", PLACE, HARDWARE, OWN),
         ("profile", PLACE, OWN),
         # run folder
         ("runs", PLACE, OWN),

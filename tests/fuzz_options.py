@@ -305,6 +305,7 @@ GENERATORS: dict[str, Generator] = {
     "threads": lambda c: c.rng.choice([1, 1, 1, 1, 2, 3]),
     "compile": compile_,
     "graph": sometimes(0.1, "off", "auto"),
+    "deterministic": sometimes(0.1, "on", "off"),
     "profile": sometimes(0.03, 1, 3),
     "runs": sometimes(0.5, "runs", "a/b/ü", "./x y/"),
     "resume": switch(0.1),
