@@ -6,6 +6,7 @@ C and N the clean and the noisy examples, f = |C| / B.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -52,16 +53,34 @@ def pull_backs(
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
-    """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, piece by piece."""
+    """Inner products (V, V) float64 of V gradients, each a list of tensors. Summed in float64, bucket by bucket."""
     on_cpu = rows[0][0].device.type == "cpu"
-    chunk = CPU_CHUNK if on_cpu else CHUNK
     G = rows[0][0].new_zeros(len(rows), len(rows), dtype=torch.float64)
-    for same in zip(*rows, strict=True):  # one parameter's part of every row
-        flat = [part.reshape(-1) for part in same]
-        for a in range(0, flat[0].numel(), chunk):
-            M = torch.stack([part[a : a + chunk] for part in flat]).double()  # (V, <= chunk)
-            G += M @ M.T if on_cpu else sliced_products(M)
+    for bucket in buckets(rows, CPU_CHUNK if on_cpu else CHUNK):
+        M = torch.cat([piece for pieces in bucket for piece in pieces]).view(len(rows), -1).double()  # (V, <= chunk)
+        G += M @ M.T if on_cpu else sliced_products(M)
     return G
+
+
+def buckets(rows: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]:
+    """V gradients cut alike into buckets of `size` entries each (the last holds fewer): of every gradient the 1-d pieces that
+    follow each other there, however many tensors they are of. One bucket takes a handful of launches, as one tensor would.
+    """
+    bucket, room = [[] for _ in rows], size
+    for same in zip(*rows, strict=True):  # one parameter's part of every row
+        if all(part.is_contiguous(memory_format=torch.channels_last) for part in same if part.dim() == 4):
+            same = [part.permute(0, 2, 3, 1) if part.dim() == 4 else part for part in same]  # as they lie in memory
+        flat = [part.reshape(-1) for part in same]
+        while flat[0].numel():
+            for pieces, part in zip(bucket, flat, strict=True):
+                pieces.append(part[:room])
+            flat = [part[room:] for part in flat]
+            room -= bucket[0][-1].numel()
+            if not room:
+                yield bucket
+                bucket, room = [[] for _ in rows], size
+    if bucket[0]:
+        yield bucket
 
 
 def sliced_products(M: Tensor) -> Tensor:

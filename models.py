@@ -140,6 +140,35 @@ def build(name: str, C: int, K: int, width: int, norm: str, seed: int) -> nn.Mod
             torch.set_default_dtype(before)
 
 
+COUNTER = "num_batches_tracked"
+
+
+def counts_in_vain(module: nn.Module) -> bool:
+    """Whether this is a BatchNorm of fixed momentum, which has no use for a count of its batches and can go without."""
+    fixed = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None
+    return fixed and not isinstance(module, nn.SyncBatchNorm)  # that one insists
+
+
+def stop_counting(model: nn.Module) -> None:
+    """Take its BatchNorms' counters of batches out of `model`: on a GPU each is one launch more a step. What it loads may have
+    them."""
+    for module in filter(counts_in_vain, model.modules()):
+        module.num_batches_tracked = None
+        module.register_load_state_dict_pre_hook(lambda _, state, prefix, *__: state.pop(prefix + COUNTER, None))
+
+
+def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:
+    """`model.state_dict()` with the counters that `stop_counting` took out, as they would stand after `steps` training
+    steps: the file of a network has torch's usual names."""
+    state, modules = {}, dict(model.named_modules())
+    for name, value in model.state_dict().items():
+        state[name] = value
+        owner, _, last = name.rpartition(".")
+        if last == "running_var" and modules[owner].num_batches_tracked is None:
+            state[f"{owner}.{COUNTER}"] = torch.tensor(steps)
+    return state
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether a training forward draws random numbers."""
     return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())

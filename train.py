@@ -192,12 +192,10 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
             if epoch_ended:
                 validate(job, record)
                 show_progress(bar, record)
-                checkpoint(job, record)
-            if agree(job, record, signals) and not epoch_ended:
+            if agree(job, record, signals):
                 with clock.stopped():
                     checkpoint(job, record)
-        if state.step % job.steps_per_epoch:  # --max-steps within an epoch: saved first, for it may grow
-            checkpoint(job, record)
+        if state.step % job.steps_per_epoch:  # the run ends within an epoch: saved before, for it may grow
             validate(job, record)
 
 

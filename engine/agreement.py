@@ -39,13 +39,17 @@ def fault_on_any_rank(job: TrainingJob, record: Record) -> str | None:
 
 
 def agree(job: TrainingJob, record: Record, signals: Signals) -> bool:
-    """Whether a checkpoint is due within the epoch; raises `Stopped` or `Fault`, on all processes at the same step.
+    """Whether a checkpoint is due; raises `Stopped` or `Fault`, on all processes at the same step.
 
-    One process decides for itself after every step. Several ask each other, every `POLL_EVERY` steps and after each epoch.
+    One process decides for itself after every step. Several ask each other, every `POLL_EVERY` steps, after each epoch and
+    at the end; when `--checkpoint-minutes` have passed is for the clock of rank 0 to say.
     """
-    if job.fabric.world_size > 1 and job.state.step % POLL_EVERY and job.state.step % job.steps_per_epoch:
+    step, minutes = job.state.step, job.args.checkpoint_minutes
+    epoch_ended, run_ended = step % job.steps_per_epoch == 0, step == job.total_steps
+    if job.fabric.world_size > 1 and step % POLL_EVERY and not (epoch_ended or run_ended):
         return False
-    due = record.active and time.monotonic() - record.saved >= 60 * job.args.checkpoint_minutes
+    due = time.monotonic() - record.saved >= 60 * minutes if minutes else epoch_ended
+    due = run_ended or record.active and due
     stop, fault, due = any_rank(job, bool(signals.received), bool(record.fault), due)
     if stop and not fault:
         checkpoint(job, record)

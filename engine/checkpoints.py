@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import epochwise
+import models
 from data import InputError
 from engine import identity, schema
 from engine.files import write_temporary
@@ -32,27 +33,29 @@ def checkpoint(job: TrainingJob, record: Record, name: str = "last.ckpt") -> Non
         record.flush()
         if not finite_weights(job.module):
             raise NotFinite(f"the weights are not finite after step {job.state.step - 1}")
-    state = {"model": job.module.state_dict(), "optimizer": job.optimizer.state_dict(), "config": record.config}
+    model = models.counted_state(job.module, job.state.step)
+    state = {"model": model, "optimizer": job.optimizer.state_dict(), "config": record.config}
     if job.scaler:
         state["scaler"] = job.scaler.state_dict()
     now = {"seconds": job.state.seconds + time.perf_counter() - record.began}
     record.checkpoint(state | job.state.saved() | now, name)
     record.saved = time.monotonic()
+    job.best_is_saved |= name == "last.ckpt" and record.fault is None
 
 
 BEST, BEST_BEFORE = "best.ckpt", "best-before.ckpt"
 
 
 def keep_best(job: TrainingJob, record: Record) -> None:
-    """Write the weights of the best validation accuracy so far as best.ckpt, whole or not at all. The one before stays
-    as best-before.ckpt, for a run that is resumed from an earlier step.
+    """Write the weights of the best validation accuracy so far as best.ckpt, whole or not at all. The one that
+    last.ckpt knows of stays as best-before.ckpt, for a run that is resumed from there.
 
     All is finite, for the validation loss is. `evaluate` has averaged the buffers over the processes.
     """
     if not record.active:
         return
     content = {
-        "model": job.module.state_dict(),
+        "model": models.counted_state(job.module, job.state.step),
         "step": job.state.step,
         "val_acc": job.state.best_val_acc,
         "config": record.config,
@@ -61,9 +64,10 @@ def keep_best(job: TrainingJob, record: Record) -> None:
     def replace() -> None:
         best = record.folder / BEST
         temporary = write_temporary(best, lambda f: torch.save(content, f))
-        if best.exists():
+        if best.exists() and job.best_is_saved:
             os.replace(best, record.folder / BEST_BEFORE)
         os.replace(temporary, best)
+        job.best_is_saved = False
 
     record.guard(BEST, replace)
 

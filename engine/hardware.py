@@ -93,7 +93,8 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
         os.environ.pop(f"LT_{name.upper()}", None)
     # On GPUs too float32 means float32, and the same command the same bits as far as their other kernels go.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
+    repeat = args.deterministic == "on"
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = not repeat, repeat
     kind = "cpu" if args.accelerator == "cpu" else "cuda"
     scaler = torch.amp.GradScaler(kind) if args.precision == "16-mixed" else None
     # As a plugin, because Fabric would quietly turn 16-mixed into bf16-mixed on a CPU.

@@ -42,7 +42,8 @@ def differences(first: dict, now: dict) -> dict[str, str]:
 def continue_from(args: argparse.Namespace, config: dict) -> None:
     """Take over what a resumed run keeps from its first start, and refuse what differs, by name, in one `InputError`.
 
-    `config` is the run's config.json. Where the run happens and where its files lie may differ; epochs and max-steps may grow.
+    `config` is the run's config.json. Where the run happens and where its files lie may differ; epochs, max-steps and
+    end may grow.
     """
     first = {**vars(parser().parse_args([])), **config["options"]}  # an option newer than the run has its default
     if args.precision == "auto":
@@ -51,10 +52,17 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
     wrong = keep_masks(args, config["options"])
     for key, difference in differences(first, vars(args)).items():
         grows = roles.GROWS in roles.ROLES[key]
-        if not grows or (getattr(args, key) or math.inf) < (first[key] or math.inf):
+        if not grows or shrinks(key, first[key], getattr(args, key)):
             wrong.append(difference + " (it may only grow)" * grows)
     if wrong:
         raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
+
+
+def shrinks(option: str, was: object, now: object) -> bool:
+    """Whether an option that may grow has become a shorter run's. `--end schedule` is at most as long as `--end epochs`."""
+    if option == "end":
+        return now == "schedule"
+    return (now or math.inf) < (was or math.inf)
 
 
 def keep_masks(args: argparse.Namespace, first: dict) -> list[str]:

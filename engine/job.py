@@ -43,11 +43,13 @@ class TrainingJob:
     val: tuple[Images, Tensor]
     test: tuple[Images, Tensor]
     sched_steps: int
+    whole_steps: int  # of all epochs: more than `total_steps` where the run ends with its schedule
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
     auto: bool = False  # nobody asked for --compile or --graph: a run goes on without where they cannot be had
     refused: bool = False  # and does
+    best_is_saved: bool = True  # whether last.ckpt is of the same step as best.ckpt, or of a later one
     state: JobState = field(init=False)  # also the state of `context`
 
     def __post_init__(self) -> None:
@@ -101,9 +103,10 @@ def prepare(
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in sync_batchnorms(module):
             m.register_forward_pre_hook(empty_as_float)
+    models.stop_counting(module)
     optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
-    total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
     fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
@@ -130,7 +133,7 @@ def prepare(
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     sched_steps = options.sched_steps(args, steps_per_epoch)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, scaler, auto=auto)
+    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, whole_steps, scaler, auto=auto)
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

@@ -174,6 +174,8 @@ def parser() -> Parser:
     g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
+    ends = "at its last epoch, or already when its schedule has ended"
+    g.add_argument("--end", choices=["epochs", "schedule"], default="epochs", help=f"when the run ends: {ends}")
     g = p.add_argument_group("measurement")
     g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
@@ -223,6 +225,8 @@ def parser() -> Parser:
     choice = {"choices": ["auto", "on", "off"], "default": "auto"}
     g.add_argument("--compile", nargs="?", const="on", **choice, help="torch.compile for plain steps")
     g.add_argument("--graph", nargs="?", const="on", **choice, help="replay plain steps as a CUDA graph (one GPU)")
+    chosen = "cuDNN's kernels: the same at every start (on), or the fastest as timed at the start"
+    g.add_argument("--deterministic", choices=["on", "off"], default="on", help=chosen)
     g.add_argument("--profile", type=count, metavar="STEPS", help="write a trace of so many steps")
     g = p.add_argument_group("run folder")
     g.add_argument("--runs", type=path, default="runs", metavar="DIR", help="the run is written to DIR/NAME")
@@ -230,9 +234,9 @@ def parser() -> Parser:
     g.add_argument(
         "--checkpoint-minutes",
         type=not_negative,
-        default=10.0,
+        default=2.0,
         metavar="MIN",
-        help="time between checkpoints in an epoch",
+        help="time between checkpoints; 0: one after each epoch",
     )
     g.add_argument("--best", action="store_true", help="also keep the weights of the best validation, as best.ckpt")
     g.add_argument(
@@ -272,6 +276,8 @@ def under_fabric_run() -> bool:
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
     args.model = args.model or default_model(args.dataset)
+    if not SCHEDULES[args.sched].moves:
+        args.end = "epochs"  # there is no other end
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
@@ -351,6 +357,13 @@ def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
     if args.sched_examples:
         return math.ceil(args.sched_examples / args.bs)
     return args.sched_steps or 5000
+
+
+def run_steps(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, int]:
+    """(optimizer steps that the run makes, those of all its epochs or of `--max-steps`): fewer with `--end schedule`, where
+    the schedule ends before."""
+    whole = int(min(args.epochs * steps_per_epoch, args.max_steps or math.inf))
+    return min(whole, sched_steps(args, steps_per_epoch)) if args.end == "schedule" else whole, whole
 
 
 def rank_zero() -> bool:

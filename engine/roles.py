@@ -15,6 +15,7 @@ SEED = "seed"  # tells the runs of one cell apart
 SCHED_LENGTH = "length of the schedule"  # of these a command gives one
 MEASURING = "measurement"  # runs that differ in these train alike, and stand together in a report
 GROWS = "may grow"  # when a run is resumed
+ENDING = "when a run ends"  # runs that differ in these train alike as far as they go, and stand together in a report
 TOLERATED = "tolerated beside the report's curves"  # changes neither training nor the report's three series
 
 ROLES: dict[str, frozenset[str]] = {
@@ -47,6 +48,7 @@ ROLES: dict[str, frozenset[str]] = {
         ("wd", RESULT, AXIS),
         ("epochs", RESULT, GROWS),
         ("max_steps", RESULT, GROWS),
+        ("end", RESULT, GROWS, ENDING),
         ("sched", RESULT, AXIS),
         ("sched_steps", RESULT, AXIS, SCHED_LENGTH),
         ("sched_epochs", RESULT, AXIS, SCHED_LENGTH),
@@ -76,6 +78,7 @@ ROLES: dict[str, frozenset[str]] = {
         ("threads", PLACE, HARDWARE, OWN),
         ("compile", PLACE, HARDWARE, OWN),
         ("graph", PLACE, HARDWARE, OWN),
+        ("deterministic", PLACE, HARDWARE, OWN),
         ("profile", PLACE, OWN),
         # run folder
         ("runs", PLACE, OWN),

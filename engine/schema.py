@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import models
 import optim
 from data import InputError
 from engine import options
@@ -112,7 +113,7 @@ RESOLVED_FIELDS = {
     "world_size": whole(1),
     "sched_steps": whole(1),
     "steps_per_epoch": whole(1),
-    "total_steps": whole(1),
+    **dict.fromkeys(("total_steps", "whole_steps"), whole(1)),
     "parameters": whole(1),
     "classes": list_of(TEXT, "a list of names"),
     "train_examples": whole(1),
@@ -293,7 +294,7 @@ def check_fits(state: dict, job, where: object) -> None:
     """Raise `InputError` unless a checkpoint's content is of the run `job`: its length, network, optimizer and scaler."""
     if state["step"] > job.total_steps:
         raise wrong_value(where, "step", state["step"], f"within the run's {job.total_steps} steps")
-    own = job.module.state_dict()
+    own = models.counted_state(job.module, state["step"])
     for name in sorted(own.keys() ^ state["model"].keys()):
         raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
     for name, mine in own.items():

@@ -17,9 +17,11 @@ class StepClock:
         """`warmup` is the step at which counting begins."""
         self.device, self.state, self.pace, self.warmup = device, state, pace, warmup
         self.began, self.images = time.perf_counter(), 0
+        self.running = False  # from the start of an epoch's steps to their end
 
     def start_epoch(self) -> None:
         """Steps follow."""
+        self.running = True
         self.began, self.images = time.perf_counter(), 0
         self.pace.go_on()
 
@@ -37,6 +39,7 @@ class StepClock:
     def end_epoch(self) -> None:
         """No step follows at once: add what was counted, if that was after the warm-up."""
         synchronize(self.device)
+        self.running = False
         self.pace.pause()
         if self.state.step > self.warmup:
             self.state.steps_seconds += time.perf_counter() - self.began
@@ -44,7 +47,10 @@ class StepClock:
 
     @contextmanager
     def stopped(self):
-        """Within an epoch: the block does not count as training."""
+        """The block does not count as training, if this is within an epoch."""
+        if not self.running:
+            yield
+            return
         synchronize(self.device)
         self.pace.pause()
         paused = time.perf_counter()

@@ -28,6 +28,7 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
         "schedule": schedules.span(job.args.sched, job.sched_steps, job.total_steps, job.steps_per_epoch),
         "steps_per_epoch": job.steps_per_epoch,
         "total_steps": job.total_steps,
+        "whole_steps": job.whole_steps,
         "parameters": sum(p.numel() for p in job.parameters),
         "classes": list(source.classes),
         "train_examples": len(job.train),
@@ -86,6 +87,7 @@ def print_plan(job, record: Record, label_noise: str) -> None:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
         last_lr, _ = schedules.schedule(args.sched, job.total_steps - 1, job.sched_steps, args.lr, args.momentum)
         line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
+        line += left_out(job)
         print(line, flush=True)
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
         for warning in (cut_short, pace.crowded(here) if device.startswith("cpu") else None):
@@ -105,6 +107,18 @@ def print_plan(job, record: Record, label_noise: str) -> None:
                 f"full measurements, back from {origin}: {', '.join(families)}; {plan['share']:.1%} of the run, counted",
                 flush=True,
             )
+
+
+def left_out(job) -> str:
+    """The end of the line on the schedule: which steps `--end schedule` leaves out."""
+    if job.args.end == "epochs":
+        return ""
+    steps = job.whole_steps - job.total_steps
+    if not steps:
+        return "; --end schedule leaves out nothing"
+    epochs, args = round(steps / job.steps_per_epoch, 4), job.args
+    lr, _ = schedules.schedule(args.sched, job.total_steps, job.sched_steps, args.lr, args.momentum)
+    return f"; --end schedule leaves out the {steps:,} steps ({epochs:g} epochs) that would follow, at lr {lr:.3g}"
 
 
 def split_plan(job) -> str:

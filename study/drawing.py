@@ -28,6 +28,7 @@ BATCH_ALPHA = 0.05
 UNSMOOTHED = ("probe/", "optim/", "corrected/", "null/")  # whole sets, no noise, averaged over batches, few points
 LEAST_POINTS = 20  # a series of fewer points is drawn as it is: an average of a few would hide its last value
 SLIVER = 12  # how many times longer than the shortest line the longest may be before the x axis becomes logarithmic
+TAIL = "_tail"  # label, which no legend shows, of a line's flat end: what a run would show that went on after its schedule
 DRAWN = 1500  # most points of one line; more than a figure can show and it makes an SVG slow
 MARKED = 7  # markers along a line of many points
 X_LABEL = {"steps": "optimizer steps", "epochs": "epochs", "examples": "training examples"}
@@ -98,11 +99,13 @@ def value_limits(tag: str) -> tuple[float, float]:
 @dataclass
 class Look:
     """How curves are drawn: `x` in steps, epochs or examples; `log_x` (None: where a line would be a sliver otherwise);
-    `bands`: seeds or window (the report's)."""
+    `bands`: seeds or window (the report's); `tails`: whether the line of a run that has ended with its schedule goes on,
+    flat and dashed, to where its epochs would have ended."""
 
     x: str = "steps"
     log_x: bool | None = None
     bands: str = "seeds"
+    tails: bool = True
     reference: list[Run] = field(default_factory=list)
 
 
@@ -123,6 +126,14 @@ def drawable(run: Run, tag: str, look: Look) -> bool:
     return bool(len(run.series.get(tag, ((), ()))[0])) and (look.x == "steps" or bool(run.steps_per_epoch))
 
 
+def last_x(run: Run, tag: str, look: Look) -> float:
+    """Where the line of a series ends, its tail with it. Only for what is `drawable`."""
+    end = run.series[tag][0][-1]
+    if look.tails and run.left_out:
+        end = max(end, run.resolved["whole_steps"])
+    return float(x_values(run, np.array([end]), look.x)[0])
+
+
 def with_x_scale(look: Look, runs: list[Run], tags: Iterable[str]) -> Look:
     """`look` with its x axis chosen: logarithmic where the batch sizes' lines differ in length by more than `SLIVER`."""
     if look.log_x is not None:
@@ -131,8 +142,7 @@ def with_x_scale(look: Look, runs: list[Run], tags: Iterable[str]) -> Look:
     for run in runs:
         for tag in tags:
             if drawable(run, tag, look):
-                end = x_values(run, run.series[tag][0][-1:], look.x)[0]
-                ends[run.cell.B] = max(ends.get(run.cell.B, 0.0), float(end))
+                ends[run.cell.B] = max(ends.get(run.cell.B, 0.0), last_x(run, tag, look))
     lengths = [end for end in ends.values() if end > 0]
     return replace(look, log_x=bool(lengths) and max(lengths) > SLIVER * min(lengths))
 
@@ -165,11 +175,9 @@ def draw_line(
     """
     if alpha is None:
         alpha = alpha_of(tag, max((len(r.series[tag][0]) for r in runs if tag in r.series), default=0))
-    curves = []
-    for run in runs:
-        if drawable(run, tag, look):
-            steps, values = run.series[tag]
-            curves.append((x_values(run, steps, look.x), values, *smooth(values, alpha)))
+    runs = [run for run in runs if drawable(run, tag, look)]
+    smoothings = [(run.series[tag][1], *smooth(run.series[tag][1], alpha)) for run in runs]
+    curves = [(x_values(r, r.series[tag][0], look.x), *values) for r, values in zip(runs, smoothings, strict=True)]
     if not curves:
         return False
     x = np.unique(np.concatenate([c[0] for c in curves]))
@@ -186,6 +194,9 @@ def draw_line(
     if style != "-" and len(x) > MARKED:
         points = {}
     axis.plot(x[thin], middle[thin], color=color, lw=1.7 if style == "-" else 1.2, ls=style, zorder=3, **points)
+    tail = min(last_x(run, tag, look) for run in runs)
+    if any(run.left_out for run in runs) and tail > x[-1]:
+        axis.plot([x[-1], tail], [middle[-1]] * 2, color=color, lw=1.0, ls=(0, (5, 3)), zorder=3, label=TAIL)
     spread = np.std([np.interp(x, c[0], c[2]) for c in curves], axis=0, ddof=1) if len(curves) > 1 else None
     if look.bands == "window" and alpha < 1:  # what is not smoothed has no window
         spread = at(3)
@@ -282,7 +293,13 @@ def bands_text(figure: Figure, look: Look, smoothed: bool) -> list[str]:
     return ["bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window")]
 
 
-def footer(figure: Figure, text: str) -> None:
+def footer(figure: Figure, text: str, runs: Iterable[Run] = ()) -> None:
+    """The lines under a figure, with how many of its `runs` have ended with their schedule."""
+    ended = sum(run.left_out > 0 for run in runs)
+    if ended:
+        text += f"; {ended} run{'s' * (ended > 1)} ended with {'their' if ended > 1 else 'its'} schedule"
+        tails = any(line.get_label() == TAIL for axis in figure.axes for line in axis.get_lines())
+        text += ", flat dashes: as they would have gone on" * tails
     lines = wrapped(printable(text), int(17 * figure.get_figwidth()))
     figure.supxlabel(lines, fontsize=7, color="0.35", parse_math=False)
 

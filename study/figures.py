@@ -136,7 +136,7 @@ def curves(
         if key in {f"{r.cell.noise:g}, {r.cell.B}" for r in runs}:
             noise, B = key.split(", ")
             lacking.append(f"no dashed curve at {noise_title(float(noise))} for batch {B} ({why})")
-    footer(figure, "; ".join([conditions(figure, runs, tag, look, bool(shown)), *lacking]))
+    footer(figure, "; ".join([conditions(figure, runs, tag, look, bool(shown)), *lacking]), runs)
     return figure
 
 
@@ -215,7 +215,7 @@ def schedule_curves(runs: list[Run]) -> Figure | None:
             axis.plot(steps, values, look.colour, ls=look.line, lw=2, marker="o" * points, label=look.label)
         axis.set_xlim(0, max(ends) or 1)
     axes[0].legend()
-    footer(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()))
+    footer(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()), chosen.values())
     return figure
 
 
@@ -236,7 +236,7 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
     for (fake, m, budget), here in sorted(group_by(fakes, lambda r: (r.fake, r.cell.momentum, r.budget)).items()):
         other = f"\nschedule in {budget}" * (budget != "any" and {budget} != {r.budget for r in real + fakes})
         columns.append((f"A/A: clean labels, fake mask {fake:.0%}" + named_momentum(m, real + fakes) + other, here))
-    figure, axes = panels(len(columns), title, "cosine, mean over the run", "batch size")
+    figure, axes = panels(len(columns), title, "cosine, mean while the run is trained", "batch size")
     looks = {"raw": (BLUE, "o", "-"), "null": ("0.45", "s", "--"), "corrected": (VERMILION, "^", "-")}
     for axis, (name, here) in zip(axes[0], columns, strict=True):
         axis.set_title(name)
@@ -259,6 +259,7 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
         figure,
         f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds; "
         "noisy gradients pull elsewhere where raw lies below its null",
+        real + fakes,
     )
     return figure
 
@@ -293,7 +294,7 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     figure.legend(handles=marks, title="batch size", loc="outside right center")
     names = {line(r): f"batch {r.cell.B}{named_momentum(r.cell.momentum, candidates)}" for r in candidates}
     lacking = left_out(candidates, runs, levels, names, line, "probe/memorized", look)
-    footer(figure, "; ".join([conditions(figure, runs, "probe/memorized", look), *lacking]))
+    footer(figure, "; ".join([conditions(figure, runs, "probe/memorized", look), *lacking]), runs)
     return figure
 
 
@@ -344,6 +345,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
     footer(
         figure,
         f"{len(runs)} finished runs; m: the momentum, for one-cycle its {findings.PEAK_MOMENTUM} at the largest rate",
+        runs,
     )
     return figure
 
@@ -389,9 +391,8 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     axes[0][0].set_yticks([math.log2(B) for B in sizes], [str(B) for B in sizes])
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right center")
-    footer(
-        figure, "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
-    )
+    text = "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
+    footer(figure, text, runs)
     return figure
 
 

@@ -24,21 +24,21 @@ QUICK = (  # so few images that a narrow network comes to fit its wrong labels w
 # A preset's parts, each a list of grids; {sizes} are the report's batch sizes. An A/A run measures a fake noisy set.
 PRESETS = {
     "report": {
-        "4-12": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],
-        "13-14": [RATIO + "sched=onecycle,constant sched-steps=25000"],
+        "4-12": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000 end=schedule"],
+        "13-14": [RATIO + "sched=onecycle,constant sched-steps=25000 end=schedule"],
         "15-17": [
-            "dataset=fmnist model=vgg16 epochs=64 lr=0.1 noise=0,0.2,0.5 bs={sizes} sched=onecycle sched-steps=5000"
+            "dataset=fmnist model=vgg16 epochs=64 lr=0.1 noise=0,0.2,0.5 bs={sizes} sched=onecycle sched-steps=5000 end=schedule"
         ],
     },
     "budget": {
-        "steps": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000"],
+        "steps": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000 end=schedule"],
         "epochs": [MAIN + "bs={sizes} sched=cosine,onecycle sched-epochs=64"],
-        "examples": [MAIN + "bs={sizes} sched=cosine,onecycle sched-examples=640000"],  # 5000 steps of 128
-        "ratio": [RATIO + "sched=onecycle,constant sched-steps=25000", RATIO + "sched=onecycle sched-epochs=80"],
-        "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle"],
+        "examples": [MAIN + "bs={sizes} sched=cosine,onecycle sched-examples=640000 end=schedule"],  # 5000 steps of 128
+        "ratio": [RATIO + "sched=onecycle,constant sched-steps=25000 end=schedule", RATIO + "sched=onecycle sched-epochs=80"],
+        "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle end=schedule"],
     },
     "quick": {
-        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80"],  # all of the training at 256, a sixteenth at 16
+        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80 end=schedule"],  # all of the training at 256, a sixteenth at 16
         "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=20"],
         "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=20"],
     },
@@ -66,7 +66,7 @@ class Job:
         shape = known_shape(self.args)
         n = (self.args.subset or (shape.train if shape else 50_000)) * (1 - self.args.val_frac)
         steps = self.args.epochs * math.ceil(n / self.args.bs)
-        share = min(self.args.max_steps or steps, steps) / steps
+        share = options.run_steps(self.args, math.ceil(n / self.args.bs))[0] / steps
         return share * (self.args.epochs * n + 150 * steps)
 
 

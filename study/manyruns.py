@@ -105,15 +105,17 @@ def write_cells(page: Page, setting: Setting) -> None:
         page.text(
             "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard "
             "deviation over seeds. Seen of it: the part of the schedule that the run lasts for, and what share of the run then "
-            "stands at the schedule's last value."
+            "stands at the schedule's last value; or that the run ended with it (--end schedule)."
         )
 
 
 def schedule_text(runs: list[Run]) -> str:
     """What the runs of a cell see of their schedule, in words; empty for a constant rate."""
-    seen = {runvalues.schedule_shares(r) for r in runs} - {None}
+    shares = ((runvalues.schedule_shares(r), r.left_out > 0) for r in runs)
+    seen = {(*of_schedule, ended) for of_schedule, ended in shares if of_schedule}
     return "; ".join(
-        percent(fraction) + (f", then {percent(held)} at its end" if held else "") for fraction, held in sorted(seen)
+        percent(fraction) + (f", then {percent(held)} at its end" if held else ", ended with it" * ended)
+        for fraction, held, ended in sorted(seen)
     )
 
 

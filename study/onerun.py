@@ -119,6 +119,7 @@ def run_figure(run: Run, look: Look) -> Figure | None:
     here = {name: rows for name, rows in here.items() if rows}
     if not here:
         return None
+    look = replace(look, tails=False)  # they would leave little room for the rest
     look = with_x_scale(look, [run], [tag for rows in here.values() for tag, *_ in rows])
     across = min(len(here), 3)
     down = math.ceil(len(here) / across)
@@ -140,7 +141,7 @@ def run_figure(run: Run, look: Look) -> Figure | None:
         if look.log_x:
             log_axes([axis])
         axis.legend(fontsize=7)
-    footer(figure, "; ".join(caption_parts(figure, run, here, alphas, look, groups)))
+    footer(figure, "; ".join(caption_parts(figure, run, here, alphas, look, groups)), [run])
     return figure
 
 

@@ -17,9 +17,10 @@ from engine import options, roles, schema
 from study.events import scalars
 
 Series = tuple[np.ndarray, np.ndarray]  # steps int64, values float64, in order of step
-# Options in which runs of one setting may differ: axes of the grid, seeds, where and how a run was made and measured.
+# Options in which runs of one setting may differ: axes of the grid, seeds, where and how a run was made and measured, and
+# whether it goes on after its schedule.
 SEEDS = roles.having(roles.SEED)
-NOT_SETTING = roles.having(roles.AXIS, roles.SEED, roles.PLACE, roles.HARDWARE, roles.MEASURING)
+NOT_SETTING = roles.having(roles.AXIS, roles.SEED, roles.PLACE, roles.HARDWARE, roles.MEASURING, roles.ENDING)
 
 
 class Cell(NamedTuple):
@@ -51,6 +52,12 @@ class Run:
     @property
     def steps_per_epoch(self) -> int | None:
         return self.resolved.get("steps_per_epoch")
+
+    @property
+    def left_out(self) -> int:
+        """Steps after the schedule's end that a finished run would make without `--end schedule`; 0 where there are none."""
+        whole, made = (self.resolved.get(name) or 0 for name in ("whole_steps", "total_steps"))
+        return max(0, whole - made) if self.finished else 0
 
     @property
     def cell(self) -> Cell:

@@ -24,14 +24,28 @@ def last_value(run: Run, tag: str) -> float | None:
     return float(run.series[tag][1][-1]) if tag in run.series and len(run.series[tag][1]) else None
 
 
-def mean_at_common_steps(run: Run, a: str, b: str, how, start: int = 0) -> float | None:
-    """Mean over the run of how(a, b) at the steps, from `start` on, that both series have."""
+def while_trained(run: Run, steps: np.ndarray, of_epochs: bool = False) -> np.ndarray:
+    """Which of a series' ascending `steps` (n,) count in a mean over a run, (n,) bool: those before its schedule's end, after
+    which the weights stand still; all where there is none before. So a run that goes on after its schedule has the means
+    of one that ends with it (`--end schedule`).
+
+    `of_epochs`: measured after epochs; without the untrained network's, with the first of the weights at the end.
+    """
+    end = run.resolved.get("sched_steps") if schedule_shares(run) else None
+    if of_epochs:
+        return (steps > 0) & (end is None or np.arange(len(steps)) <= np.searchsorted(steps, end))
+    early = steps < (end or np.inf)
+    return early if early.any() else ~early
+
+
+def mean_at_common_steps(run: Run, a: str, b: str, how, of_epochs: bool = False) -> float | None:
+    """Mean of how(a, b) at the steps that both series have, `while_trained`."""
     if a not in run.series or b not in run.series:
         return None
     (sa, va), (sb, vb) = run.series[a], run.series[b]
     steps, ia, ib = np.intersect1d(sa, sb, return_indices=True)
-    ia, ib = ia[steps >= start], ib[steps >= start]
-    return float(np.mean(how(va[ia], vb[ib]))) if len(ia) else None
+    kept = while_trained(run, steps, of_epochs)
+    return float(np.mean(how(va[ia[kept]], vb[ib[kept]]))) if kept.any() else None
 
 
 def null_tag(run: Run, pair: str) -> str:
@@ -43,7 +57,8 @@ def null_tag(run: Run, pair: str) -> str:
 
 def finding_values(run: Run) -> dict[str, float]:
     """{name: value} of what the findings need of a run, without what it did not measure."""
-    corrected = run.series.get("corrected/cos_clean_noisy")
+    tag = "corrected/cos_clean_noisy"
+    corrected = mean_at_common_steps(run, tag, tag, lambda a, _: a)
     measured = {
         "val_acc": last_value(run, "val/acc"),
         "test_acc": last_value(run, "test/acc"),
@@ -51,10 +66,10 @@ def finding_values(run: Run) -> dict[str, float]:
         "cos_minus_null": mean_at_common_steps(
             run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract
         ),
-        "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
+        "corrected_minus_1": None if corrected is None else corrected - 1,
         # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
         "participation_minus_1": mean_at_common_steps(
-            run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, start=1
+            run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, of_epochs=True
         ),
     }
     return {k: v for k, v in measured.items() if v is not None}

@@ -58,8 +58,16 @@ class Command:
 
     @property
     def total_steps(self) -> int:
-        whole = self.value("epochs", 64) * math.ceil(self.n_train / self.value("bs", 128))
-        return min(whole, self.value("max_steps", whole))
+        per_epoch = math.ceil(self.n_train / self.value("bs", 128))
+        whole = self.value("epochs", 64) * per_epoch
+        whole = min(whole, self.value("max_steps", whole))
+        if self.value("end", "epochs") == "epochs" or self.value("sched", "constant") == "constant":
+            return whole
+        if epochs := self.value("sched_epochs"):
+            return min(whole, epochs * per_epoch)
+        if examples := self.value("sched_examples"):
+            return min(whole, math.ceil(examples / self.value("bs", 128)))
+        return min(whole, self.value("sched_steps", 5000))
 
     def argv(self) -> list[str]:
         """The words of the command line, in random order and either spelling."""
@@ -277,6 +285,7 @@ GENERATORS: dict[str, Generator] = {
     "sched_steps": sched_length("steps", 1, 2, 7, 5000),
     "sched_epochs": sched_length("epochs", 1, 2, 9),
     "sched_examples": sched_length("examples", 1, 100, 1001),
+    "end": sometimes(0.3, "epochs", "schedule"),
     "measure_every": lambda c: c.rng.choice([1, 2, 3, 5]) if c.chance(0.9) else None,
     "measure_bn": sometimes(0.6, "train", "eval", "separate"),
     "measure_budget": lambda c: c.rng.choice([0.05, 0.5, 2, 100]) if c.chance(0.7) else None,
@@ -296,6 +305,7 @@ GENERATORS: dict[str, Generator] = {
     "threads": lambda c: c.rng.choice([1, 1, 1, 1, 2, 3]),
     "compile": compile_,
     "graph": sometimes(0.1, "off", "auto"),
+    "deterministic": sometimes(0.1, "on", "off"),
     "profile": sometimes(0.03, 1, 3),
     "runs": sometimes(0.5, "runs", "a/b/ü", "./x y/"),
     "resume": switch(0.1),

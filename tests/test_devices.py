@@ -1,6 +1,7 @@
 """Several processes are the same run: equal to rounding, exact gradients, every launcher, 16-bit scaling."""
 
 import copy
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import measure
 import metrics
 import train
 from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, series, summary, weights
+from engine import options
 from test_metrics import job_for, warm
 
 # Training amplifies the last bit, by how much depends on the trajectory: seed 2's is a calm one.
@@ -232,7 +234,7 @@ def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
 
 
 def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
-    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
     end = time.monotonic() + 60
     while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
@@ -245,7 +247,7 @@ def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
 
 
 def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
-    argv = [*GN, "--epochs", "400", "--runs", str(tmp_path), "--name", "r"]
+    argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
     end = time.monotonic() + 60
     while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
@@ -319,3 +321,15 @@ def test_wrapper_and_bare_module_agree():
         assert torch.equal(job.context.logits(x), job.model(x))
         assert job.context.logits(x).dtype == torch.get_default_dtype()
         assert isinstance(job.module, nn.Module)
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_deterministic_kernels_are_a_choice(go, choice):
+    """It says how a GPU computes, not what: the run keeps its name, and may be resumed with the other choice."""
+    folder = go("--deterministic", choice, "--max-steps", "1")
+    assert (torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark) == (choice == "on", choice == "off")
+    assert json.loads((folder / "config.json").read_text())["segments"][0]["deterministic"] == choice
+    go("--max-steps", "2", "--resume")
+    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    named = options.parse(["--dataset", "synthetic", "--deterministic", choice]).name
+    assert named == options.parse(["--dataset", "synthetic"]).name

@@ -593,7 +593,7 @@ def test_accumulators_survive_a_kill(zygote, tmp_path):
         "--window",
         "4",
         "--checkpoint-minutes",
-        "0",
+        "1e-6",
         "--runs",
         str(tmp_path),
     ]

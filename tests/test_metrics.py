@@ -179,6 +179,21 @@ def test_gram_is_the_same_however_it_is_cut(monkeypatch):
     torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
 
 
+@pytest.mark.parametrize("size", [1, 5, 64, 100, 1000])
+def test_gram_in_buckets(monkeypatch, size):
+    """Buckets that end within a tensor, at its end and beyond all of them; tensors in either memory format and in both."""
+    g = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4, 4), (5,), (3, 2, 2, 2), (), (1, 1, 1, 1), (0, 3)]
+    rows = [[torch.randn(shape, generator=g) for shape in shapes] for _ in range(4)]
+    flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
+    monkeypatch.setattr(metrics, "CPU_CHUNK", size)
+    for last in (1, 2, 4):  # of so many rows the four-dimensional tensors are in channels_last
+        mixed = [[t.to(memory_format=torch.channels_last) if t.dim() == 4 and i < last else t for t in row] for i, row in enumerate(rows)]
+        torch.testing.assert_close(metrics.gram(mixed), flat @ flat.T, rtol=1e-12, atol=1e-12)
+        cut = list(metrics.buckets(mixed, size))
+        assert [sum(len(piece) for piece in bucket[0]) for bucket in cut] == [size] * (127 // size) + [127 % size] * (127 % size > 0)
+
+
 @pytest.mark.parametrize("length", [5, metrics.SLICE, 3 * metrics.SLICE + 7])
 def test_products_by_slices(length):
     """As on a GPU."""

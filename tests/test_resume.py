@@ -17,7 +17,7 @@ import train
 from conftest import TINY, same_weights, series, summary, weights
 from engine import labels, record
 
-NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "0"]
+NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "1e-6"]
 
 
 TIMES = ("seconds", "images_per_second", "peak_memory_mb", "measure_seconds", "measure_share")
@@ -245,7 +245,7 @@ def test_a_read_only_file_system(go, monkeypatch, capsys, tmp_path):
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.ckpt"))
 
 
-GN = ("--noise", "0.5", "--norm", "gn")
+GN = ("--noise", "0.5", "--norm", "gn", "--checkpoint-minutes", "0")
 REFUSING = """
 import os, signal, sys
 from engine import record
@@ -508,10 +508,53 @@ def test_what_did_not_fit_at_first_is_planned_when_the_run_grows():
     assert epochwise.kept_plan({}, now) == now
 
 
+def saves(monkeypatch) -> list[int]:
+    """The steps at which last.ckpt is written, filled in as a run goes on."""
+    steps, save = [], record.Record.save
+    monkeypatch.setattr(record.Record, "save", lambda *args: (steps.append(args[1]["step"]), save(*args)))
+    return steps
+
+
+@pytest.mark.parametrize(("minutes", "at"), [("2", [4, 8, 10]), ("0", [5, 10]), ("1e-6", [*range(1, 11)]), ("9", [10])])
+def test_checkpoints_by_time(go, monkeypatch, minutes, at):
+    """A step takes half a minute, an epoch has five: after that many minutes and at the end, not after each epoch."""
+    step, clock, steps = train.train_step, [0.0], saves(monkeypatch)
+    monkeypatch.setattr(train, "train_step", lambda *args, **named: (clock.append(clock[-1] + 30), step(*args, **named))[1])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
+    go("--noise", "0.5", "--checkpoint-minutes", minutes)
+    assert steps == at
+
+
+def test_a_stop_saves_whatever_the_time_and_once(go, monkeypatch):
+    steps = saves(monkeypatch)
+    stop_at(monkeypatch, 4)  # the last step of its epoch
+    go("--noise", "0.5", status=3)
+    assert steps == [5]
+
+
+CLOCK = """
+import os, time, types, train
+from engine import agreement, record
+written, save = [], record.Record.save
+record.Record.save = lambda *args: (written.append(args[1]["step"]), save(*args))
+agreement.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + 1e6 * (rank == {ahead}))
+status = train.main({argv!r})
+print("written", written, flush=True)
+os._exit(status)
+"""
+
+
+@pytest.mark.parametrize(("ahead", "at"), [(0, [5, 10, 15]), (1, [15])])
+def test_the_clock_of_rank_0_decides_for_all(zygote, tmp_path, ahead, at):
+    argv = [*TINY, "--noise", "0.5", "--norm", "gn", "--epochs", "3", "--runs", str(tmp_path), "--name", "r"]
+    assert zygote.run(code=CLOCK.format(ahead=ahead, argv=argv), ranks=2) == [0, 0], zygote.said()
+    assert f"written {at}" in zygote.said(0) and "written []" in zygote.said(1)
+
+
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):
     original = train.checkpoint
     monkeypatch.setattr(train, "checkpoint", lambda *args: (time.sleep(0.8), original(*args)))
-    folder = go("--noise", "0.5", "--checkpoint-minutes", "0", "--epochs", "1")
+    folder = go("--noise", "0.5", "--checkpoint-minutes", "1e-6", "--epochs", "1")
     assert 0 < record.load_state(folder / "last.ckpt")["steps_seconds"] < 4 * 0.8  # there are four within the epoch
 
 
@@ -530,6 +573,6 @@ def test_config_lists_every_segment(go):
 
 
 def test_checkpoint_is_finite_and_plain(go):
-    folder = go("--noise", "0.5")
+    folder = go("--noise", "0.5", "--checkpoint-minutes", "0")
     assert all(t.isfinite().all() for t in weights(folder).values())
     assert torch.load(folder / "previous.ckpt", weights_only=True)["step"] == 5

@@ -29,7 +29,7 @@ JUNK = (None, True, -1, 7, 3.5, float("nan"), 1e308, 10**30, "", "x", "../x", "a
 def made(tmp_path_factory) -> Path:
     """A run that stopped after its first epoch: previous.ckpt at step 3, last.ckpt at step 4."""
     runs = tmp_path_factory.mktemp("runs")
-    assert train.main([*ARGV, "--runs", str(runs), "--name", "r"]) == 0
+    assert train.main([*ARGV, "--checkpoint-minutes", "0", "--runs", str(runs), "--name", "r"]) == 0
     return runs / "r"
 
 

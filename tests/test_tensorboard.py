@@ -182,7 +182,7 @@ def test_changed_labels_are_red():
 # --------------------------------------------------------------------------------- the best weights, and resuming
 
 
-BEST = ("--noise", "0.5", "--best", "--epochs", "3", "--max-steps", "12", "--lr", "0.02", "--measure", "off")
+BEST = ("--noise", "0.5", "--best", "--epochs", "3", "--max-steps", "12", "--lr", "0.02", "--measure", "off", "--checkpoint-minutes", "0")
 
 
 def best(folder):
@@ -280,6 +280,29 @@ def test_best_weights_stay_when_the_run_goes_on(go, tmp_path, monkeypatch):
     folder = go("--best", "--epochs", "1")
     assert train.main([*TINY, "--best", "--resume", "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
     assert summary(folder)["steps"] == 10 and (best(folder)["step"], best(folder)["val_acc"]) == (5, 0.9)
+
+
+def test_the_best_that_the_checkpoint_knows_of_outlives_better_ones(go, tmp_path, monkeypatch):
+    """Two better epochs since the last checkpoint, then a kill; where they do not come again, as on another machine, the
+    best one is that of the checkpoint."""
+    argv = [*TINY, "--best", "--runs", str(tmp_path / "runs"), "--name", "r", "--epochs", "4", "--resume"]
+    with monkeypatch.context() as patch:
+        pretend(patch, step5=0.3, step10=0.5, step15=0.7)
+        folder = go("--best", "--epochs", "1")
+        step = train.train_step
+
+        def killed(job, batch, number, measured):
+            if number == 16:
+                raise Killed
+            return step(job, batch, number, measured)
+
+        patch.setattr(train, "train_step", killed)
+        with pytest.raises(Killed):
+            train.main(argv)
+        assert best(folder)["step"] == 15
+    pretend(monkeypatch, step10=0.2)
+    assert train.main(argv) == 0
+    assert (best(folder)["step"], best(folder)["val_acc"], summary(folder)["best_val_acc"]) == (5, 0.3, 0.3)
 
 
 def test_best_in_mid_epoch_gives_way_when_the_run_grows(go, tmp_path, monkeypatch):

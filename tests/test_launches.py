@@ -1,0 +1,94 @@
+"""How many operations a step takes: on a GPU each is a launch of a kernel or more, and small batches wait for those."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import metrics
+import models
+import train
+from conftest import TINY
+from engine import options, sources
+from engine.hardware import make_fabric
+from engine.job import prepare
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations within its block that compute something: views and new memory launch nothing."""
+
+    IDLE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name not in self.IDLE and not name.startswith("profiler::"):
+            self.by_name[name] = self.by_name.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_name.values())
+
+
+@pytest.fixture(scope="module")
+def job():
+    """ResNet-18; its width changes nothing in the counts."""
+    args = options.parse([*TINY, "--noise", "0.5", "--compile=off", "--graph=off"])
+    source = sources.load(args)
+    index = torch.arange(len(source.x_train))
+    fabric, scaler = make_fabric(args)
+    labels = torch.where(index % 2 == 0, source.y_train, (source.y_train + 1) % 10)
+    job = prepare(args, source, (index[:160], index[160:]), labels[:160], fabric, scaler)
+    job.state.step = 1
+    return job
+
+
+PLAIN, MEASURED = 160, 400  # with room for other versions of torch: 150 and 384 with 2.14
+
+
+def counted_step(job, measured: bool) -> Count:
+    """A step that is not the first, in which momentum is made."""
+    batch = job.train.batch(job.train.epoch(0, 0), 0, job.args.bs, 0, 1)
+    train.train_step(job, batch, 1, measured=False)
+    with Count() as count:
+        train.train_step(job, batch, 4, measured=measured)
+    return count
+
+
+def test_of_a_step(job):
+    """Written down in docs/speed.md."""
+    plain, measured = counted_step(job, False), counted_step(job, True)
+    print(f"plain {plain.total}, measured {measured.total}: {plain.by_name} {measured.by_name}")
+    assert plain.total <= PLAIN and measured.total <= MEASURED
+    assert plain.by_name["native_batch_norm"] == 20 and "add_" not in plain.by_name  # a counter of batches would be added to
+
+
+@pytest.mark.parametrize("V", [2, 3])
+def test_of_a_gram_matrix_on_a_gpu(V):
+    """ResNet-18 of width 64: 62 tensors, 11 million entries. Tensors without values take the path of a GPU."""
+    module = models.build("resnet18", 3, 10, 64, "bn", 0).to("meta", memory_format=torch.channels_last)
+    rows = [[torch.empty_like(p) for p in module.parameters()] for _ in range(V)]
+    with Count() as count:
+        assert metrics.gram(rows).shape == (V, V)
+    print(count.total, count.by_name)
+    assert count.total <= 30 and count.by_name["bmm"] == 3
+
+
+def test_a_network_of_torchs_names_is_saved_and_read(job):
+    """With the counters of batches that training goes without."""
+    usual = models.build("resnet18", 3, 10, 8, "bn", 0)
+    saved = models.counted_state(job.module, 7)
+    assert list(saved) == list(usual.state_dict()) and not any(name.endswith(models.COUNTER) for name in job.module.state_dict())
+    assert usual.load_state_dict(saved) and int(usual.bn1.num_batches_tracked) == 7
+    assert job.module.load_state_dict(saved) and job.module.load_state_dict(job.module.state_dict())
+    assert models.COUNTER in str(saved) and all(saved[name].dtype == value.dtype for name, value in usual.state_dict().items())
+
+
+def test_counters_stay_where_they_are_used():
+    kept = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=None), torch.nn.SyncBatchNorm(3), torch.nn.BatchNorm2d(3))
+    models.stop_counting(kept)
+    assert [m.num_batches_tracked is None for m in kept] == [False, False, True]
+    assert list(models.counted_state(kept, 2)) == list(torch.nn.Sequential(*map(type(kept[2]), (3, 3, 3))).state_dict())
