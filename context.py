@@ -31,7 +31,7 @@ class MeasuringOptions:
     measure_bn: str  # "train", "eval" or "separate"
     measure_budget: float  # share of the run's cost
     chunks: int  # parts of C and of N
-    window: int  # measurements over which the corrected estimates are summed
+    window: int  # measurements, at most, over which a quarter's corrected estimates are summed
     permutations: int  # random masks
     null_every: int  # measured steps between random masks, with "split"
     stratify: bool  # masks keep each given label's count
@@ -42,7 +42,7 @@ class MeasuringState:
     """What measurements carry from one step to the next: plain values, which a checkpoint holds under these names."""
 
     plan: dict = field(default_factory=dict)  # how far apart the measures of the budget stand, and their counted share
-    window: list[list[float]] = field(default_factory=list)  # the last full measurements' `metrics.MOMENTS`
+    window: list[list[float]] = field(default_factory=list)  # `metrics.MOMENTS` of this quarter's full measurements
     not_resolved: int = 0  # corrected estimates that were left out
     half_memorized_step: int | None = None  # updates made when first half of the noisy probe examples were fitted
     measure_seconds: dict[str, float] = field(default_factory=dict)  # that each family of the full measurements took
@@ -80,6 +80,7 @@ class MeasuringContext:
     noise_seed: int = 0  # of fresh labels and of the examples that are probed
     fake_mask: bool = False  # an A/A run: labels are true, and who is called noisy is drawn
     has_dropout: bool = False
+    momentum: Callable[[], float] = lambda: 0.0
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
@@ -217,31 +218,30 @@ class Forward:
         ((_, logits),) = self.pieces
         return logits
 
-    def rows(self, labels: Tensor, weights: list[Tensor], free: bool = False) -> list[Row]:
+    def rows(self, labels: Tensor, weights: list[Tensor], free: bool = False, true: Tensor | None = None) -> list[Row]:
         """For each w of `weights` (b,): (1/B) sum_i w_i dL_i/dtheta against `labels` (b,) over this process's examples,
-        times the loss scale. With `free` they are the last ones of this forward, and take less memory."""
+        times the loss scale; with `true` (b,) less the same against these, the label-noise part. With `free` they are the
+        last ones of this forward, and take less memory."""
         context = self.context
         of_pieces: list[list[Row]] = [[] for _ in weights]
         for (index, logits), graph in zip(self.pieces, self.graphs, strict=True):
-            y, own = (labels, weights) if index is None else (labels[index], [w[index] for w in weights])
+            own = [(w if index is None else w[index]).to(logits.dtype) * self.unit for w in weights]
+            y, t = (v if v is None or index is None else v[index] for v in (labels, true))
             wanted = list(range(len(own)))
             if index is not None:  # the same on all processes, whose SyncBatchNorm meets in every pull-back
                 used = context.sum_over_ranks(torch.stack([w.any() for w in own]).float()).tolist()
                 wanted = [i for i in wanted if used[i]]
-            U = [metrics.cotangent(logits, y, own[i].to(logits.dtype) * self.unit) for i in wanted]
+            U = [
+                metrics.cotangent(logits, y, own[i]) if t is None else metrics.label_cotangent(logits, y, t, own[i])
+                for i in wanted
+            ]
             for i, row in zip(wanted, metrics.pull_backs(*graph, context.parameters, U, free), strict=True):
                 of_pieces[i].append(row)
         return [metrics.add_rows(r) if r else [torch.zeros_like(p) for p in context.parameters] for r in of_pieces]
 
-    def row(self, labels: Tensor, weights: Tensor, free: bool = False) -> Row:
+    def row(self, labels: Tensor, weights: Tensor, free: bool = False, true: Tensor | None = None) -> Row:
         """The row of one w (b,), as in `rows`."""
-        return self.rows(labels, [weights], free)[0]
-
-    def pull_back(self, U: Tensor) -> Row:
-        """Pull back one explicit cotangent U (b, K), times the loss scale / B; frees the graph. Joint forwards only."""
-        (graph,) = self.graphs
-        U = U.to(self.logits.dtype) * self.unit
-        return metrics.pull_backs(*graph, self.context.parameters, [U], free=True)[0]
+        return self.rows(labels, [weights], free, true)[0]
 
 
 def sum_rows(context: MeasuringContext, rows: list[Row]) -> list[Row]:

@@ -88,7 +88,8 @@ def probe(context: MeasuringContext) -> dict:
 
 
 def isotropy(context: MeasuringContext) -> dict:
-    """`isotropy/*`: participation ratio of m label-noise gradients, each of as many noisy training examples.
+    """`isotropy/*`: effective dimension and participation ratio of m label-noise gradients, each the mean of as many
+    noisy training examples.
 
     Part k's gradient is pulled back from U_i = (onehot(y*_i) - onehot(y_i)) / |part|, directly the part's g - g(y*).
     Empty with too few noisy examples. Every process computes the same.
@@ -98,7 +99,7 @@ def isotropy(context: MeasuringContext) -> dict:
     m = min(isotropy_parts(P), len(noisy) // 4)
     if m < 3 or context.fake_mask:
         return {}
-    size, rows, K = min(ISOTROPY_EXAMPLES, len(noisy) // m), [], len(context.transition)
+    size, rows = min(ISOTROPY_EXAMPLES, len(noisy) // m), []
     mixed = noisy[torch.randperm(len(noisy), generator=data.generator(context.noise_seed, "isotropy"))]
     dropout = [d for d in context.module.modules() if isinstance(d, nn.Dropout)]
     with batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True):
@@ -106,18 +107,21 @@ def isotropy(context: MeasuringContext) -> dict:
             d.eval()
         for part in mixed[: m * size].view(m, size):
             x = context.train.images.plain(part)
-            onehot = [F.one_hot(t[part].to(x.device), K) for t in (context.train.true, context.train.labels)]
-            rows.append(Forward(context, x, size).pull_back(onehot[0] - onehot[1]))
+            true, given = (t[part].to(x.device) for t in (context.train.true, context.train.labels))
+            rows.append(Forward(context, x, size).row(given, torch.ones_like(given), free=True, true=true))
     G = metrics.gram(rows)
+    dimension = float(metrics.effective_dimension(G))  # not finite where it is not resolved: left out
     return {
+        "isotropy/dimension": dimension,
+        "isotropy/dimension_share": dimension / P,
         "isotropy/participation": float(metrics.participation(G)),
         "isotropy/isotropic": metrics.isotropic_participation(m, P),
     }
 
 
 def isotropy_parts(P: int) -> int:
-    """Parts m whose rows of `P` float32 parameters fit ISOTROPY_BYTES together; at least 3, for anything to compare."""
-    return max(3, min(ISOTROPY_PARTS, ISOTROPY_BYTES // (4 * P)))
+    """Parts m whose rows of `P` float32 parameters fit ISOTROPY_BYTES together; at least 4, which the dimension takes."""
+    return max(4, min(ISOTROPY_PARTS, ISOTROPY_BYTES // (4 * P)))
 
 
 # --------------------------------------------------------------------------------------------------------- curvature
@@ -154,13 +158,12 @@ def curvature(context: MeasuringContext) -> dict:
 
         top, residual, _ = metrics.lanczos(product, vectors(False), CURVATURE_TOLERANCE, CURVATURE_PRODUCTS)
         trace, error = metrics.hutchinson(product, [vectors(True) for _ in range(TRACE_PROBES)])
-    lr = context.learning_rate()
     return {
         "curvature/top": top if residual < CURVATURE_RESOLVED else math.nan,  # not resolved: left out
         "curvature/top_residual": residual,
         "curvature/trace": float(trace),
         "curvature/trace_error": float(error),
-        "curvature/two_over_lr": 2 / lr if lr > 0 else math.nan,
+        "curvature/edge": metrics.edge_of_stability(context.learning_rate(), context.momentum()),
     }
 
 
@@ -246,7 +249,7 @@ def make_plan(context: MeasuringContext, length: RunLength) -> dict:
 
 def counted_costs(options: MeasuringOptions, batch_size: int, P: int, n_probe: int) -> dict[str, float]:
     """Cost in F of one measurement: the controls of a measured step beyond the split, and each of `MEASURES`."""
-    rows = 2 * options.chunks + options.permutations + 2
+    rows = 3 * options.chunks + options.permutations + 2  # chunks of C, of N, of the label-noise part
     # Two forwards of half a batch and one more row for each mask.
     separate = 2 * options.permutations if options.measure_bn == "separate" else 0
     own_forward = 0 if options.measure_bn == "train" else 1

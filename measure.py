@@ -11,7 +11,8 @@ measured step only.
 Shapes: B examples of the global batch, b of them on this process, K classes, P parameters, R masks.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -190,90 +191,163 @@ def split_share(options: MeasuringOptions) -> float:
 def control_values(
     context: MeasuringContext, batch: Batch, step: int, forward: Forward, rows: list[Row], own: Row | None
 ) -> dict:
-    """`null/*`, `corrected/*`, `noise_scale/*`, `fresh/*`, `truth/*` of a batch with both sets; waits for the device.
+    """`null/*`, `grad/difference*`, `grad/label_share`, `fresh/*`, `truth/*` of a batch with both sets, `corrected/*` and
+    `noise_scale/*` at the end of a quarter of the run; waits for the device.
 
-    `rows` are those of `split_rows` on `forward`, `own` a g that is not their sum. Empty where a set is.
+    `rows` are those of `split_rows` on `forward`, `own` a g that is not their sum. Nothing of this batch where a set is empty.
     """
-    if len(rows) < 2:
-        return {}
-    state, B = context.state, batch.size
-    f = 1 - batch.n_noisy / B
-    scale2 = float(context.loss_scale()) ** 2
-    together = metrics.add_rows(rows)
     values: dict[str, float] = {}
+    if len(rows) == 2:
+        base = [*rows, metrics.add_rows(rows)]
+        products = inner_products(context, *base)
+        values |= chunk_values(context, batch, forward, products, own)
+        with context.timed("permutations"):
+            values |= permuted_values(context, batch, step, forward, own or base[2])
+        if not context.fake_mask:  # under a fake mask all labels are true: there is no other label to compare with
+            values |= relabelled_values(context, batch, step, forward, base, products)
+    return values | quarter_values(context, step)
 
-    def products(*wanted: Row) -> list[list[float]]:
-        return metrics.gram(list(wanted)).div(scale2).tolist()
 
-    def row(labels: Tensor, weights: Tensor, graph: Forward = forward) -> Row:
-        return sum_rows(context, [graph.row(labels, weights)])[0]
+def inner_products(context: MeasuringContext, *rows: Row) -> list[list[float]]:
+    """Inner products of rows that carry the loss scale, without it; here the host waits for the device."""
+    return metrics.gram(list(rows)).div(float(context.loss_scale()) ** 2).tolist()
 
+
+def summed_row(
+    context: MeasuringContext, forward: Forward, labels: Tensor, weights: Tensor, true: Tensor | None = None
+) -> Row:
+    """`Forward.row`, summed over all processes."""
+    return sum_rows(context, [forward.row(labels, weights, true=true)])[0]
+
+
+def chunk_values(
+    context: MeasuringContext, batch: Batch, forward: Forward, products: list[list[float]], own: Row | None
+) -> dict:
+    """What disjoint parts of the batch give: `null/cos_*`, `grad/difference*`, `grad/label_share`; adds to the window.
+
+    `products` are the inner products of the rows of C, of N and of their sum, `own` a g that is not the sum.
+    """
+    state, B, values = context.state, batch.size, {}
+    f = 1 - batch.n_noisy / B
     with context.timed("chunks"):
-        base = products(*rows, together)
-        moments = chunk_estimates(context, batch, row, base, products)
+        moments, across = chunk_estimates(context, batch, forward, products)
         named = dict(zip(metrics.MOMENTS, moments, strict=True))
-        g2 = products(own)[0][0] if own is not None else base[2][2]
+        g2 = inner_products(context, own)[0][0] if own is not None else products[2][2]
         values |= metrics.null_cosines(g2, named["var_a"], f, B)
-        state.window = [*state.window, moments][-context.options.window :]
-        resolved, missing = metrics.corrected(state.window)
-        state.not_resolved += missing
-        values |= resolved | {"corrected/not_resolved": float(state.not_resolved)}
-
-    with context.timed("permutations"):
-        values |= permuted_values(context, batch, step, forward, own or together)
-
-    if not context.fake_mask:  # under a fake mask all labels are true: there is no other label to compare with
-        with context.timed("fresh"):
-            labels = fresh_labels(context, batch, step)
-            if labels is not None:
-                h = row(labels, batch.noisy)
-                (hh, hc), (_, cc) = products(h, rows[0])
-                values["fresh/ratio"] = metrics.norm_ratio(hh, cc) * f / (1 - f)
-                values["fresh/cos"] = metrics.cosine_of_products(hc, hh, cc)
-                values["fresh/index"] = metrics.norm_ratio(hh, base[1][1])
-        with context.timed("truth"):
-            t = row(batch.true, torch.ones_like(batch.noisy))
-            (tt, tg), (_, gg) = products(t, together)
-            values["truth/cos"] = metrics.cosine_of_products(tg, tt, gg)
-            values["truth/shift"] = metrics.norm_ratio(gg - 2 * tg + tt, tt)
+        values |= metrics.difference_measures(named["cc"], named["nn"], across, named["var_a"], B)
+        if all(map(math.isfinite, moments)):  # a set of one example has no variance
+            state.window = [*state.window, moments][-context.options.window :]
+    if not context.fake_mask and named["var_a"] > 0:
+        with context.timed("label_share"):
+            values["grad/label_share"] = label_variance(context, batch, forward) / named["var_a"]
     return values
 
 
-def chunk_estimates(
-    context: MeasuringContext,
-    batch: Batch,
-    row: Callable[[Tensor, Tensor], Row],
-    base: list[list[float]],
-    products: Callable[..., list[list[float]]],
-) -> list[float]:
-    """`metrics.MOMENTS` of this batch from k disjoint parts of C and of N, cut by position in the global batch.
+def relabelled_values(
+    context: MeasuringContext, batch: Batch, step: int, forward: Forward, base: list[Row], products: list[list[float]]
+) -> dict:
+    """`fresh/*` and `truth/*`: the same forward under other labels. `base` are the rows of C, of N and their sum, `products`
+    their inner products."""
+    values, f = {}, 1 - batch.n_noisy / batch.size
+    with context.timed("fresh"):
+        labels = fresh_labels(context, batch, step)
+        if labels is not None:
+            h = summed_row(context, forward, labels, batch.noisy)
+            (hh, hc), (_, cc) = inner_products(context, h, base[0])
+            values["fresh/ratio"] = metrics.norm_ratio(hh, cc) * f / (1 - f)
+            values["fresh/cos"] = metrics.cosine_of_products(hc, hh, cc)
+            values["fresh/index"] = metrics.norm_ratio(hh, products[1][1])
+            del h
+    with context.timed("truth"):
+        t = summed_row(context, forward, batch.true, torch.ones_like(batch.noisy))
+        (tt, tg), (_, gg) = inner_products(context, t, base[2])
+        values["truth/cos"] = metrics.cosine_of_products(tg, tt, gg)
+        values["truth/shift"] = metrics.norm_ratio(gg - 2 * tg + tt, tt)
+    return values
 
-    `row(labels, weights)` gives a row, `products(*rows)` the inner products of rows; `base` are those of the rows of C, of
-    N and of their sum.
-    """
-    B, k = batch.size, min(context.options.chunks, batch.size)
-    position = torch.arange(B) * k // B  # (B,) part of each position, on the host
-    here = position[batch.first : batch.first + len(batch.y)].to(batch.y.device)
+
+def batch_parts(context: MeasuringContext, batch: Batch) -> tuple[int, Tensor, Tensor]:
+    """k disjoint parts of the batch, cut by position in the global batch: (k, part of each position (B,) on the host,
+    that of this process's examples (b,) on the device)."""
+    k = min(context.options.chunks, batch.size)
+    position = torch.arange(batch.size) * k // batch.size
+    return k, position, position[batch.first : batch.first + len(batch.y)].to(batch.y.device)
+
+
+def chunk_estimates(
+    context: MeasuringContext, batch: Batch, forward: Forward, products: list[list[float]]
+) -> tuple[list[float], float]:
+    """`metrics.MOMENTS` of this batch from the parts of C and of N, and <G_C, G_N> from pairs of examples in different parts
+    alone; `products` are the inner products of the rows of C, of N and of their sum."""
+    B, (k, position, here) = batch.size, batch_parts(context, batch)
+    within = 0.0  # sum over the parts of <sum over C, sum over N>
     squares: dict[str, list[float]] = {"c": [], "n": [], "a": []}
     for part in range(k):
-        pair = [row(batch.y, (here == part) & s) for s in (~batch.noisy, batch.noisy)]
-        (cc, cn), (_, nn) = products(*pair)
+        pair = [summed_row(context, forward, batch.y, (here == part) & s) for s in (~batch.noisy, batch.noisy)]
+        (cc, cn), (_, nn) = inner_products(context, *pair)
+        within += cn
         for name, square in (("c", cc), ("n", nn), ("a", cc + 2 * cn + nn)):
             squares[name].append(square)
         del pair
     count = torch.bincount(position, minlength=k)
     noisy = torch.bincount(position[batch.host_noisy], minlength=k)
     sizes = {"c": (count - noisy).tolist(), "n": noisy.tolist(), "a": count.tolist()}
-    sums = {"c": base[0][0], "n": base[1][1], "a": base[2][2]}
+    pairs = batch.n_noisy * (B - batch.n_noisy) - int(noisy @ (count - noisy))
+    sums = {"c": products[0][0], "n": products[1][1], "a": products[2][2]}
     estimate = {}
     for name in "cna":  # rows are (1/B) sums: B^2 makes them sums
         S = torch.tensor(squares[name], dtype=torch.float64) * B**2
         estimate[name] = metrics.chunk_moments(S, sizes[name], S.new_tensor(sums[name] * B**2))
     f = 1 - batch.n_noisy / B
     (cc, var_c), (nn, var_n), (sq_a, var_a) = ([float(v) for v in estimate[name]] for name in "cna")
-    cn = base[0][1] / (f * (1 - f))
+    cn = products[0][1] / (f * (1 - f))
     ca, aa = f * cc + (1 - f) * cn, f * f * cc + 2 * f * (1 - f) * cn + (1 - f) ** 2 * nn
-    return [cc, nn, cn, ca, aa, var_c, var_n, var_a, sq_a]
+    across = (products[0][1] - within) * B**2 / pairs if pairs else math.nan
+    return [cc, nn, cn, ca, aa, var_c, var_n, var_a, sq_a], across
+
+
+def label_variance(context: MeasuringContext, batch: Batch, forward: Forward) -> float:
+    """Trace of the within-batch variance of g_i(y_i) - g_i(y*_i), which is 0 for a clean example, from the batch's parts."""
+    B, (k, position, here) = batch.size, batch_parts(context, batch)
+    squares, total = torch.zeros(k, dtype=torch.float64), None
+    for part in position[batch.host_noisy].unique().tolist():  # the others have nothing to add
+        row = summed_row(context, forward, batch.y, (here == part) & batch.noisy, batch.true)
+        squares[part] = inner_products(context, row)[0][0]
+        if total is None:
+            total = [t.clone() for t in row]
+        else:
+            torch._foreach_add_(total, row)
+        del row
+    sizes = torch.bincount(position, minlength=k).tolist()
+    square = squares.new_tensor(inner_products(context, total)[0][0])
+    return float(metrics.chunk_moments(squares * B**2, sizes, square * B**2)[1])
+
+
+# ------------------------------------------------------------------------------------------- estimates of a quarter
+
+
+def ends_quarter(context: MeasuringContext, step: int) -> bool:
+    """Whether the full measurement at `step` is the last in its quarter of the run, of the length planned at its first start."""
+    plan = context.state.plan
+    total = plan.get("total_steps", context.total_steps)
+    return 4 * step // total < 4 * (step + plan["steps"]) // total
+
+
+def quarter_values(context: MeasuringContext, step: int) -> dict:
+    """`corrected/*` and `noise_scale/*` from the window's measurements, which it empties, at the end of a quarter; else {}.
+
+    A quarter of fewer than three measurements is joined with the next one.
+    """
+    state, values = context.state, {}
+    if not ends_quarter(context, step):
+        return {}
+    if len(state.window) >= metrics.LEAST_MEASUREMENTS:
+        values, missing = metrics.corrected(state.window)
+        state.not_resolved, state.window = state.not_resolved + missing, []
+    return values | {"corrected/not_resolved": float(state.not_resolved)}
+
+
+# ------------------------------------------------------------------------------------------------------ fresh labels
 
 
 def fresh_labels(context: MeasuringContext, batch: Batch, step: int) -> Tensor | None:

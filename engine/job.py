@@ -129,6 +129,7 @@ def prepare(
         noise_seed=args.noise_seed,
         fake_mask=args.fake_mask is not None,
         has_dropout=dropout,
+        momentum=lambda: optimizer.param_groups[0]["momentum"],
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)

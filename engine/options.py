@@ -204,7 +204,7 @@ def parser() -> Parser:
         help="disjoint parts",
     )
     g.add_argument(
-        "--window", type=count, default=20, metavar="M", help="full measurements that corrected/* accumulates"
+        "--window", type=count, default=20, metavar="M", help="full measurements, at most, of one corrected estimate"
     )
     g.add_argument(
         "--fake-mask", type=share, metavar="X", help="A/A run: call this share of a clean training split noisy"

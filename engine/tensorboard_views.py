@@ -34,17 +34,22 @@ CHARTS = {
     },
     "beside their nulls": {
         "cos(clean, all) and random masks": [
-            *("grad/cos_clean_all", "null/cos_clean_all", "null/permuted_cos_clean_all$", "corrected/cos_clean_all"),
+            *("grad/cos_clean_all", "null/cos_clean_all", "null/permuted_cos_clean_all$", "corrected/cos_clean_all$"),
         ],
         "cos(clean, noisy) and random masks": [
             "grad/cos_clean_noisy",
             "null/cos_clean_noisy",
             "null/permuted_cos_clean_noisy$",
-            "corrected/cos_clean_noisy",
+            "corrected/cos_clean_noisy$",
         ],
+        "corrected cosine of clean and noisy, and its interval": ["corrected/cos_clean_noisy"],  # _low and _high, too
+        "difference of the mean gradients, 0 for random masks": ["grad/difference$", "grad/difference_norm"],
+        "label noise's share of the gradients' variance": ["grad/label_share"],
         "memorized, recovered, other": ["probe/memorized", "probe/recovered", "probe/other"],
+        "effective dimension of the label noise": ["isotropy/dimension$"],
         "participation ratio and isotropic": ["isotropy/participation", "isotropy/isotropic"],
-        "sharpness and 2/lr": ["curvature/top$", "curvature/two_over_lr"],
+        # In a run that an earlier version began also that version's 2/lr, the edge without momentum.
+        "sharpness and the edge of stability": ["curvature/top$", "curvature/(edge|two_over_lr)"],
     },
 }
 FIRST_HPARAMS = ("noise", "lr", "sched", "bs", "seed")  # the five that TensorBoard shows unasked
@@ -70,6 +75,8 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
         return "momentum" in SCHEDULES[given["sched"]].moves
     if group == "train":
         return noisy or name != "acc_noisy"
+    if tag.startswith(("grad/difference", "grad/label")):
+        return controls and noisy and (name != "label_share" or given["fake_mask"] is None)
     if group == "grad":
         return split and (noisy or name in ("norm_clean", "norm_all"))
     if name.startswith("permuted_"):  # also beside a split that brings masks of its own

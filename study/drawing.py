@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -26,6 +27,7 @@ from study.runfolders import Run
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
 BATCH_ALPHA = 0.05
 UNSMOOTHED = ("probe/", "optim/", "corrected/", "null/")  # whole sets, no noise, averaged over batches, few points
+INTERVALS = "whiskers: 95 % intervals of corrected estimates, by the jackknife"
 LEAST_POINTS = 20  # a series of fewer points is drawn as it is: an average of a few would hide its last value
 SLIVER = 12  # how many times longer than the shortest line the longest may be before the x axis becomes logarithmic
 TAIL = "_tail"  # label, which no legend shows, of a line's flat end: what a run would show that went on after its schedule
@@ -203,7 +205,32 @@ def draw_line(
     if spread is not None and style == "-":
         low, high = (np.clip(middle + sign * spread, *value_limits(tag))[thin] for sign in (-1, 1))
         axis.fill_between(x[thin], low, high, color=color, alpha=0.15, lw=0, zorder=2)
+    for run in runs:
+        steps, _, low, high = with_interval(run, tag)
+        if len(steps) and drawable(run, tag, look):
+            axis.vlines(x_values(run, steps, look.x), low, high, color=color, lw=0.9, alpha=0.7, zorder=2)
     return True
+
+
+def with_interval(run: Run, tag: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(steps, values, low, high), each (n,), of a series whose values have intervals, TAG_low and TAG_high; n is 0 for others."""
+    series = [run.series.get(name, (np.empty(0, int), np.empty(0))) for name in (tag, f"{tag}_low", f"{tag}_high")]
+    steps = sorted(set.intersection(*(set(np.asarray(at).tolist()) for at, _ in series)))
+    values = (np.asarray(v, float)[np.searchsorted(at, steps)] for at, v in series)
+    return np.array(steps), *values
+
+
+def interval_of_means(axis, runs: list[Run], tag: str, color) -> None:
+    """Against batch size, a whisker at the mean over runs and time of a series with intervals: 95 %, of independent values."""
+    by_size: dict[int, list[tuple[float, float]]] = {}
+    for run in runs:
+        _, values, low, high = with_interval(run, tag)
+        if len(values):
+            half = math.sqrt(float(np.square((high - low) / 2).sum())) / len(values)
+            by_size.setdefault(run.cell.B, []).append((float(values.mean()), half))
+    for B, found in by_size.items():
+        middle, half = np.mean([m for m, _ in found]), math.hypot(*(h for _, h in found)) / len(found)
+        axis.vlines(B, middle - half, middle + half, color=color, lw=3, alpha=0.35, zorder=2)
 
 
 # -------------------------------------------------------------------------------------------------- axes and words
@@ -285,12 +312,14 @@ def smoothing_text(tag: str) -> str:
 
 
 def bands_text(figure: Figure, look: Look, smoothed: bool) -> list[str]:
-    """What the bands of a figure are, in words; nothing where none is drawn."""
-    if not any(axis.collections for axis in figure.axes):
-        return []
+    """What the bands and whiskers of a figure are, in words; nothing where none is drawn."""
+    drawn = [collection for axis in figure.axes for collection in axis.collections]
+    parts = [INTERVALS] * any(isinstance(c, LineCollection) for c in drawn)
+    if not any(isinstance(c, PolyCollection) for c in drawn):
+        return parts
     if look.bands == "window" and smoothed:
-        return ["bands: standard deviation within the average's window"]
-    return ["bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window")]
+        return [*parts, "bands: standard deviation within the average's window"]
+    return [*parts, "bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window")]
 
 
 def footer(figure: Figure, text: str, runs: Iterable[Run] = ()) -> None:

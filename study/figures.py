@@ -21,6 +21,7 @@ from study.drawing import (
     FILLS,
     GREEN,
     GREY,
+    INTERVALS,
     VERMILION,
     X_LABEL,
     Look,
@@ -32,6 +33,7 @@ from study.drawing import (
     finish_axes,
     footer,
     headline,
+    interval_of_means,
     marker_of,
     named_momentum,
     noise_title,
@@ -251,16 +253,14 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
             if points:
                 color, marker, style = looks[kind]
                 over_seeds(axis, points, color, kind, marker, style)
+                interval_of_means(axis, here, tag, color)
     for axis in axes[0]:  # they share it
         batch_axis(axis, {r.cell.B for r in real + fakes})
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
-    footer(
-        figure,
-        f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds; "
-        "noisy gradients pull elsewhere where raw lies below its null",
-        real + fakes,
-    )
+    whiskers = f"; {INTERVALS}" * any(f"{corrected}_low" in r.series for r in real)
+    words = f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds{whiskers}; "
+    footer(figure, words + "noisy gradients pull elsewhere where raw lies below its null", real + fakes)
     return figure
 
 

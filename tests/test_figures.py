@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 
 import report
@@ -116,6 +117,44 @@ def test_a_line_begins_where_every_seed_has_a_value():
     figure = figures.curves("t", "y", [late, never], tag, Look(), False)
     assert lines(figure.axes[0]) == [([1000, 2000], [0.9, 0.9]), ([0, 500], [0.1, 0.1])]
     assert not figure.axes[0].collections and "bands" not in caption(figure)
+
+
+def corrected(values: dict[int, tuple[float, float, float]], skip_low: int | None = None, **opts) -> Run:
+    """A run with corrected cosines {step: (value, low, high)}; of one step the lower end is missing."""
+    tag = "corrected/cos_clean_noisy"
+    ends = {f"{tag}{end}": {s: v[i] for s, v in values.items()} for i, end in enumerate(("", "_low", "_high"))}
+    ends[f"{tag}_low"].pop(skip_low, None)
+    raw = {s: 0.1 for s in values}
+    return made("c", ends | {"grad/cos_clean_noisy": raw, "null/cos_clean_noisy": raw}, noise=0.5, **opts)
+
+
+def whiskers(axis) -> list[list[list[float]]]:
+    """[[x, low], [x, high]] of each whisker."""
+    return [path.vertices.tolist() for c in axis.collections if isinstance(c, LineCollection) for path in c.get_paths()]
+
+
+def test_corrected_estimates_are_drawn_with_their_intervals():
+    tag = "corrected/cos_clean_noisy"
+    runs = [corrected({100: (0.5, 0.2, 0.8), 200: (0.6, 0.5, 0.7)}, skip_low=100)]
+    figure = figures.curves("t", "y", runs, tag, Look(), False)
+    assert whiskers(figure.axes[0]) == [[[200, 0.5], [200, 0.7]]]
+    assert drawing.INTERVALS in caption(figure) and "bands" not in caption(figure)
+    figure = figures.curves("t", "y", [*runs, corrected({100: (0.1, 0.0, 0.2), 200: (0.2, 0.1, 0.3)}, seed=1)], tag, Look(), False)
+    assert len(whiskers(figure.axes[0])) == 3 and "bands: one standard deviation over seeds" in caption(figure)
+    without = made("old", {tag: {100: 0.5, 200: 0.6}}, noise=0.5)  # as earlier versions have it
+    figure = figures.curves("t", "y", [without], tag, Look(), False)
+    assert not whiskers(figure.axes[0]) and drawing.INTERVALS not in caption(figure)
+    assert drawing.INTERVALS in caption(onerun.run_figure(runs[0], Look()))
+
+
+def test_against_batch_size_the_interval_is_that_of_the_mean():
+    both = {100: (0.5, 0.2, 0.8), 200: (0.7, 0.3, 1.1)}  # half widths 0.3 and 0.4: 0.5 / 2 for their mean, 0.6
+    figure = figures.nulls("t", [corrected(both)], "cos_clean_noisy")
+    assert [[128, pytest.approx(0.35)], [128, pytest.approx(0.85)]] in whiskers(figure.axes[0])
+    assert drawing.INTERVALS in caption(figure)
+    figure = figures.nulls("t", [corrected(both), corrected(both, seed=1)], "cos_clean_noisy")
+    half = 0.25 / 2**0.5
+    assert [[128, pytest.approx(0.6 - half)], [128, pytest.approx(0.6 + half)]] in whiskers(figure.axes[0])
 
 
 @pytest.mark.parametrize("look", [Look(), Look(bands="window")])

@@ -88,7 +88,7 @@ def test_every_value_from_brute_force_per_example_gradients():
     # Chunks by position: quarters of the batch, and their unbiased moments written out as sums over pairs of chunks.
     part = torch.arange(B) // 8
 
-    def moments(mask):
+    def moments(mask, g=g):
         sums, n = (
             torch.stack([g[(part == i) & mask].sum(0) for i in range(4)]),
             [int(((part == i) & mask).sum()) for i in range(4)],
@@ -98,6 +98,13 @@ def test_every_value_from_brute_force_per_example_gradients():
         return G2, (float((sums**2).sum()) - G2 * sum(x * x for x in n)) / sum(n)
 
     _, var_a = moments(C | N)
+    (cc, _), (nn, _), e = moments(C), moments(N), g - t
+    assert not e[C].any() and e[N].any(1).all()
+    pairs = [(i, j) for i in C.nonzero()[:, 0] for j in N.nonzero()[:, 0] if part[i] != part[j]]
+    across = sum(float(g[i] @ g[j]) for i, j in pairs) / len(pairs)
+    want["grad/difference"] = (cc + nn - 2 * across) * B / var_a
+    want["grad/difference_norm"] = (cc - nn) * B / var_a
+    want["grad/label_share"] = moments(C | N, e)[1] / var_a
     want |= {tag: v for tag, v in metrics.null_cosines(float(gA @ gA), var_a, f, B).items()}
     masks = [measure.random_mask(batch, False, data.generator(0, f"permutation{r}", 3)) for r in range(2)]
     want["null/permuted_cos_clean_all"] = sum(cos(g[~m].mean(0), gA) for m in masks) / 2
@@ -197,11 +204,8 @@ def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
                 rows = measure.split_rows(job.context, batch, ahead, free=False)
                 values.append(float(measure.split_values(rows, None, batch, 1.0)["grad/cos_clean_noisy"]))
                 if len(rows) == 2:
-                    noisy_free = measure.chunk_estimates(
-                        job.context, batch, lambda y, w: ahead.row(y, w), metrics.gram([*rows, metrics.add_rows(rows)]).tolist(),
-                        lambda *r: metrics.gram(list(r)).tolist(),
-                    )  # fmt: skip
-                    job.state.window.append(noisy_free)
+                    products = measure.inner_products(job.context, *rows, metrics.add_rows(rows))
+                    job.state.window.append(measure.chunk_estimates(job.context, batch, ahead, products)[0])
         raw[B] = sum(values) / len(values)
         corrected[B] = metrics.corrected(job.state.window)[0].get("corrected/cos_clean_noisy", math.nan)
     assert raw[16] + 0.15 < raw[64] < raw[256] - 0.1, raw
@@ -272,7 +276,7 @@ def test_hessian_of_a_tiny_net():
     assert got["curvature/top"] == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]), rel=3e-3)
     assert got["curvature/top_residual"] < 0.1
     assert abs(got["curvature/trace"] - float(H.trace())) < 5 * got["curvature/trace_error"]
-    assert got["curvature/two_over_lr"] == pytest.approx(2 / 0.1)
+    assert got["curvature/edge"] == pytest.approx(2 * 1.9 / 0.1)
     # Every sign vector equally often: the mean is exactly the trace.
     A = torch.randn(3, 3, dtype=torch.float64)
     A = A + A.T
@@ -414,6 +418,7 @@ def test_what_a_full_run_leaves(go):
         "permutations",
         "fresh",
         "truth",
+        "label_share",
         "probe",
         "isotropy",
         "curvature",

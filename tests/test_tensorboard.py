@@ -106,7 +106,7 @@ def test_every_chart_of_the_layout_has_data(go, options):
     layout = Layout.FromString(proto)
     shown = {chart.title: list(chart.multiline.tag) for group in layout.category for chart in group.chart}
     unlogged = {tag for tags in shown.values() for tag in tags if not [t for t in logged if re.match(tag, t)]}
-    unresolved = {tag for tag in unlogged if tag.startswith(("corrected/", "null/permuted_"))}  # not in every batch
+    unresolved = {tag for tag in unlogged if tag.startswith(("corrected/", "null/permuted_", "isotropy/dim"))}  # not in every batch
     assert unlogged == unresolved and all(group.chart for group in layout.category)
     of_schedule = {"optim/lr", "optim/momentum"}  # logged by every run, drawn where they move
     for title, tags in ((t, tags) for charts in views.CHARTS.values() for t, tags in charts.items()):
@@ -122,6 +122,10 @@ def test_layout_follows_the_plan_of_full_measurements():
     assert set(shown["beside their nulls"]) == {
         "cos(clean, all) and random masks",
         "cos(clean, noisy) and random masks",
+        "corrected cosine of clean and noisy, and its interval",
+        "difference of the mean gradients, 0 for random masks",
+        "label noise's share of the gradients' variance",
+        "effective dimension of the label noise",
         "participation ratio and isotropic",
     }
     assert "beside their nulls" not in views.chart_layout(given, True, dict.fromkeys(("steps", "probe", "isotropy", "curvature")))
