@@ -3,8 +3,8 @@
 import numpy as np
 
 import schedules
-from study.findings import Row
 from study.runfolders import Run
+from study.units import Row
 
 
 def schedule_shares(run: Run) -> tuple[float, float] | None:
@@ -41,6 +41,29 @@ def null_tag(run: Run, pair: str) -> str:
     return masks if masks in run.series else f"null/{pair}"
 
 
+def mean_from(run: Run, tag: str, start: int = 0) -> float | None:
+    """Mean over the run of a series from step `start` on."""
+    if tag not in run.series:
+        return None
+    steps, values = run.series[tag]
+    return float(values[steps >= start].mean()) if (steps >= start).any() else None
+
+
+def log_dimension(run: Run) -> float | None:
+    """Mean over the run, after step 0, of the natural logarithm of the effective dimension's share of the parameters.
+
+    The share is taken from `isotropy/dimension` and the number of parameters where it was not logged. A small budget leaves one
+    measurement, before training: nothing that batches or schedules could have changed.
+    """
+    P = run.resolved.get("parameters")
+    for tag, scale in (("isotropy/dimension_share", 1.0), ("isotropy/dimension", P)):
+        if tag in run.series and scale:
+            steps, values = run.series[tag]
+            values = values[(steps > 0) & (values > 0)]
+            return float(np.log(values / scale).mean()) if len(values) else None
+    return None
+
+
 def finding_values(run: Run) -> dict[str, float]:
     """{name: value} of what the findings need of a run, without what it did not measure."""
     corrected = run.series.get("corrected/cos_clean_noisy")
@@ -48,11 +71,14 @@ def finding_values(run: Run) -> dict[str, float]:
         "val_acc": last_value(run, "val/acc"),
         "test_acc": last_value(run, "test/acc"),
         "memorized": last_value(run, "probe/memorized"),
+        "memorized_excess": last_value(run, "probe/memorized_excess"),
+        "difference": mean_from(run, "grad/difference"),
+        "difference_norm": mean_from(run, "grad/difference_norm"),
+        "log_dimension": log_dimension(run),
         "cos_minus_null": mean_at_common_steps(
             run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract
         ),
         "corrected_minus_1": float(corrected[1].mean()) - 1 if corrected is not None and len(corrected[1]) else None,
-        # A small budget leaves one measurement, before training: nothing that batches or schedules could have changed.
         "participation_minus_1": mean_at_common_steps(
             run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, start=1
         ),
@@ -61,6 +87,6 @@ def finding_values(run: Run) -> dict[str, float]:
 
 
 def finding_row(run: Run) -> Row:
-    """The row of a run for findings.py."""
+    """The row of a run for the findings."""
     values = finding_values(run) if run.finished else {}
     return Row(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)
