@@ -30,7 +30,7 @@ from study.contrasts import (
 from study.rules import LEVEL, RULES, Evidence, verdict, verdict_of_one_budget
 from study.runfolders import Cell
 from study.stats import LEAST_SEEDS, Incomplete, Interval, interval, pooled_sd, seeds_needed
-from study.units import Row, independent
+from study.units import Row, poolings, tuned
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
 RULED = ("steps", "epochs")  # what the rules ask for; examples are shown
@@ -316,13 +316,30 @@ def show_beside(result: Result, real: list[Row], rows: list[Row]) -> None:
                 result.corners.setdefault(budget, {})[name] = interval(found.estimate.values)
 
 
-def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS) -> Result:
-    """The verdict on a finding from all rows of one setting, under every budget that has runs."""
-    rows, pooled = independent(rows)
+def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS, at_best: bool = False) -> Result:
+    """The verdict on a finding from all rows of one setting, under every budget that has runs.
+
+    `at_best`: with each cell at its best rate and weight decay of the other seeds. Where the rows cross seeds, the verdict is one
+    that every way of pooling them gives, and the intervals are the widest.
+    """
+    ways = [tuned(way) if at_best else way for way in poolings(rows)]
+    results = [evaluate_units(finding, way, margins[finding.margin]) for way in ways]
+    width = lambda r: max((i.high - i.low for i in r.intervals.values() if i is not None and i.n > 1), default=0.0)  # noqa: E731
+    chosen = max(results, key=width)
+    if len(results) > 1:
+        said = " and ".join(f"{r.verdict} by {len({row.seed for row in way})} units" for r, way in zip(results, ways, strict=True))
+        chosen.notes.append(f"the grid crosses seeds, which are pooled over one another: {said}; only what holds by all is given")
+        if len({r.verdict for r in results}) > 1:
+            chosen.verdict, chosen.needed = "not resolved", None
+        chosen.p = max((r.p for r in results if r.p is not None), default=None) if chosen.verdict != "not resolved" else None
+    return chosen
+
+
+def evaluate_units(finding: Finding, rows: list[Row], margin: float) -> Result:
+    """The verdict on a finding from rows of which each seed is independent of the others."""
     real = [r for r in rows if not r.fake and finding.covers(r.cell)]
     cells = {r.cell for r in real if r.budget in (*RULED, "any")}
-    result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margins[finding.margin], rate=rate_words(cells) if finding.sized else "")
-    result.notes += [pooled] if pooled else []
+    result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin, rate=rate_words(cells) if finding.sized else "")
     result.one_budget = bool(real) and all(r.budget == "any" for r in real)
     tables: dict[str, Gathered] = {}
     for budget in BUDGETS:

@@ -1,14 +1,15 @@
 """What one run gives to the findings, and which runs are one independent unit: seeds, pooled where grids cross them.
 
 A run's seed is written SEED/NOISE-SEED/SPLIT-SEED. Two runs that share one of these are not independent where it varies: a
-grid that crosses three seeds with three noise seeds has three units, not nine.
+grid that crosses three seeds with three noise seeds has three units, not nine. Pooled over the noise seeds its units are the
+seeds, and their spread has nothing of the noise seeds' own; so it is judged by either, and the verdict has to hold by both.
 """
 
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
 
-from study.runfolders import SEEDS, Cell
+from study.runfolders import Cell
 
 
 @dataclass(frozen=True)
@@ -26,57 +27,60 @@ class Row:
     finished: bool = True
 
 
-def chosen_unit(seeds: set[tuple[str, ...]]) -> dict[tuple[str, ...], str] | None:
-    """{seed: its unit}, or None where all seeds are independent of one another as they are.
+Seed = tuple[str, ...]
 
-    The unit is that one of the varied seeds, of those with most values, over which each of the others is either crossed (its
-    values are the same in every unit) or nested (no value in two units). If there is none, what hangs together is one unit.
+
+def partitions(seeds: set[Seed]) -> list[dict[Seed, str]]:
+    """Every way to pool seeds into units, {seed: its unit}; none where all seeds are independent of one another as they are.
+
+    A unit may be the runs of one value of a varied seed if each of the other varied seeds is either crossed with it (its values
+    are the same in every unit) or nested in it (no value in two units). If there is no such seed, what hangs together is one unit.
     """
     varied = [k for k in range(max(map(len, seeds))) if len({s[k] for s in seeds}) > 1]
     if all(len({s[k] for s in seeds}) == len(seeds) for k in varied):
-        return None
-    for k in sorted(varied, key=lambda k: -len({s[k] for s in seeds})):
-        groups = defaultdict(list)
+        return []
+    found: dict[frozenset, dict[Seed, str]] = {}
+    for k in varied:
+        groups = defaultdict(set)
         for s in seeds:
-            groups[s[k]].append(s)
-        sets = ([{s[j] for s in group} for group in groups.values()] for j in varied if j != k)
+            groups[s[k]].add(s)
+        sets = [[{s[j] for s in group} for group in groups.values()] for j in varied if j != k]
         if all(all(a == of[0] for a in of) or sum(map(len, of)) == len(set().union(*of)) for of in sets):
-            return {s: s[k] for s in seeds}
+            found.setdefault(frozenset(map(frozenset, groups.values())), {s: s[k] for s in seeds})
+    if found:
+        return list(found.values())
     units = {s: {s} for s in seeds}
     for a in seeds:
         for b in seeds:
             if units[a] is not units[b] and any(a[k] == b[k] for k in varied):
                 units[a] |= units[b]
                 units |= dict.fromkeys(units[b], units[a])
-    return {s: "/".join(min(units[s])) for s in seeds}
+    return [{s: "/".join(min(units[s])) for s in seeds}]
 
 
-def independent(rows: list[Row]) -> tuple[list[Row], str]:
-    """Rows of independent units: those of one unit are averaged, cell by cell, and stand under the unit's name. Also says what
-    was pooled; nothing where seeds are independent as they are.
-
-    A cell that lacks a finished run of one of the unit's seeds counts as not finished.
-    """
+def poolings(rows: list[Row]) -> list[list[Row]]:
+    """Rows of independent units, in every way of `partitions`: those of one unit are averaged, cell by cell, and stand under the
+    unit's name. The rows themselves where seeds are independent as they are."""
     seeds = {tuple(r.seed.split("/")) for r in rows}
-    if not seeds or len(set(map(len, seeds))) > 1:
-        return rows, ""
-    units = chosen_unit(seeds)
-    if units is None:
-        return rows, ""
+    found = partitions(seeds) if len(set(map(len, seeds))) == 1 else []
+    return [pooled(rows, units) for units in found] or [rows]
+
+
+def pooled(rows: list[Row], units: dict[Seed, str]) -> list[Row]:
+    """The mean row of each unit, cell and budget. A cell without a finished run of one of the unit's seeds is not finished."""
     groups: dict[tuple, list[Row]] = defaultdict(list)
     for r in rows:
-        groups[units[tuple(r.seed.split("/"))], r.cell, r.budget, r.fake, r.wd].append(r)
-    size: dict[tuple, int] = {}
-    for (unit, *_, fake, _), group in groups.items():
-        size[unit, bool(fake)] = max(size.get((unit, bool(fake)), 0), len(group))
-    pooled = []
-    for (unit, *_), group in groups.items():
-        whole = len(group) == size[unit, bool(group[0].fake)] and all(r.finished for r in group)
-        names = set.intersection(*(set(r.values) for r in group)) if whole else ()
-        values = {name: statistics.fmean(r.values[name] for r in group) for name in sorted(names)}
-        pooled.append(replace(group[0], seed=unit, values=values, finished=whole))
-    names = ", ".join(f"--{name.replace('_', '-')}" for name in SEEDS)
-    return pooled, f"the grid crosses {names}: {len(seeds)} seeds are pooled into {len(set(units.values()))} independent units"
+        groups[units[tuple(r.seed.split("/"))], bool(r.fake), r.cell, r.budget, r.fake, r.wd].append(r)
+    size: dict[tuple, int] = defaultdict(int)
+    for key, group in groups.items():
+        size[key[:2]] = max(size[key[:2]], len(group))
+    means = []
+    for key, group in groups.items():
+        whole = len(group) == size[key[:2]] and all(r.finished for r in group)
+        names = sorted(set.intersection(*(set(r.values) for r in group))) if whole else ()
+        values = {name: statistics.fmean(r.values[name] for r in group) for name in names}
+        means.append(replace(group[0], seed=key[0], values=values, finished=whole))
+    return means
 
 
 def tuned(rows: list[Row]) -> list[Row]:

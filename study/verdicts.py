@@ -11,7 +11,6 @@ from study.page import Page
 from study.rules import LEVEL, RULES
 from study.settings import Setting
 from study.stats import holm
-from study.units import independent, tuned
 
 NAMED = 3  # missing runs named in a finding's own line; the rest is folded
 
@@ -41,9 +40,7 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
         for s in settings:
             runs = {"fixed": s.ratio_runs if by_ratio else s.runs, "scaled": s.scaled, "tuned": s.all_runs}[rates]
             rows = [runvalues.finding_row(r) for r in runs]
-            if rates == "tuned":  # on units: seeds that share noise or split would choose for one another
-                rows = tuned(independent(rows)[0])
-            by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins)))
+            by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")))
         judged += [pair for pair in by_setting if has_statistic(pair[1])] or by_setting[:1]
     return judged
 
