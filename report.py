@@ -107,7 +107,7 @@ def print_verdicts(judged: Judged) -> None:
     here = [(setting, result) for setting, result in judged if has_statistic(result)]
     for (setting, result), text in zip(here, holm_texts([result for _, result in here]), strict=True):
         alone = ", alone" * text.startswith("not")
-        print(f"{result.finding.id:<7} {result.verdict + alone:<20} {titled(result)} ({setting})")
+        print(f"{result.finding.id:<7} {result.verdict + alone:<21} {titled(result)} ({setting})")
     if any(text.startswith("not") for text in holm_texts([result for _, result in here])):
         print("alone: does not stand if all verdicts are to hold at once (Holm)")
     unjudged = dict.fromkeys(result.finding.id for _, result in judged if not has_statistic(result))

@@ -226,7 +226,7 @@ def subtract_null(finding: Finding, found: Gathered, rows: list[Row], budget: st
     if len(aa) < LEAST_SEEDS:
         found.missing.append(
             f"{BUDGETS[budget]}: A/A runs (--fake-mask) with {SERIES_OF[name]} of three seeds at B {', '.join(map(str, sorted(sizes)))}, "
-            f"there are those of {len(aa)}"
+            f"there are those of {len(aa)}; nothing is subtracted"
         )
         return interval(aa.values()) if aa else None
     without = [s for s in found.units if s not in aa]

@@ -233,7 +233,10 @@ def write_full_report(
     scaled = [s for s in settings if s.scaled]
     if scaled:
         page.heading(2, "Findings at equal lr/B")
-        page.text("Batch sizes at rates in proportion: what a fixed rate mixes, for lr/B falls there as the batch grows, is held fixed.")
+        page.text(
+            "Each batch size at a rate in proportion to it. At one rate for all, lr/B falls as the batch grows, and what that does is "
+            "not told from what the batch size does."
+        )
         write_findings(page, judge(scaled, margins, "scaled"))
     if best:
         page.heading(2, "Findings at each cell's best learning rate and weight decay")

@@ -141,8 +141,8 @@ def write_rules(page: Page, margins: dict[str, float]) -> None:
     """How a verdict is reached."""
     page.text(
         "The unit is the seed: a statistic is computed from each seed's runs alone (same noise, split and initialization), averaged over "
-        "the cells that the claim speaks of, and only then tested; intervals are Student t, 95 %. Runs without a schedule count under "
-        f"every budget. Margins: {margins['acc']:g} in accuracy (and per doubling of B), {margins['cos']:g} in a cosine, "
+        "the cells that the claim speaks of, and only then tested; intervals are Student t, 95 %. Where no run has a schedule there is "
+        f"one budget, and its interval alone decides. Margins: {margins['acc']:g} in accuracy (and per doubling of B), {margins['cos']:g} in a cosine, "
         f"{margins['difference']:g} in grad/difference, {margins['dimension']:g} in the logarithm of a share of dimensions, "
         f"{margins['log2b']:g} doublings of B. A budget claims if its interval excludes 0 in the claimed direction and does not lie inside "
         "the margin; it refutes if the interval lies inside the margin or on the other side of 0."

@@ -501,9 +501,9 @@ def test_the_verdicts_name_what_earlier_runs_lack(tmp_path, capsys):
     assert report.main([str(tmp_path / "old.npz"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     page_text, printed = (tmp_path / "out" / "report.md").read_text(), capsys.readouterr().out
     assert re.search(r"^1a raw +supported", printed, re.M) and "cannot judge: 1a, 1b, 2, 4, 4m, 5c" in printed
-    for id, series in (("1a", "grad/difference"), ("1b", "isotropy/dimension"), ("2", "probe/memorized_excess")):
+    for id, tag in (("1a", "grad/difference"), ("1b", "isotropy/dimension"), ("2", "probe/memorized_excess")):
         row = re.search(rf"^\| {id}\. [^|]*\|[^|]*\| \*\*not resolved\*\* \| (.*)$", page_text, re.M)
-        assert f"its run has no {series}" in row[1], id
+        assert f"its run has no {tag}" in row[1], id
 
 
 def test_the_dimension_is_taken_from_its_share_or_the_parameters():
