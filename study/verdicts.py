@@ -104,6 +104,8 @@ def explanation(setting: str, r: findings.Result) -> str:
     text += {1: "claimed above 0", -1: "claimed below 0", 0: "claimed to differ from 0"}[f.direction] + ". "
     rule = "there is one budget, for no run has a schedule: its interval alone decides" if r.one_budget else RULES[r.verdict]
     text += f"Verdict: {verdict_words(r)}, for: {rule}."
+    words = [f"{findings.BUDGETS[b]} {reading(r.intervals[b], f.direction, r.margin)}" for b in findings.RULED if r.intervals[b]]
+    text += f" The interval under {'; that under '.join(words)}." if words else ""
     if len(f.gives) < len(RULES) and r.verdict == "not resolved":
         text += " This statistic can support the claim and cannot refute it."
     for budget, parts in r.parts.items():
@@ -114,10 +116,10 @@ def explanation(setting: str, r: findings.Result) -> str:
         if len(found) == 2 and found[0][1] == found[1][1]:
             found = found[:1]
         text += f" At {name}: " + ("; ".join(f"{interval_text(i)} ({b})" for b, i in found) or "no such runs") + "."
-    for budget, aa in r.aa.items():
-        text += f" A/A runs ({budget}): {interval_text(aa)}." if budget in findings.RULED else ""
-    if r.beside:
-        text += " Beside it: " + "; ".join(f"{label} {interval_text(i)}" for label, i in r.beside.items()) + "."
+    for aa in dict.fromkeys(r.aa[budget] for budget in findings.RULED if budget in r.aa):
+        text += f" A/A runs: {interval_text(aa)}."
+    for label, i in r.beside.items():
+        text += f" Beside it, {label}: {interval_text(i)}."
     if r.notes:
         text += " Note: " + "; ".join(r.notes) + "."
     if r.missing:
@@ -128,13 +130,24 @@ def explanation(setting: str, r: findings.Result) -> str:
     return text
 
 
+def reading(i: findings.Interval, direction: int, margin: float) -> str:
+    """What an interval says of a claim, in words."""
+    if i.n < findings.LEAST_SEEDS:
+        return "is one of too few seeds"
+    if -margin < i.low and i.high < margin:
+        return "lies inside the margin"
+    if i.low > 0 or i.high < 0:
+        return "excludes 0" if direction == 0 else f"excludes 0 {'as' if direction * i.mean > 0 else 'against what is'} claimed"
+    return "contains 0 and reaches beyond the margin"
+
+
 def size_words(budget: str, parts: dict[str, findings.Interval]) -> str:
     """Which neighbouring sizes differ, by intervals that hold for all pairs at once."""
     if any(i.n < findings.LEAST_SEEDS for i in parts.values()):
         return f"Under {budget} there are too few seeds to tell sizes apart."
-    words = (("more", lambda i: i.low > 0), ("less", lambda i: i.high < 0), ("not told apart", lambda i: i.low <= 0 <= i.high))
-    listed = [f"{word}: {', '.join(names)}" for word, test in words if (names := [n for n, i in parts.items() if test(i)])]
-    return f"Under {budget} the larger of neighbouring sizes memorizes {'; '.join(listed)}."
+    words = (("the larger memorizes more", lambda i: i.low > 0), ("the larger memorizes less", lambda i: i.high < 0), ("not told apart", lambda i: i.low <= 0 <= i.high))
+    listed = [f"{word} ({', '.join(names)})" for word, test in words if (names := [n for n, i in parts.items() if test(i)])]
+    return f"Neighbouring sizes under {budget}: {'; '.join(listed)}."
 
 
 def write_rules(page: Page, margins: dict[str, float]) -> None:

@@ -391,9 +391,9 @@ def test_sizes_that_rise_and_fall_are_no_claim_and_are_named():
     mixed = evaluate_finding(two(), [row(*spot, 0.2, 0.1) for spot in grid])
     assert mixed.intervals["steps"].low > 0.01 and mixed.verdict == "not resolved"
     text = verdicts.explanation("s", mixed)
-    assert "matched epochs the larger of neighbouring sizes memorizes more: B 16 to 64; less: B 64 to 256." in text
+    assert "matched epochs: the larger memorizes more (B 16 to 64); the larger memorizes less (B 64 to 256)." in text
     steady = evaluate_finding(two(), [row(*spot, 0.2, -0.1) for spot in grid])
-    assert steady.verdict == "supported" and "memorizes more: B 16 to 64, B 64 to 256." in verdicts.explanation("s", steady)
+    assert steady.verdict == "supported" and "memorizes more (B 16 to 64, B 64 to 256)." in verdicts.explanation("s", steady)
     flat = evaluate_finding(two(), [row(*spot, 0.1, 0.1) for spot in grid])
     assert abs(flat.intervals["steps"].mean) < 0.01 and flat.verdict == "not resolved"  # a mean of 0 of two that are not
 
@@ -495,7 +495,16 @@ def test_claims_name_the_rate():
     assert findings.rate_words({Cell("cosine", 0.5, 16, 0.1), Cell("cosine", 0.5, 64, 0.4)}) == "at lr/B 0.00625"
     assert findings.rate_words({Cell("cosine", 0.5, 16, 0.1), Cell("cosine", 0.5, 64, 0.1), Cell("cosine", 0.5, 64, 0.4)}) == ""
     result = evaluate_finding(two(), rows_of("2", 0.03, 0.03))
-    assert "Claim, at lr 0.1: training with a larger batch" in verdicts.explanation("s", result)
+    text = verdicts.explanation("s", result)
+    assert "Claim, at lr 0.1: training with a larger batch" in text
+    assert "step budget excludes 0 as claimed; that under matched epochs excludes 0 as claimed." in text
+
+
+def test_intervals_are_read_in_words():
+    words = [verdicts.reading(i, 1, 0.01) for i in (UP, DOWN, SMALL, TINY, WIDE, at(0.02, 0.04, n=2))]
+    assert words == ["excludes 0 as claimed", "excludes 0 against what is claimed", *["lies inside the margin"] * 2,
+                     "contains 0 and reaches beyond the margin", "is one of too few seeds"]  # fmt: skip
+    assert verdicts.reading(DOWN, -1, 0.01) == "excludes 0 as claimed" and verdicts.reading(DOWN, 0, 0.01) == "excludes 0"
 
 
 # ------------------------------------------------------------------------------------------------- units and tuning

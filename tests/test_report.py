@@ -315,9 +315,9 @@ def test_a_report_from_planted_runs(made):
     page_text = (made / "report.md").read_text()
     rows = dict(re.findall(r"^\| (\w+(?: raw)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", page_text, re.M))
     assert rows["1a"] == rows["1a raw"] == rows["1b"] == "supported"
-    assert "its signed part from the norms -0.1" in page_text and "corrected cosine minus 1, a biased selection -0.7" in page_text
+    assert "its signed part from the norms: -0.1" in page_text and "corrected cosine minus 1, a biased selection: -0.7" in page_text
     assert "| 2. Larger batches overfit noisy labels, at lr 0.1 |" in page_text and "stands, p = " in page_text
-    assert "the larger of neighbouring sizes memorizes more: B 16 to 64, B 64 to 256" in page_text
+    assert "the larger memorizes more (B 16 to 64, B 64 to 256)" in page_text
     assert rows["2"] == "confounded"  # planted under the step budget only
     assert rows["4"] == rows["5c"] == "not resolved"
     assert "train/loss is nan at step 3" in page_text
