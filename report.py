@@ -23,7 +23,15 @@ from study.outputs import CannotWrite, whole_folder
 from study.page import Page
 from study.reference import read_curves
 from study.runfolders import Run
-from study.verdicts import Judged, has_statistic
+from study.verdicts import Judged, has_statistic, holm_texts, titled
+
+MARGIN_WORDS = {  # of every key of findings.MARGINS
+    "acc": "accuracy as a share, and that per doubling of the batch size",
+    "cos": "a cosine",
+    "difference": "grad/difference",
+    "dimension": "natural logarithm of the dimension's share of the parameters",
+    "log2b": "the best batch size, in doublings",
+}
 
 
 def formats(text: str) -> tuple[str, ...]:
@@ -66,27 +74,9 @@ def parser() -> options.Parser:
         help="write every value into FILE.csv (run, tag, step, value), and FILE-runs.csv with a row for each run",
     )
     p.add_argument("--export", metavar="FILE", help="write the series of all runs into one .npz")
-    p.add_argument(
-        "--margin-acc",
-        type=options.positive,
-        default=findings.MARGINS["acc"],
-        metavar="X",
-        help="smallest effect of interest, accuracy as a share (0.01)",
-    )
-    p.add_argument(
-        "--margin-cos",
-        type=options.positive,
-        default=findings.MARGINS["cos"],
-        metavar="X",
-        help="the same for a cosine or a ratio (0.05)",
-    )
-    p.add_argument(
-        "--margin-log2b",
-        type=options.positive,
-        default=findings.MARGINS["log2b"],
-        metavar="X",
-        help="the same for the best batch size, in doublings (0.5)",
-    )
+    for name, what in MARGIN_WORDS.items():
+        text = f"smallest effect of interest, {what}"
+        p.add_argument(f"--margin-{name}", type=options.positive, default=findings.MARGINS[name], metavar="X", help=text)
     return p
 
 
@@ -114,9 +104,12 @@ def look_of(args, reference: list[Run]) -> Look:
 
 def print_verdicts(judged: Judged) -> None:
     """A line for each finding whose statistic these runs give; the other findings by name."""
-    for setting, result in judged:
-        if has_statistic(result):
-            print(f"{result.finding.id:<13} {result.verdict:<14} {result.finding.title} ({setting})")
+    here = [(setting, result) for setting, result in judged if has_statistic(result)]
+    for (setting, result), text in zip(here, holm_texts([result for _, result in here]), strict=True):
+        alone = ", alone" * text.startswith("not")
+        print(f"{result.finding.id:<7} {result.verdict + alone:<21} {titled(result)} ({setting})")
+    if any(text.startswith("not") for text in holm_texts([result for _, result in here])):
+        print("alone: does not stand if all verdicts are to hold at once (Holm)")
     unjudged = dict.fromkeys(result.finding.id for _, result in judged if not has_statistic(result))
     if unjudged:
         print(f"these runs cannot judge: {', '.join(unjudged)}")

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from engine import roles
 from schedules import entry
-from study import findings, stats
+from study import contrasts, findings, stats
 from study.drawing import (
     BLUE,
     FILLS,
@@ -323,7 +323,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
             for r in runs:
                 if r.cell.noise == noise:
                     axis.plot(
-                        findings.lr_batch_ratio(r.cell, with_m),
+                        contrasts.lr_batch_ratio(r.cell, with_m),
                         last_value(r, "val/acc"),
                         color=colour(r.cell.B),
                         marker=entry(r.cell.sched).marker,
@@ -344,7 +344,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
     figure.legend(handles=marks, title="batch size", loc="outside right center")
     footer(
         figure,
-        f"{len(runs)} finished runs; m: the momentum, for one-cycle its {findings.PEAK_MOMENTUM} at the largest rate",
+        f"{len(runs)} finished runs; m: the momentum, for one-cycle its {contrasts.PEAK_MOMENTUM} at the largest rate",
         runs,
     )
     return figure

@@ -1,8 +1,7 @@
-"""The report's claims, their statistics and the verdict rules, as pure functions of one row per run.
+"""The report's claims and how each is judged, as pure functions of one row per run.
 
-The unit of every test is the seed: a statistic is computed for each seed from that seed's runs alone, which share
-noise, split and initialization, and only then averaged. `python benchmarks/planted.py` prints the rules' error rates on planted
-sweeps.
+The unit of every test is the seed, see contrasts.py; the rules are in rules.py. `python benchmarks/planted.py` prints the rules'
+error rates on planted sweeps.
 
 Letters: B batch size, m momentum, n seeds.
 """
@@ -11,219 +10,157 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
+from study.contrasts import (
+    CONSTANT,
+    SCHEDULED,
+    Estimate,
+    Statistic,
+    Unit,
+    across,
+    adjacent_sizes,
+    best_shift,
+    each_seed,
+    lost_slope,
+    mean_value,
+    over_lines,
+    ratio_gap,
+)
+from study.rules import LEVEL, RULES, Evidence, verdict, verdict_of_one_budget
 from study.runfolders import Cell
-from study.stats import LEAST_SEEDS, Incomplete, Interval, best_log2, interval, pooled_sd, seeds_needed, slope
+from study.stats import LEAST_SEEDS, Incomplete, Interval, interval, pooled_sd, seeds_needed
+from study.units import Row, poolings, tuned
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
-MARGINS = {"acc": 0.01, "cos": 0.05, "log2b": 0.5}  # smallest effects of interest: share, cosine, doublings of B
-PEAK_MOMENTUM = 0.85  # one-cycle's at its largest learning rate
-SCHEDULED, CONSTANT = ("cosine", "onecycle"), ("constant",)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One run: its cell, its seed, the budget its schedule is matched in (`any` without a schedule), and what the findings
-    need of it (`values`, without those that it lacks; none of one that did not finish). `fake`: an A/A run's share."""
-
-    cell: Cell
-    seed: str
-    budget: str
-    values: dict[str, float]
-    name: str = ""
-    fake: float = 0.0
-    wd: float = 5e-4
-    finished: bool = True
-
-
-# --------------------------------------------------------------------------------------------------------- verdicts
-
-RULES = {  # docs/findings.md, in this order: the first that applies
-    "supported": "the 95 % interval excludes 0 in the claimed direction under the report's step budget and under matched epochs",
-    "confounded": "it does under the step budget, but under matched epochs the interval lies inside the margin or on the other side",
-    "not supported": "under the step budget the interval lies inside the margin or on the other side",
-    "not resolved": "anything else, fewer than three seeds, or runs missing",
+RULED = ("steps", "epochs")  # what the rules ask for; examples are shown
+MARGINS = {  # smallest effects of interest
+    "acc": 0.01,  # share, and share per doubling of B
+    "cos": 0.05,
+    "difference": 0.1,  # of `grad/difference`: what a cosine of 0.95 between equally long means gives where the noise scale is B
+    "dimension": 0.7,  # natural logarithm of a share of dimensions: a factor of 2
+    "log2b": 0.5,  # doublings of B
+}
+SERIES_OF = {  # which series a value comes from, for saying what is missing
+    "difference": "grad/difference (--measure full)",
+    "difference_norm": "grad/difference_norm (--measure full)",
+    "cos_minus_null": "grad/cos_clean_noisy with its null (--measure full)",
+    "corrected_minus_1": "corrected/cos_clean_noisy (--measure full)",
+    "log_dimension": "isotropy/dimension with its share of the parameters after step 0 (--measure full)",
+    "participation_minus_1": "isotropy/participation with isotropy/isotropic after step 0 (--measure full)",
+    "memorized": "probe/memorized",
+    "memorized_excess": "probe/memorized_excess",
+    "val_acc": "val/acc",
 }
 
 
-def verdict(steps: Interval | None, epochs: Interval | None, direction: int, margin: float) -> str:
-    """One of `RULES` from the intervals under the two budgets (None: no runs). `direction` is +1 or -1."""
-
-    def claimed(i: Interval) -> bool:
-        return i.low > 0 if direction > 0 else i.high < 0
-
-    def refuted(i: Interval) -> bool:
-        return (-margin < i.low and i.high < margin) or (i.high < 0 if direction > 0 else i.low > 0)
-
-    known = [i if i is not None and i.n >= LEAST_SEEDS else None for i in (steps, epochs)]
-    if known[0] is None:
-        return "not resolved"
-    if known[1] is not None and claimed(known[0]):
-        if claimed(known[1]):
-            return "supported"
-        if refuted(known[1]):
-            return "confounded"
-    return "not supported" if refuted(known[0]) else "not resolved"
-
-
-# ------------------------------------------------------------------------------------------- the claims' statistics
-
-
-Values = dict[Cell, float]  # one seed's value in every cell, under one budget
-
-
-def mean_value(values: Values) -> float:
-    """The mean over all cells."""
-    return statistics.fmean(values.values())
-
-
-def group_cells(values: Values, by: Callable[[Cell], tuple]) -> dict[tuple, Values]:
-    """`values` in groups of cells with the same `by(cell)`."""
-    grouped: dict[tuple, Values] = defaultdict(dict)
-    for cell, value in values.items():
-        grouped[by(cell)][cell] = value
-    return grouped
-
-
-def slope_on_log2(values: Values) -> float:
-    """Slope on log2 B (per doubling) in each schedule and noise level, averaged."""
-    lines = group_cells(values, lambda c: (c.sched, c.noise))
-    return statistics.fmean(slope([math.log2(c.B) for c in line], list(line.values())) for line in lines.values())
-
-
-def lost_to_noise(values: Values) -> Values:
-    """Accuracy without noise minus accuracy with, for every cell with noise. Raises `Incomplete`."""
-    lost = {}
-    for cell, value in values.items():
-        if cell.noise > 0:
-            if cell._replace(noise=0.0) not in values:
-                raise Incomplete(f"noise 0 at {cell.sched}, B {cell.B}")
-            lost[cell] = values[cell._replace(noise=0.0)] - value
-    if not lost:
-        raise Incomplete("a noise level above 0")
-    return lost
-
-
-def lost_slope(values: Values) -> float:
-    """Slope on log2 B of the accuracy that noise costs, averaged over schedules and noise levels."""
-    return slope_on_log2(lost_to_noise(values))
-
-
-def best_log2_pairs(values: Values) -> list[tuple[float, float]]:
-    """The best log2 B without noise and at the highest noise level, for each schedule. Raises `Incomplete`."""
-    pairs = []
-    for by_sched in group_cells(values, lambda c: (c.sched,)).values():
-        levels = group_cells(by_sched, lambda c: (c.noise,))
-        if (0.0,) not in levels or len(levels) < 2:
-            raise Incomplete("noise 0 and a higher level")
-        ends = (levels[(0.0,)], levels[max(levels)])
-        pairs.append(tuple(best_log2([c.B for c in end], list(end.values())) for end in ends))
-    return pairs
-
-
-def best_shift(values: Values) -> float:
-    """Best log2 B without noise minus best log2 B at the highest noise level, averaged over schedules."""
-    return statistics.fmean(clean - noisy for clean, noisy in best_log2_pairs(values))
-
-
-def best_at_range_end(values: Values) -> str | None:
-    """A warning where the best batch size is the smallest or largest tested one: the shift is a bound then, no estimate."""
-    sizes = {math.log2(c.B): c.B for c in values}
-    ends = {min(sizes): "below", max(sizes): "above"}
-    try:
-        pinned = sorted({best for pair in best_log2_pairs(values) for best in pair if best in ends})
-    except Incomplete:
-        return None
-    return "the best batch size may lie " + " or ".join(f"{ends[b]} {sizes[b]}" for b in pinned) if pinned else None
-
-
-def lr_batch_ratio(cell: Cell, with_momentum: bool) -> float:
-    """lr / B, or lr / (B (1 - m)) with one-cycle's momentum at its largest learning rate."""
-    m = PEAK_MOMENTUM if cell.sched == "onecycle" else cell.momentum
-    return cell.lr / (cell.B * (1 - m)) if with_momentum else cell.lr / cell.B
-
-
-def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:
-    """Accuracy of the smaller minus that of the larger batch at equal ratio: one-cycle with noise minus constant without."""
-
-    def gap(values: Values) -> float:
-        sides = defaultdict(list)
-        by_ratio = group_cells(values, lambda c: (c.sched, c.noise, f"{lr_batch_ratio(c, with_momentum):.6g}"))
-        for (sched, noise, _), same in by_ratio.items():
-            side = {("onecycle", True): "noisy", ("constant", False): "clean"}.get((sched, noise > 0))
-            if side and len({c.B for c in same}) > 1:
-                cells = sorted(same, key=lambda c: c.B)
-                sides[side].append(same[cells[0]] - same[cells[-1]])
-        if len(sides) < 2:
-            what = "lr/(B(1-m))" if with_momentum else "lr/B"
-            raise Incomplete(f"pairs of equal {what}, one-cycle with noise and constant without")
-        return statistics.fmean(sides["noisy"]) - statistics.fmean(sides["clean"])
-
-    return gap
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Finding:
-    """A claim and how it is tested. `needs`: the run's value it is computed from; `covers`: the cells it is about; `direction` of
-    the claim;
-    `margin`: a key of `MARGINS`; `null`: whether the claim needs A/A runs, which must give 0; `limit`: what one seed's
-    cells leave open, in words, if anything."""
+    """A claim and how it is tested.
+
+    `needs`: the runs' values that `estimate` takes; `covers`: the cells it is about; `direction` of the claim, 0 for either;
+    `margin`: a key of `MARGINS`; `null`: whether A/A runs are subtracted; `sized`: whether it compares batch sizes, so that
+    the learning rate belongs to the claim; `gives`: verdicts that the statistic can give; `corners`: other cells at which the
+    same statistic is shown; `beside`: values whose means are shown and not judged, {name: label}.
+    """
 
     id: str
     title: str
     claim: str
     statistic: str
-    needs: str
-    contrast: Callable[[Values], float]
+    needs: tuple[str, ...]
+    estimate: Statistic
     direction: int
     margin: str
     covers: Callable[[Cell], bool]
     null: bool = False
-    limit: Callable[[Values], str | None] | None = None
+    sized: bool = False
+    gives: tuple[str, ...] = tuple(RULES)
+    corners: dict[str, Callable[[Cell], bool]] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
 
 
-def scheduled_noisy(cell: Cell) -> bool:
-    return cell.sched in SCHEDULED and cell.noise > 0
+def corner(scheds: tuple[str, ...], noisy: bool) -> Callable[[Cell], bool]:
+    """The cells with one of `scheds`, and with or without noise."""
+    return lambda cell: cell.sched in scheds and (cell.noise > 0) == noisy
 
+
+scheduled_noisy = corner(SCHEDULED, True)
+OTHER_CORNERS = {
+    "a schedule, no noise": corner(SCHEDULED, False),
+    "constant rate, noise": corner(CONSTANT, True),
+    "constant rate, no noise": corner(CONSTANT, False),
+}
+PARTS = {"difference_norm": "its signed part from the norms", "corrected_minus_1": "corrected cosine minus 1, a biased selection"}
+RATIO = "accuracy of the smallest minus the largest batch of equal "
 
 FINDINGS = (
-    Finding("1a raw", "Noisy gradients drift", "label noise makes gradients drift away from the noise-free direction (section 1)",
-            "cos(g_C, g_N) minus that of random masks of the same size, mean over the run", "cos_minus_null", mean_value, -1, "cos", scheduled_noisy, True),
-    Finding("1a corrected", "Noisy gradients drift, noise-corrected", "the same",
-            "corrected cos(g_C, g_N) minus 1, mean over the run", "corrected_minus_1", mean_value, -1, "cos", scheduled_noisy, True),
+    Finding("1a", "Noisy gradients drift", "label noise makes the mean gradient of noisy examples another than that of clean ones (section 1)",
+            "grad/difference, mean over the run, minus that of A/A runs", ("difference",), each_seed("difference", mean_value), +1,
+            "difference", scheduled_noisy, null=True, beside=PARTS),
+    Finding("1a raw", "Noisy gradients drift, raw cosine", "label noise turns the mean gradient of noisy examples away from that of clean ones (section 1)",
+            "cos(g_C, g_N) minus that of random masks of the same size, mean over the run, minus that of A/A runs",
+            ("cos_minus_null",), each_seed("cos_minus_null", mean_value), -1, "cos", scheduled_noisy, null=True,
+            gives=("supported", "not resolved")),
     Finding("1b", "The noise is not isotropic", "label noise induces non-isotropic noise in gradients (section 1)",
-            "participation ratio over its isotropic value, minus 1", "participation_minus_1", mean_value, -1, "cos", scheduled_noisy),
+            "log(isotropy/dimension / parameters), mean over the run", ("log_dimension",), each_seed("log_dimension", mean_value), -1,
+            "dimension", scheduled_noisy, beside={"participation_minus_1": "participation ratio over its isotropic value, minus 1"}),
     Finding("2", "Larger batches overfit noisy labels", "training with a larger batch size increases overfitting (section 1)",
-            "slope of probe/memorized at the end on log2 B", "memorized", slope_on_log2, +1, "acc", scheduled_noisy),
+            "probe/memorized_excess at the end, larger minus smaller of neighbouring batch sizes, per doubling",
+            ("memorized_excess", "memorized"), adjacent_sizes, +1, "acc", scheduled_noisy, sized=True),
     Finding("3", "The best batch size shrinks with noise", "the optimal batch size can reduce with more label noise (section 1)",
-            "best log2 B without noise minus best log2 B at the highest noise", "val_acc", best_shift, +1, "log2b",
-            lambda c: c.sched in SCHEDULED, limit=best_at_range_end),
+            "best log2 B without noise minus best log2 B at the highest noise, of the mean over seeds", ("val_acc",), best_shift, +1,
+            "log2b", lambda c: c.sched in SCHEDULED, sized=True),
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
-            "accuracy of the smaller minus the larger batch at equal lr/B, one-cycle with noise minus constant without",
-            "val_acc", ratio_gap(False), +1, "acc",
-            lambda c: (c.sched == "onecycle" and c.noise > 0) or (c.sched == "constant" and c.noise == 0)),
-    Finding("4m", "lr/(B(1-m)) does not predict generalization", "the same with momentum in the ratio",
-            "as 4, at equal lr/(B(1-m))", "val_acc", ratio_gap(True), +1, "acc",
-            lambda c: (c.sched == "onecycle" and c.noise > 0) or (c.sched == "constant" and c.noise == 0)),
-    Finding("5", "Larger batches mitigate noise, with a schedule", "Rolnick et al. 2018; the report finds otherwise (4.1)",
-            "slope of the accuracy lost to noise on log2 B", "val_acc", lost_slope, -1, "acc", lambda c: c.sched in SCHEDULED),
-    Finding("5c", "Larger batches mitigate noise, constant rate", "Rolnick et al. 2018; the report agrees (4.1)",
-            "slope of the accuracy lost to noise on log2 B", "val_acc", lost_slope, -1, "acc", lambda c: c.sched in CONSTANT),
+            RATIO + "lr/B", ("val_acc",), each_seed("val_acc", ratio_gap(False)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
+    Finding("4m", "lr/(B(1-m)) does not predict generalization", "with noise and a schedule the ratio with momentum is not a good indicator",
+            RATIO + "lr/(B(1-m))", ("val_acc",), each_seed("val_acc", ratio_gap(True)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
+    Finding("5", "Larger batches mitigate noise, with a schedule", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report finds otherwise, 4.1)",
+            "slope of the accuracy lost to noise on log2 B", ("val_acc",), each_seed("val_acc", lost_slope), -1, "acc",
+            lambda c: c.sched in SCHEDULED, sized=True),
+    Finding("5c", "Larger batches mitigate noise, constant rate", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report agrees, 4.1)",
+            "slope of the accuracy lost to noise on log2 B", ("val_acc",), each_seed("val_acc", lost_slope), -1, "acc",
+            lambda c: c.sched in CONSTANT, sized=True),
 )  # fmt: skip
 
 
 @dataclass
 class Result:
-    """A finding's verdict, with the intervals and the missing runs that led to it."""
+    """A finding's verdict, with the intervals and the missing runs that led to it.
+
+    `difference`: steps minus epochs, seed by seed; `p`: of the verdict, None where it is *not resolved*; `one_budget`: no run
+    has a schedule; `rate`: the learning rate of the comparison in words; `parts`, `corners`: {budget: {name: interval}}, parts
+    with a correction for their number; `beside`: {label: interval over all budgets' runs}; `notes`: what else to know.
+    """
 
     finding: Finding
     verdict: str
     intervals: dict[str, Interval | None]
     margin: float
     missing: list[str] = field(default_factory=list)
-    aa: Interval | None = None
+    notes: list[str] = field(default_factory=list)
+    difference: Interval | None = None
+    p: float | None = None
+    one_budget: bool = False
+    rate: str = ""
+    aa: dict[str, Interval] = field(default_factory=dict)
+    parts: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    corners: dict[str, dict[str, Interval]] = field(default_factory=dict)
+    beside: dict[str, Interval] = field(default_factory=dict)
     needed: int | None = None
+
+
+@dataclass
+class Gathered:
+    """A finding's runs under one budget: `units` {seed: values} of the seeds that have every cell, their estimate, and what
+    is missing from the others."""
+
+    units: dict[str, Unit]
+    missing: list[str]
+    estimate: Estimate | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
 
 
 def cell_label(cell: Cell) -> str:
@@ -231,127 +168,214 @@ def cell_label(cell: Cell) -> str:
     return f"{cell.sched}, noise {cell.noise:g}, B {cell.B}, lr {cell.lr:g}"
 
 
-def statistic(finding: Finding, rows: list[Row], budget: str, cells: set[Cell]) -> tuple[list[float], list[str], dict]:
-    """(per-seed statistics, what is missing, {cell: values over seeds}) of a finding under one budget."""
-    table: dict[str, Values] = defaultdict(dict)
-    lacking, missing = set(), []
+def rate_words(cells: set[Cell]) -> str:
+    """The learning rate at which batch sizes are compared: one, one lr/B, or tuned (a rate of 0); nothing otherwise."""
+    rates, ratios = {c.lr for c in cells}, {f"{c.lr / c.B:.6g}" for c in cells}
+    if len(rates) == 1:
+        return "at each cell's tuned rate" if rates == {0.0} else f"at lr {rates.pop():g}"
+    return f"at lr/B {float(ratios.pop()):.3g}" if len(ratios) == 1 else ""
+
+
+def gather(finding: Finding, rows: list[Row], cells: set[Cell], where: str) -> Gathered:
+    """The rows of one budget by seed, and the finding's statistic; `where` begins what is said to be missing."""
+    table: dict[str, Unit] = {}
+    lacking = {}
     for row in rows:
-        if row.cell in cells:
-            table[row.seed]  # the seed is expected to be complete, even if this run lacks the value
-            if finding.needs in row.values:
-                table[row.seed][row.cell] = row.values[finding.needs]
+        if row.cell in cells:  # the seed is expected to be complete, even if this run lacks the value
+            unit = table.setdefault(row.seed, {name: {} for name in finding.needs})
+            absent = [name for name in finding.needs if name not in row.values]
+            if row.finished and absent:
+                lacking[row.seed, row.cell] = absent[0]
             elif row.finished:
-                lacking.add((row.seed, row.cell))
-    complete = []
-    for seed, values in sorted(table.items()):
-        absent = sorted(cells - values.keys())
-        for cell in absent:
-            why = (
-                f"its run has no {SERIES_OF.get(finding.needs, finding.needs)}"
-                if (seed, cell) in lacking
-                else "no finished run"
-            )
-            missing.append(f"{BUDGETS[budget]}: {cell_label(cell)}, seed {seed}: {why}")
-        if not absent:
-            complete.append(values)
-            limit = finding.limit(values) if finding.limit else None
-            if limit:
-                missing.append(f"{BUDGETS[budget]}, seed {seed}: {limit}")
-    try:
-        per_seed = [finding.contrast(values) for values in complete]
-    except Incomplete as e:
-        return [], [*missing, f"{BUDGETS[budget]}: needs {e}"], {}
-    return per_seed, missing, {cell: [v[cell] for v in complete] for cell in cells} if complete else {}
+                for name in finding.needs:
+                    unit[name][row.cell] = row.values[name]
+    found = Gathered({}, [])
+    for seed, unit in sorted(table.items()):
+        for cell in sorted(cells - unit[finding.needs[0]].keys()):
+            name = lacking.get((seed, cell))
+            why = f"its run has no {SERIES_OF.get(name, name)}" if name else "no finished run"
+            found.missing.append(f"{where}: {cell_label(cell)}, seed {seed}: {why}")
+        if len(unit[finding.needs[0]]) == len(cells):
+            found.units[seed] = unit
+    if found.units:
+        try:
+            found.estimate = finding.estimate(list(found.units.values()))
+        except Incomplete as e:
+            found.missing.append(f"{where}: needs {e}")
+    return found
 
 
-SERIES_OF = {  # which series a value comes from, for saying what is missing
-    "cos_minus_null": "grad/cos_clean_noisy with its null (--measure full)",
-    "corrected_minus_1": "corrected/cos_clean_noisy (--measure full)",
-    "participation_minus_1": "isotropy/participation with isotropy/isotropic after step 0 (--measure full)",
-    "memorized": "probe/memorized",
-    "val_acc": "val/acc",
-}
+def subtract_null(finding: Finding, found: Gathered, rows: list[Row], budget: str, sizes: set[int]) -> Interval | None:
+    """Subtract, seed by seed, the mean of the A/A runs at the tested sizes from the estimate; returns their interval.
+
+    Those with a schedule count, of this budget where three seeds have them, else of any. Seeds without them are left out of the
+    estimate, with a note, if at least three have them; otherwise they are missing.
+    """
+    name = finding.needs[0]
+
+    def complete(fakes: list[Row]) -> dict[str, float]:
+        by_seed: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in fakes:
+            by_seed[row.seed][row.cell.B].append(row.values[name])
+        full = {s: of for s, of in by_seed.items() if sizes <= of.keys()}
+        return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items() if s in found.units}
+
+    fakes = [r for r in rows if r.fake and name in r.values and r.cell.sched in SCHEDULED]
+    own = complete([r for r in fakes if r.budget in (budget, "any")])
+    aa = own if len(own) >= LEAST_SEEDS else complete(fakes)
+    if len(aa) < LEAST_SEEDS:
+        found.missing.append(
+            f"{BUDGETS[budget]}: A/A runs (--fake-mask) with {SERIES_OF[name]} of three seeds at B {', '.join(map(str, sorted(sizes)))}, "
+            f"there are those of {len(aa)}; nothing is subtracted"
+        )
+        return interval(aa.values()) if aa else None
+    without = [s for s in found.units if s not in aa]
+    if without:
+        found.estimate.notes.append(f"seeds without A/A runs are left out: {', '.join(without)}")
+    kept = zip(found.units, found.estimate.values, strict=True)
+    found.estimate.values = [value - aa[seed] for seed, value in kept if seed in aa]
+    found.units = {s: unit for s, unit in found.units.items() if s in aa}
+    return interval(aa.values())
 
 
-def spread_of(finding: Finding, table: dict[Cell, list[float]]) -> float:
+def part_intervals(estimate: Estimate) -> dict[str, Interval]:
+    """Intervals of the parts of a statistic that hold for all of them at once (Bonferroni)."""
+    return {name: interval(values, 1 - LEVEL / len(estimate.parts)) for name, values in estimate.parts.items()}
+
+
+def evidence(found: Gathered | None, margin: float) -> Evidence:
+    """What one budget says."""
+    if found is None or found.estimate is None:
+        return Evidence(None)
+    e = found.estimate
+    parts = [i for i in part_intervals(e).values() if i.n >= LEAST_SEEDS and len(e.parts) > 1 and not (-margin < i.low and i.high < margin)]
+    return Evidence(interval(e.values), e.at_least, e.at_most, any(i.low > 0 for i in parts), any(i.high < 0 for i in parts))
+
+
+def paired_difference(a: Gathered | None, b: Gathered | None) -> list[float]:
+    """The statistic under one budget minus the other, for each seed that has both, of the pieces that both have."""
+    if a is None or b is None or a.estimate is None or b.estimate is None:
+        return []
+    sides = []
+    common = a.estimate.pieces.keys() & b.estimate.pieces.keys()
+    for found in (a, b):
+        values = found.estimate.values
+        if found.estimate.pieces:
+            if not common:
+                return []
+            values = across(list(over_lines({k: found.estimate.pieces[k] for k in sorted(common)}).values()))
+        sides.append(dict(zip(found.units, values, strict=True)))
+    return [sides[0][s] - sides[1][s] for s in sides[0] if s in sides[1]]
+
+
+def spread_of(finding: Finding, units: list[Unit]) -> float:
     """Standard deviation of one seed's statistic, from the standard deviation within cells pooled over them.
 
     Propagated through the statistic's derivatives at the cells' means, as if cells were independent within a seed.
     """
-    sd = pooled_sd(table.values())
-    means = {cell: statistics.fmean(v) for cell, v in table.items()}
-    if not math.isfinite(sd) or not means:
+    name = finding.needs[0]
+    cells = {cell: [u[name][cell] for u in units] for cell in units[0][name]}
+    sd = pooled_sd(cells.values())
+    if not math.isfinite(sd):
         return math.nan
-    h, base = 1e-4, finding.contrast(means)
-    return sd * math.sqrt(sum(((finding.contrast(means | {c: means[c] + h}) - base) / h) ** 2 for c in means))
+    means = {n: {c: statistics.fmean(u[n][c] for u in units) for c in units[0][n]} for n in finding.needs}
+    at = lambda values: finding.estimate([means | {name: values}]).values[0]  # noqa: E731
+    h, base = 1e-4, at(means[name])
+    return sd * math.sqrt(sum(((at(means[name] | {c: means[name][c] + h}) - base) / h) ** 2 for c in cells))
 
 
-def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS) -> Result:
-    """The verdict on a finding from all rows of one setting, under every budget that has runs."""
-    margin = margins[finding.margin]
+def needed_seeds(finding: Finding, tables: dict[str, Gathered], result: Result) -> int | None:
+    """How many seeds would resolve every budget, if effects and spreads stay as they are; None where that is not known, and
+    where more seeds would not do."""
+    needed = []
+    for found in (tables[b] for b in RULED if b in tables):
+        i = interval(found.estimate.values)
+        sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, list(found.units.values()))
+        needed.append(None if found.estimate.at_least or found.estimate.at_most else seeds_needed(i.mean, sd, result.margin))
+    there = min((len(tables[b].units) for b in RULED if b in tables), default=0)
+    if result.difference and all(needed) and max(needed) <= there:  # both are resolved, but not that they differ
+        needed.append(seeds_needed(result.difference.mean, result.difference.sd, 0.0))
+    return max(needed) if needed and all(needed) and max(needed) > there else None
+
+
+def show_beside(result: Result, real: list[Row], rows: list[Row]) -> None:
+    """Values that are shown and not judged, and the same statistic at the other corners."""
+    for name, label in result.finding.beside.items():
+        by_seed: dict[str, list[float]] = defaultdict(list)
+        for row in real:
+            if name in row.values:
+                by_seed[row.seed].append(row.values[name])
+        if by_seed:
+            result.beside[label] = interval(map(statistics.fmean, by_seed.values()))
+    for name, covers in result.finding.corners.items():
+        there = [r for r in rows if not r.fake and covers(r.cell)]
+        for budget in RULED:
+            under = [r for r in there if r.budget in (budget, "any")]
+            found = gather(result.finding, under, {r.cell for r in under}, name)
+            if found.estimate is not None:
+                result.corners.setdefault(budget, {})[name] = interval(found.estimate.values)
+
+
+def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS, at_best: bool = False) -> Result:
+    """The verdict on a finding from all rows of one setting, under every budget that has runs.
+
+    `at_best`: with each cell at its best rate and weight decay of the other seeds. Where the rows cross seeds, the verdict is one
+    that every way of pooling them gives, and the intervals are the widest.
+    """
+    ways = [tuned(way) if at_best else way for way in poolings(rows)]
+    results = [evaluate_units(finding, way, margins[finding.margin]) for way in ways]
+    width = lambda r: max((i.high - i.low for i in r.intervals.values() if i is not None and i.n > 1), default=0.0)  # noqa: E731
+    chosen = max(results, key=width)
+    if len(results) > 1:
+        said = " and ".join(f"{r.verdict} by {len({row.seed for row in way})} units" for r, way in zip(results, ways, strict=True))
+        chosen.notes.append(f"the grid crosses seeds, which are pooled over one another: {said}; only what holds by all is given")
+        if len({r.verdict for r in results}) > 1:
+            chosen.verdict, chosen.needed = "not resolved", None
+        chosen.p = max((r.p for r in results if r.p is not None), default=None) if chosen.verdict != "not resolved" else None
+    return chosen
+
+
+def evaluate_units(finding: Finding, rows: list[Row], margin: float) -> Result:
+    """The verdict on a finding from rows of which each seed is independent of the others."""
     real = [r for r in rows if not r.fake and finding.covers(r.cell)]
-    cells = {r.cell for r in real if r.budget in ("steps", "epochs", "any")}
-    result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin)
-    tables = {}
+    cells = {r.cell for r in real if r.budget in (*RULED, "any")}
+    result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin, rate=rate_words(cells) if finding.sized else "")
+    result.one_budget = bool(real) and all(r.budget == "any" for r in real)
+    tables: dict[str, Gathered] = {}
     for budget in BUDGETS:
         under = [r for r in real if r.budget in (budget, "any")]
-        if not cells or not any(r.budget == budget for r in under) and any(r.cell.sched != "constant" for r in real):
-            if budget != "examples":  # examples are shown, the rule does not ask for them
+        if not any(r.budget == budget for r in under) and not result.one_budget:
+            if budget in RULED:
                 result.missing.append(f"{BUDGETS[budget]}: no finished run that the claim speaks of")
             continue
-        per_seed, missing, tables[budget] = statistic(finding, under, budget, cells)
-        result.intervals[budget] = interval(per_seed) if per_seed else None
-        if budget != "examples":
-            result.missing += missing
-    if finding.null:
-        aa = [r for r in rows if r.fake and finding.needs in r.values and r.cell.sched in SCHEDULED]
-        by_seed = defaultdict(list)
-        for row in aa:
-            by_seed[row.seed].append(row.values[finding.needs])
-        if by_seed:
-            a = result.aa = interval([statistics.fmean(v) for v in by_seed.values()])
-            if abs(a.mean) > margin:  # however wide the interval: a verdict needs A/A runs that give the null
-                result.missing.append(f"A/A runs do not give the null ({a.mean:+.3f}): the estimator is biased here")
-        else:
-            result.missing.append("A/A runs (--fake-mask) with this series")
-    steps, epochs = result.intervals["steps"], result.intervals["epochs"]
+        if result.one_budget and budget != "steps":
+            continue
+        found = tables[budget] = gather(finding, under, cells, BUDGETS[budget])
+        if finding.null and found.estimate is not None:
+            aa = subtract_null(finding, found, rows, budget, {c.B for c in cells})
+            result.aa |= {budget: aa} if aa else {}
+        if found.estimate is not None:
+            result.intervals[budget] = interval(found.estimate.values)
+            result.parts[budget] = part_intervals(found.estimate)
+            result.notes += [f"{BUDGETS[budget]}: {note}" for note in found.estimate.notes]
+        result.missing += found.missing if budget in RULED else []
+    show_beside(result, real, rows)
+    apart = paired_difference(tables.get("steps"), tables.get("epochs"))
+    result.difference = interval(apart) if apart else None
     if not result.missing:
-        result.verdict = verdict(steps, epochs, finding.direction, margin)
-    if result.verdict == "not resolved" and not result.missing and steps and epochs:  # nothing but seeds is lacking
-        needed = []
-        for budget in ("steps", "epochs"):
-            i = result.intervals[budget]
-            sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, tables[budget])
-            needed.append(seeds_needed(i.mean, sd, margin))
-        result.needed = max(needed) if all(needed) else None
+        decide(result, tables)
     return result
 
 
-def tuned(rows: list[Row]) -> list[Row]:
-    """One row for each cell, budget and seed: the learning rate and weight decay that did best on the *other* seeds.
-
-    Best by mean validation accuracy. The cell keeps no trace of what was chosen, so that cells can be compared; seeds
-    without any other seed to choose on are left out. Where no run of a cell finished, one that did not stands for it.
-    """
-    candidates: dict[tuple, dict[tuple, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:
-        if "val_acc" in row.values:
-            where = (row.cell._replace(lr=0.0), row.budget, row.fake)
-            candidates[where][(row.cell.lr, row.wd)][row.seed] = row
-    chosen = []
-    for row in rows:
-        cell = row.cell._replace(lr=0.0)
-        if not row.finished and (cell, row.budget, row.fake) not in candidates:
-            chosen.append(replace(row, cell=cell))
-    for (cell, _, _), choices in candidates.items():
-        for seed in sorted({s for by_seed in choices.values() for s in by_seed}):
-            scores = {}
-            for value, by_seed in choices.items():
-                others = [r.values["val_acc"] for s, r in by_seed.items() if s != seed]
-                if others:
-                    scores[value] = statistics.fmean(others)
-            best = max(scores, key=scores.get, default=None)
-            if best is not None and seed in choices[best]:
-                row = choices[best][seed]
-                chosen.append(Row(cell, seed, row.budget, row.values, row.name, row.fake))
-    return chosen
+def decide(result: Result, tables: dict[str, Gathered]) -> None:
+    """Enter the verdict, its p value and the seeds needed, where no run is missing."""
+    finding, margin = result.finding, result.margin
+    steps, epochs = (evidence(tables.get(budget), margin) for budget in RULED)
+    if result.one_budget:
+        found = verdict_of_one_budget(steps, finding.direction, margin)
+    else:
+        found = verdict(steps, epochs, result.difference, finding.direction, margin)
+    if found[0] in finding.gives:
+        result.verdict, result.p = found
+    if result.verdict == "not resolved" and found[0] == "not resolved":
+        result.needed = needed_seeds(finding, tables, result)

@@ -17,7 +17,7 @@ REPORT_SIZES = "16,32,64,128,256,512"
 MAIN = "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 measure=full noise=0,0.2,0.5 "
 RATIO = "dataset=cifar10 model=resnet18 epochs=80 lr=0.05,0.1 bs=64,128 noise=0,0.2,0.5 "
 QUICK = (  # so few images that a narrow network comes to fit its wrong labels within minutes
-    "dataset=cifar10 subset=2000 val-frac=0.5 width=8 no-augment=on epochs=20 sched=onecycle seed+noise-seed=0,1,2 "
+    "dataset=cifar10 subset=2000 val-frac=0.5 width=8 no-augment=on epochs=20 sched=onecycle seed+noise-seed+split-seed=0,1,2 "
     "measure=full measure-every=20 measure-budget=0.6 chunks=2 permutations=2 "
 )
 
@@ -40,11 +40,12 @@ PRESETS = {
     "quick": {
         "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80 end=schedule"],  # all of the training at 256, a sixteenth at 16
         "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=20"],
-        "aa": [QUICK + "fake-mask=0.5 bs=64 sched-epochs=20"],
+        "aa": [QUICK + "fake-mask=0.5 bs=16,64,256 sched-epochs=20"],
     },
 }
 
 SCHED_LENGTHS = tuple(f"--{option.replace('_', '-')}" for option in roles.having(roles.SCHED_LENGTH))
+SEEDS = tuple(f"--{option.replace('_', '-')}" for option in roles.having(roles.SEED))
 NOT_VARIED = ("runs", "name", "resume")
 PLACES = set(roles.having(roles.PLACE)) - set(NOT_VARIED)  # not in a run's name: two such runs would be one
 
@@ -110,9 +111,9 @@ def axes(grid: str, said: str) -> list[list[list[str]]]:
 
 
 def of_seeds(axis: list[list[str]], said: str) -> bool:
-    """Whether an axis sets seed or noise seed, and so gives way to --seeds. Raises `InputError` if it sets more."""
+    """Whether an axis sets any of `SEEDS`, and so gives way to --seeds. Raises `InputError` if it sets more."""
     names = {word for alternative in axis for word in alternative if word.startswith("--")}
-    more = names - {"--seed", "--noise-seed"}
+    more = names - set(SEEDS)
     if names == more:
         return False
     if more:
@@ -141,18 +142,19 @@ def expand(
 ) -> list[Job]:
     """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
 
-    `seeds` set seed and noise seed alike, in place of an axis. A run's name has the options of `always` (every axis of
+    `seeds` set the three seeds of `SEEDS` alike, in place of an axis; one of them in `extra` stays as it is given, as any option
+    there does (`--split-seed 0`: one split for all seeds). A run's name has the options of `always` (every axis of
     the grids, and the seeds) at their default too. Every run is checked by train.py's own parser before any is started;
     raises `InputError`.
     """
     jobs: dict[str, Job] = {}
-    always = set(axis_names(grids) if always is None else always) | ({"seed", "noise_seed"} if seeds else set())
+    always = set(axis_names(grids) if always is None else always) | (set(roles.having(roles.SEED)) if seeds else set())
     length_given = any(word.split("=")[0] in SCHED_LENGTHS for word in extra)
     for grid in grids:
         alternatives = axes(grid, said)
         if seeds:
             alternatives = [a for a in alternatives if not of_seeds(a, said)]
-            alternatives.append([["--seed", s, "--noise-seed", s] for s in seeds])
+            alternatives.append([[word for name in SEEDS for word in (name, s)] for s in seeds])
         for chosen in itertools.product(*alternatives):
             argv = [word for alternative in chosen for word in alternative]
             if length_given:  # in whatever unit: the two would be refused together

@@ -4,7 +4,7 @@ import contextlib
 import statistics
 
 from schedules import percent
-from study import figures, findings, runvalues
+from study import figures, runvalues
 from study.drawing import Look
 from study.gallery import KINDS, add_figures
 from study.markup import literal
@@ -12,6 +12,7 @@ from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value
 from study.settings import Setting, group_by, group_settings
+from study.units import tuned
 from study.verdicts import Judged, judge, write_findings, write_rules
 
 FOLDED = 5  # a list of more unfinished runs than these is folded
@@ -182,11 +183,12 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
 
 
 def at_best(settings: list[Setting]) -> list[Setting]:
-    """The settings that have several learning rates or weight decays, at each cell's best value of the other seeds."""
+    """The settings in which a cell has several learning rates or weight decays, at each cell's best value of the other seeds."""
     tuned_settings = []
     for s in settings:
-        if len({(r.cell.lr, r.options["wd"]) for r in s.all_runs}) > 1:
-            names = {row.name for row in findings.tuned([runvalues.finding_row(r) for r in s.all_runs if r.finished])}
+        cells = group_by(s.all_runs, lambda r: (r.cell._replace(lr=0.0), r.budget, r.fake))
+        if any(len({(r.cell.lr, r.options["wd"]) for r in same}) > 1 for same in cells.values()):
+            names = {row.name for row in tuned([runvalues.finding_row(r) for r in s.all_runs if r.finished])}
             runs = [r for r in s.all_runs if r.name in names]
             tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, s.all_runs, [], False))
     return tuned_settings
@@ -228,14 +230,22 @@ def write_full_report(
         page.heading(2, "Figures at each cell's best learning rate and weight decay")
         add_figures(page, best, look, formats, "-tuned")
     page.heading(2, "Findings")
-    judged = judge(settings, margins, tuned=False)
+    judged = judge(settings, margins)
     write_findings(page, judged)
+    scaled = [s for s in settings if s.scaled]
+    if scaled:
+        page.heading(2, "Findings at equal lr/B")
+        page.text(
+            "Each batch size at a rate in proportion to it. At one rate for all, lr/B falls as the batch grows, and what that does is "
+            "not told from what the batch size does."
+        )
+        write_findings(page, judge(scaled, margins, "scaled"))
     if best:
         page.heading(2, "Findings at each cell's best learning rate and weight decay")
         page.text(
             "Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it."
         )
-        write_findings(page, judge(best, margins, tuned=True))
+        write_findings(page, judge(best, margins, "tuned"))
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
     if reference:

@@ -172,7 +172,8 @@ def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png"
     else:
         page.text("Nothing to draw: the run has no values yet.")
     values = runvalues.finding_values(run)
-    means = {"cos_minus_null": "cosine of clean and noisy minus its null", "corrected_minus_1": "corrected cosine minus 1",
+    means = {"difference": "difference of the mean gradients of clean and noisy", "cos_minus_null": "cosine of clean and noisy minus its null",
+             "corrected_minus_1": "corrected cosine minus 1", "log_dimension": "log of the effective dimension's share",
              "participation_minus_1": "participation ratio over its isotropic value, minus 1"}  # fmt: skip
     page.table(
         ["mean over the run", ""],

@@ -1,7 +1,7 @@
 """Runs in groups that may be compared with one another: one setting each, all that is not an axis of the grid."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine import options
 from study.runfolders import Run
@@ -11,7 +11,8 @@ from study.runfolders import Run
 class Setting:
     """Runs that may be compared with one another. `runs`: at one learning rate, weight decay and schedule length for
     each budget; `ratio_runs`: at every learning rate, for findings about lr/B; `all_runs`: with every rate and decay;
-    `notes` say what `runs` leave out. `ratio`: whether cells of equal lr/B are there (figures 13 and 14)."""
+    `notes` say what `runs` leave out. `ratio`: whether cells of equal lr/B are there (figures 13 and 14); `scaled`: the runs
+    at one lr/B, where that makes several batch sizes at rates of their own."""
 
     label: str
     runs: list[Run]
@@ -19,6 +20,7 @@ class Setting:
     all_runs: list[Run]
     notes: list[str]
     ratio: bool
+    scaled: list[Run] = field(default_factory=list)
 
 
 def group_settings(runs: list[Run]) -> list[Setting]:
@@ -41,8 +43,18 @@ def group_settings(runs: list[Run]) -> list[Setting]:
         pairs = group_by(kept, lambda r: (r.cell.sched, r.cell.noise, f"{r.cell.lr / r.cell.B:.6g}"))
         ratio = any(len({r.cell.B for r in group}) > 1 for group in pairs.values())
         one_rate = most_common(kept, lambda r: r.cell.lr, "learning rate", notes)
-        made.append(Setting(", ".join(parts), one_rate, kept, every, notes, ratio))
+        made.append(Setting(", ".join(parts), one_rate, kept, every, notes, ratio, at_one_ratio(kept)))
     return made
+
+
+def at_one_ratio(runs: list[Run]) -> list[Run]:
+    """The runs at the lr/B that has most batch sizes, and of several most runs; none if that is one batch size.
+
+    A ratio is told from another by six digits: rates are written in decimals.
+    """
+    ratios = group_by(runs, lambda r: f"{r.cell.lr / r.cell.B:.6g}")
+    chosen = max(ratios.values(), key=lambda group: (len({r.cell.B for r in group}), len(group)), default=[])
+    return chosen if len({r.cell.B for r in chosen}) > 1 else []
 
 
 def group_by(runs: list[Run], key) -> dict:

@@ -1,4 +1,5 @@
-"""The statistics behind the verdicts: t intervals, slopes, the top of a parabola, and how many seeds would do.
+"""The statistics behind the verdicts: t intervals and their p values, the jackknife, Holm's correction, slopes, the top of a
+parabola, and how many seeds would do.
 
 Quantiles are SciPy's: `scipy.special` holds the functions that `scipy.stats.t` calls, and takes a fraction of its time to import.
 Parabolas are NumPy's. Slopes are the standard library's: `numpy.polyfit` takes ten times as long, and its rounding can show in
@@ -9,7 +10,7 @@ import bisect
 import functools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,43 @@ def interval(values: Iterable[float], level: float = 0.95) -> Interval:
     sd = statistics.stdev(values)
     half = t_quantile((1 + level) / 2, n - 1) * sd / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, sd, n)
+
+
+def p_zero(i: Interval) -> float:
+    """Two-sided p of a mean of 0: at most 0.05 where the 95 % interval excludes 0. 1 below two values."""
+    return _two_sided(abs(i.mean), i)
+
+
+def p_inside(i: Interval, margin: float) -> float:
+    """Twice the p of the two one-sided tests of |mean| >= `margin` (Schuirmann 1987): at most 0.05 where the 95 % interval
+    lies inside the margin. 1 below two values."""
+    return _two_sided(margin - abs(i.mean), i)
+
+
+def _two_sided(distance: float, i: Interval) -> float:
+    if i.n < 2 or distance <= 0:
+        return 1.0
+    return 0.0 if i.sd == 0 else 2 * t_cdf(-distance / (i.sd / math.sqrt(i.n)), i.n - 1)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjusted p values in the order given: at most `a` for those that a test at family-wise level `a` rejects (Holm 1979)."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, k in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min((len(p) - rank) * p[k], 1.0))
+        adjusted[k] = largest
+    return adjusted
+
+
+def jackknife(units: Sequence, statistic: Callable[[Sequence], float]) -> list[float]:
+    """Pseudo-values n s - (n - 1) s_i of a statistic of n units, s_i without unit i (Tukey 1958); [s] of a single unit.
+
+    `interval` of them is the jackknife's; of a mean they are the units' own values.
+    """
+    whole, n = statistic(units), len(units)
+    if n == 1:
+        return [whole]
+    return [n * whole - (n - 1) * statistic([*units[:i], *units[i + 1 :]]) for i in range(n)]
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

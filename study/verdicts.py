@@ -8,7 +8,9 @@ import math
 
 from study import findings, runvalues
 from study.page import Page
+from study.rules import LEVEL, RULES
 from study.settings import Setting
+from study.stats import holm
 
 NAMED = 3  # missing runs named in a finding's own line; the rest is folded
 
@@ -23,19 +25,22 @@ def interval_text(i: findings.Interval | None) -> str:
     return f"{i.mean:+.4f}{bounds}, n = {i.n}"
 
 
-def judge(settings: list[Setting], margins: dict[str, float], tuned: bool) -> Judged:
-    """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one."""
+def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixed") -> Judged:
+    """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one.
+
+    `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), or each cell at its best rate and
+    weight decay of the other seeds ("tuned"). The findings about lr/B are judged once, with the first.
+    """
     judged = []
     for finding in findings.FINDINGS:
-        by_ratio = finding.id.startswith("4")
-        if tuned and by_ratio:
-            continue  # tuned cells have no learning rate of their own
+        by_ratio = bool(finding.corners)
+        if by_ratio and rates != "fixed":
+            continue
         by_setting = []
         for s in settings:
-            runs = s.all_runs if tuned else s.ratio_runs if by_ratio else s.runs
+            runs = {"fixed": s.ratio_runs if by_ratio else s.runs, "scaled": s.scaled, "tuned": s.all_runs}[rates]
             rows = [runvalues.finding_row(r) for r in runs]
-            result = findings.evaluate_finding(finding, findings.tuned(rows) if tuned else rows, margins)
-            by_setting.append((s.label, result))
+            by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")))
         judged += [pair for pair in by_setting if has_statistic(pair[1])] or by_setting[:1]
     return judged
 
@@ -45,16 +50,34 @@ def has_statistic(result: findings.Result) -> bool:
     return any(result.intervals.values())
 
 
+def holm_texts(results: list[findings.Result]) -> list[str]:
+    """Whether each verdict stands if all of them are to hold at once, and its adjusted p; nothing for *not resolved*."""
+    adjusted = holm([1.0 if r.p is None else r.p for r in results])
+    words = (f"{'stands' if p <= LEVEL else 'not resolved'}, p = {p:.2g}" for p in adjusted)
+    return [text if r.p is not None else "" for r, text in zip(results, words, strict=True)]
+
+
+def titled(r: findings.Result) -> str:
+    """A finding's title with the learning rate of its comparison."""
+    return r.finding.title + (f", {r.rate}" if r.rate else "")
+
+
+def verdict_words(r: findings.Result) -> str:
+    """The verdict, labelled where one interval was all there was to test."""
+    return f"**{r.verdict}**" + " (one budget)" * r.one_budget
+
+
 def write_findings(page: Page, judged: Judged) -> None:
     """Verdicts with their intervals; what is missing and what cannot be judged is folded."""
     judged_here = [(setting, r) for setting, r in judged if has_statistic(r)]
     if judged_here:
-        header = ["finding", "setting", "verdict", *findings.BUDGETS.values(), "margin"]
+        shown = [b for b in findings.BUDGETS if b in findings.RULED or any(r.intervals[b] for _, r in judged_here)]
+        header = ["finding", "setting", "verdict", "after Holm", *(findings.BUDGETS[b] for b in shown), "steps - epochs", "margin"]
         rows = []
-        for setting, r in judged_here:
-            intervals = [interval_text(r.intervals[b]) for b in findings.BUDGETS]
-            title = f"{r.finding.id}. {r.finding.title}"
-            rows.append([title, setting, f"**{r.verdict}**", *intervals, f"{r.margin:g}"])
+        for (setting, r), text in zip(judged_here, holm_texts([r for _, r in judged_here]), strict=True):
+            intervals = [interval_text(r.intervals[b]) if b == "steps" or not r.one_budget else "" for b in shown]
+            apart = interval_text(r.difference) if r.difference else ""
+            rows.append([f"{r.finding.id}. {titled(r)}", setting, verdict_words(r), text, *intervals, apart, f"{r.margin:g}"])
         page.table(header, rows)
         page.bullets([explanation(setting, r) for setting, r in judged_here])
     lists = [
@@ -75,13 +98,30 @@ def write_findings(page: Page, judged: Judged) -> None:
 
 
 def explanation(setting: str, r: findings.Result) -> str:
-    """A verdict in words: the claim, its statistic, the rule that decided, what is missing."""
+    """A verdict in words: the claim, its statistic, the rule that decided, what is beside it and what is missing."""
     f = r.finding
-    text = f"**{f.id}** ({setting}). Claim: {f.claim}. Statistic: {f.statistic}; "
-    text += f"claimed {'above' if f.direction > 0 else 'below'} 0. "
-    text += f"Verdict: **{r.verdict}**, for: {findings.RULES[r.verdict]}."
-    if f.null and r.aa:
-        text += f" A/A runs: {interval_text(r.aa)}."
+    text = f"**{f.id}** ({setting}). Claim{f', {r.rate}' if r.rate else ''}: {f.claim}. Statistic: {f.statistic}; "
+    text += {1: "claimed above 0", -1: "claimed below 0", 0: "claimed to differ from 0"}[f.direction] + ". "
+    rule = "there is one budget, for no run has a schedule: its interval alone decides" if r.one_budget else RULES[r.verdict]
+    text += f"Verdict: {verdict_words(r)}, for: {rule}."
+    words = [f"{findings.BUDGETS[b]} {reading(r.intervals[b], f.direction, r.margin)}" for b in findings.RULED if r.intervals[b]]
+    text += f" The interval under {'; that under '.join(words)}." if words else ""
+    if len(f.gives) < len(RULES) and r.verdict == "not resolved":
+        text += " This statistic can support the claim and cannot refute it."
+    for budget, parts in r.parts.items():
+        if parts and budget in findings.RULED:
+            text += f" {size_words(findings.BUDGETS[budget], parts)}"
+    for name in f.corners:
+        found = [(b, r.corners[b][name]) for b in findings.RULED if name in r.corners.get(b, {})]
+        if len(found) == 2 and found[0][1] == found[1][1]:
+            found = found[:1]
+        text += f" At {name}: " + ("; ".join(f"{interval_text(i)} ({b})" for b, i in found) or "no such runs") + "."
+    for aa in dict.fromkeys(r.aa[budget] for budget in findings.RULED if budget in r.aa):
+        text += f" A/A runs: {interval_text(aa)}."
+    for label, i in r.beside.items():
+        text += f" Beside it, {label}: {interval_text(i)}."
+    if r.notes:
+        text += " Note: " + "; ".join(r.notes) + "."
     if r.missing:
         rest = len(r.missing) - NAMED
         text += " Missing: " + "; ".join(r.missing[:NAMED]) + (f"; and {rest} more, below" if rest > 0 else "") + "."
@@ -90,12 +130,39 @@ def explanation(setting: str, r: findings.Result) -> str:
     return text
 
 
+def reading(i: findings.Interval, direction: int, margin: float) -> str:
+    """What an interval says of a claim, in words."""
+    if i.n < findings.LEAST_SEEDS:
+        return "is one of too few seeds"
+    if -margin < i.low and i.high < margin:
+        return "lies inside the margin"
+    if i.low > 0 or i.high < 0:
+        return "excludes 0" if direction == 0 else f"excludes 0 {'as' if direction * i.mean > 0 else 'against what is'} claimed"
+    return "contains 0 and reaches beyond the margin"
+
+
+def size_words(budget: str, parts: dict[str, findings.Interval]) -> str:
+    """Which neighbouring sizes differ, by intervals that hold for all pairs at once."""
+    if any(i.n < findings.LEAST_SEEDS for i in parts.values()):
+        return f"Under {budget} there are too few seeds to tell sizes apart."
+    words = (("the larger memorizes more", lambda i: i.low > 0), ("the larger memorizes less", lambda i: i.high < 0), ("not told apart", lambda i: i.low <= 0 <= i.high))
+    listed = [f"{word} ({', '.join(names)})" for word, test in words if (names := [n for n, i in parts.items() if test(i)])]
+    return f"Neighbouring sizes under {budget}: {'; '.join(listed)}."
+
+
 def write_rules(page: Page, margins: dict[str, float]) -> None:
     """How a verdict is reached."""
     page.text(
         "The unit is the seed: a statistic is computed from each seed's runs alone (same noise, split and initialization), averaged over "
-        "the cells that the claim speaks of, and only then tested; intervals are Student t, 95 %. Runs without a schedule count under "
-        f"every budget. Margins: {margins['acc']:g} in accuracy (and per doubling of B), {margins['cos']:g} in a cosine or ratio, "
-        f"{margins['log2b']:g} doublings of B. The first rule that applies decides:"
+        "the cells that the claim speaks of, and only then tested; intervals are Student t, 95 %. Where no run has a schedule there is "
+        f"one budget, and its interval alone decides. Margins: {margins['acc']:g} in accuracy (and per doubling of B), {margins['cos']:g} in a cosine, "
+        f"{margins['difference']:g} in grad/difference, {margins['dimension']:g} in the logarithm of a share of dimensions, "
+        f"{margins['log2b']:g} doublings of B. A budget claims if its interval excludes 0 in the claimed direction and does not lie inside "
+        "the margin; it refutes if the interval lies inside the margin or on the other side of 0."
     )
-    page.table(["verdict", "rule"], [[k, v] for k, v in findings.RULES.items()])
+    page.table(["verdict", "rule"], [[k, v] for k, v in RULES.items()])
+    page.text(
+        "Each verdict is that of its finding alone. The column after Holm says whether it stands if all verdicts of the table are to hold at "
+        "once, with 95 % confidence, and its p value adjusted for that (Holm 1979): the largest p of the tests that the verdict rests on, "
+        "over as many findings as the table has."
+    )

@@ -81,9 +81,11 @@ def test_options_of_train_pass_through_and_override(fake, capsys):
     assert len(lines) == 3 and all("--epochs 2 --width 8" in line for line in lines[:2]) and "2 of 2 runs" in lines[2]
 
 
-def test_seeds_set_initialization_and_noise():
-    jobs = grids.expand(["noise=0.5"], [], "--grid", ["0", "3"])
-    assert [(j.args.seed, j.args.noise_seed) for j in jobs] == [(0, 0), (3, 3)]
+def test_seeds_set_initialization_noise_and_split():
+    three = lambda jobs: [(j.args.seed, j.args.noise_seed, j.args.split_seed) for j in jobs]  # noqa: E731
+    assert three(grids.expand(["noise=0.5"], [], "--grid", ["0", "3"])) == [(0, 0, 0), (3, 3, 3)]
+    assert three(grids.expand(["noise=0.5"], ["--split-seed", "7"], "--grid", ["0", "3"])) == [(0, 0, 7), (3, 3, 7)]
+    assert three(grids.expand(["seed+noise-seed+split-seed=0,1,2"], [], "--grid", ["5"])) == [(5, 5, 5)]
 
 
 @pytest.mark.parametrize(
@@ -237,13 +239,16 @@ def test_the_budget_study_matches_schedules_three_ways():
 
 
 def test_the_quick_study_can_be_judged():
-    """Three seeds, three batch sizes, two budgets, noise and none, and A/A runs."""
+    """Three seeds with a split each, three batch sizes, two budgets, noise and none, and A/A runs at every size."""
     jobs = preset("quick")
-    assert {j.args.seed for j in jobs} == {0, 1, 2} and all(j.args.seed == j.args.noise_seed for j in jobs)
+    assert {j.args.seed for j in jobs} == {0, 1, 2}
+    assert all(j.args.seed == j.args.noise_seed == j.args.split_seed for j in jobs)
     for budget in ("steps", "epochs"):
         cells = {(j.args.noise, j.args.bs, j.args.seed) for j in preset("quick", budget)}
         assert len(cells) == 2 * 3 * 3
-    assert len(jobs) == 36 + 3 and {j.args.fake_mask for j in preset("quick", "aa")} == {0.5}
+    aa = preset("quick", "aa")
+    assert len(jobs) == 36 + 9 and {j.args.fake_mask for j in aa} == {0.5}
+    assert {(j.args.bs, j.args.seed) for j in aa} == {(B, s) for B in (16, 64, 256) for s in range(3)}
 
 
 # --------------------------------------------------------------------------------------------------------- scheduler
