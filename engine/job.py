@@ -16,6 +16,7 @@ import optim
 from context import MeasuringContext, MeasuringOptions, MeasuringState, sync_batchnorms
 from data import Images, TrainSet
 from engine import fast, options
+from engine.examples import Examples
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
 
@@ -43,6 +44,8 @@ class TrainingJob:
     val: tuple[Images, Tensor]
     test: tuple[Images, Tensor]
     sched_steps: int
+    val_given: Tensor | None = None  # noisy labels of the validation split, on the CPU; None where there is no noise
+    examples: Examples | None = None  # what single training examples did, where that is kept
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
@@ -83,8 +86,10 @@ def prepare(
     fabric: Fabric,
     scaler=None,
     by_epoch=None,
+    val_given: Tensor | None = None,
 ) -> TrainingJob:
-    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`."""
+    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`, `val_given`
+    are the labels of `labels.relabel_held_out`."""
     index, held = indices
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
     stats = source.mean, source.std
@@ -126,11 +131,15 @@ def prepare(
         noise_seed=args.noise_seed,
         fake_mask=args.fake_mask is not None,
         has_dropout=dropout,
+        held_out=val[0],
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     sched_steps = options.sched_steps(args, steps_per_epoch)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, scaler, auto=auto)
+    job = TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, val_given, scaler=scaler, auto=auto)
+    if args.measure != "off" or args.examples:
+        job.examples = Examples(len(train), K, steps_per_epoch, device, context.sum_over_ranks)
+    return job
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
