@@ -307,7 +307,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
 def write_ranking(job: TrainingJob, record: Record, inputs: Inputs) -> None:
     """Write examples.npz, or say why there is none."""
     if not job.examples.epochs:
-        record.say(f"no {examples.NAME}: no epoch was followed from its start to its end")
+        record.say(f"{examples.NAME} is not written: no epoch was followed from its start to its end")
     elif record.active:
         index = inputs.indices[0]
         columns = index, inputs.labels, inputs.source.y_train[index]

@@ -29,6 +29,7 @@ TOTALS = {  # (n,) each, over the epochs so far
     "learned": torch.bool,  # whether the label was ever predicted
     "predicted": torch.int32,  # class predicted in the last epoch
 }
+DETECTORS = {"detect/aum": "aum", "detect/forgetting": "forgetting", "detect/loss": "loss"}  # series: score
 
 
 class Examples:
@@ -53,7 +54,7 @@ class Examples:
         steps are missing, because this began within it, is dropped.
         """
         whole, self.steps = self.steps == self.steps_per_epoch, 0
-        logits = self.sum_over_ranks(self.logits).cpu().double()
+        logits = self.sum_over_ranks(self.logits).to("cpu", torch.float64, copy=True)
         self.logits.zero_()
         if not whole:
             return {}
@@ -66,9 +67,8 @@ class Examples:
         total["learned"] |= predicted == labels
         total["predicted"] = predicted.int()
         self.epochs += 1
-        for name, score in self.scores().items():
-            values[f"detect/{name}"] = metrics.auc(score[noisy], score[~noisy])
-        return values
+        score = self.scores()
+        return values | {tag: metrics.auc(score[name][noisy], score[name][~noisy]) for tag, name in DETECTORS.items()}
 
     def scores(self) -> dict[str, Tensor]:
         """{detector: (n,) float64}, higher where the label is more likely wrong.

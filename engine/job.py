@@ -98,8 +98,8 @@ def prepare(
     if args.fake_mask is not None:
         mask = fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
-    val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
-    test = Images(source.x_test, *stats, device), source.y_test.to(device)
+    sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
+    val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
     module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
     module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
     if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
@@ -137,8 +137,8 @@ def prepare(
     context.state.plan = epochwise.make_plan(context, length)
     sched_steps = options.sched_steps(args, steps_per_epoch)
     job = TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, val_given, scaler=scaler, auto=auto)
-    if args.measure != "off" or args.examples:
-        job.examples = Examples(len(train), K, steps_per_epoch, device, context.sum_over_ranks)
+    kept = args.measure != "off" or args.examples
+    job.examples = Examples(len(train), K, steps_per_epoch, device, context.sum_over_ranks) if kept else None
     return job
 
 
