@@ -45,16 +45,20 @@ class TrainingJob:
     test: tuple[Images, Tensor]
     sched_steps: int
     val_given: Tensor | None = None  # noisy labels of the validation split, on the CPU; None where there is no noise
-    examples: Examples | None = None  # what single training examples did, where that is kept
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
     auto: bool = False  # nobody asked for --compile or --graph: a run goes on without where they cannot be had
     refused: bool = False  # and does
     state: JobState = field(init=False)  # also the state of `context`
+    examples: Examples | None = field(init=False, default=None)  # what single training examples did, where that is kept
 
     def __post_init__(self) -> None:
-        self.state = self.context.state
+        context = self.context
+        self.state = context.state
+        if self.args.measure != "off" or self.args.examples:
+            n, K = len(self.train), len(context.transition)
+            self.examples = Examples(n, K, context.steps_per_epoch, context.device, context.sum_over_ranks)
 
     @property
     def module(self) -> nn.Module:
@@ -136,10 +140,7 @@ def prepare(
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     sched_steps = options.sched_steps(args, steps_per_epoch)
-    job = TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, val_given, scaler=scaler, auto=auto)
-    kept = args.measure != "off" or args.examples
-    job.examples = Examples(len(train), K, steps_per_epoch, device, context.sum_over_ranks) if kept else None
-    return job
+    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, val_given, scaler, auto=auto)
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
