@@ -81,6 +81,8 @@ class MeasuringContext:
     fake_mask: bool = False  # an A/A run: labels are true, and who is called noisy is drawn
     has_dropout: bool = False
     momentum: Callable[[], float] = lambda: 0.0
+    held_out: data.Images | None = None  # images that are never trained on: those of the validation split
+    confusion: Tensor | None = None  # (K, K) float64 on the CPU: counts of (true, predicted) class on these, at these weights
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]

@@ -178,8 +178,8 @@ class Epoch(NamedTuple):
 
 class Batch(NamedTuple):
     """A global batch's share on this process, positions `first`.. of it: `x` (b, C, H, W) float, `y` and `true` (b,)
-    int64, `noisy` (b,) bool. Of the *global* batch: `size` = B, `n_noisy` = |N|, and `host_y` (B,) int64 and
-    `host_noisy` (B,) bool on the CPU."""
+    int64, `noisy` (b,) bool, `index` (b,) int64 into the training split. Of the *global* batch: `size` = B, `n_noisy` =
+    |N|, and `host_y` (B,) int64 and `host_noisy` (B,) bool on the CPU."""
 
     x: Tensor
     y: Tensor
@@ -190,6 +190,7 @@ class Batch(NamedTuple):
     first: int
     host_y: Tensor
     host_noisy: Tensor
+    index: Tensor
 
 
 def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -257,4 +258,4 @@ class TrainSet:
         host_noisy = plan.host_noisy[whole]
         n_noisy = int(host_noisy.sum())  # a CPU tensor: nobody waits
         labels = plan.labels[here], plan.true[here], plan.noisy[here]
-        return Batch(x, *labels, size, n_noisy, first, plan.host_labels[whole], host_noisy)
+        return Batch(x, *labels, size, n_noisy, first, plan.host_labels[whole], host_noisy, plan.index[here])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import data
 import metrics
+import stopping
 from context import Forward, MeasuringContext, MeasuringOptions, batchnorm_mode
 from measure import is_due
 
@@ -59,7 +60,7 @@ def probe(context: MeasuringContext) -> dict:
 
     Of the noisy examples: shares predicted as their given label (memorized), their true one (recovered), another; of
     the clean ones: accuracy; AUC with which the loss against the given label tells noisy from clean (Arazo et al. 2019
-    separate them by it).
+    separate them by it). `memorized_excess` is the share memorized beyond its chance level on held-out images.
     """
     context.average_buffers()
     noisy, clean = probe_indices(context)
@@ -79,6 +80,9 @@ def probe(context: MeasuringContext) -> dict:
         values["probe/recovered"] = float(recovered.double().mean())
         values["probe/other"] = float((~memorized & ~recovered).double().mean())
         values["probe/auc"] = metrics.auc(loss[:n], loss[n:])
+        if context.confusion is not None:
+            found = predicted[:n].long(), true[:n], y[:n]
+            values["probe/memorized_excess"] = metrics.memorized_excess(*found, context.confusion)
     if len(clean):
         values["probe/clean_acc"] = float((predicted[n:] == y[n:]).double().mean())
     return values
@@ -183,13 +187,15 @@ class EpochMeasure:
     cost: Callable[[int, int], float]  # of one time, in F, from P and the number of probed examples
     share: float  # of the budget that the others leave, to be divided among those that are not `first`
     first: bool = False  # its share is of the whole budget, taken before the others'
+    spare: bool = False  # has no share: made as often as what all others leave unspent allows
     unit: str = "epochs"  # between two times
 
 
-MEASURES = {  # name, which also begins its tags
+MEASURES = {  # name, which also begins its tags, but for the signals, which stand beside the probe's
     "probe": EpochMeasure(probe, lambda P, n_probe: float(n_probe), 0.65, first=True),
     "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 3.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
     "curvature": EpochMeasure(curvature, lambda P, n_probe: curvature_cost(), 0.25),
+    "signals": EpochMeasure(stopping.signals, lambda P, n_probe: stopping.SIGNALS_COST, 0.0, spare=True),
 }
 STEPS_SHARE = 0.60  # of what is left: measured steps with the controls
 
@@ -261,8 +267,8 @@ def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLen
     """How far apart the full measurements stand so that they cost at most `--measure-budget` of the run.
 
     `costs` are those of `counted_costs`. The probe comes first, after every epoch unless that took over 65 % of the budget;
-    of what is left 60 % goes to measured steps, 15 % to isotropy, 25 % to curvature. Returns {name: spacing} in steps for
-    "steps", in epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's
+    of what is left 60 % goes to measured steps, 15 % to isotropy, 25 % to curvature, and what these leave unspent to the
+    stopping signals. Returns {name: spacing} in steps for "steps", in epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's
     cost. Measurements are counted back from the end of the run (`is_due`): the one that fits is not of the untrained
     network. "total_steps" is that end, from which a run that has grown since goes on counting (`kept_plan`).
     """
@@ -275,7 +281,7 @@ def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLen
         spacing[name] = every
         return math.ceil(slots / every) * costs[name] if every else 0.0
 
-    rest = {name: entry.share for name, entry in MEASURES.items() if not entry.first}
+    rest = {name: entry.share for name, entry in MEASURES.items() if not entry.first and not entry.spare}
     for name, entry in MEASURES.items():
         if entry.first:
             spent += place(name, entry.share * left, length.times)
@@ -284,6 +290,9 @@ def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLen
     spent += place("steps", STEPS_SHARE / parts * left, length.total_steps, options.measure_every)
     for name, share in rest.items():
         spent += place(name, share / parts * left, length.times)
+    spare = [name for name, entry in MEASURES.items() if entry.spare]
+    for i, name in enumerate(spare):
+        spent += place(name, (options.measure_budget * length.cost - spent) / (len(spare) - i), length.times)
     return spacing | {"share": spent / length.cost, "total_steps": length.total_steps}
 
 

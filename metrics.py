@@ -373,6 +373,55 @@ def auc(positive: Tensor, negative: Tensor) -> float:
     return float((rank[place < n].sum() - n * (n + 1) / 2) / (n * m))
 
 
+# ------------------------------------------------------------------------------------------------------- single examples
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """The label's logit minus the largest other one, (n,); its mean over epochs is the area under the margin.
+
+    `logits` (n, K), `labels` (n,) int64. Source: Pleiss et al. 2020 (2001.10528), equations 1 and 2.
+    """
+    own = logits.gather(1, labels[:, None])
+    return (own - logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True)).squeeze(1)
+
+
+def confusion(true: Tensor, predicted: Tensor, K: int) -> Tensor:
+    """Counts (K, K) float64 of (true, predicted) class; `true`, `predicted` (n,) int64 on the CPU."""
+    return torch.bincount(true * K + predicted, minlength=K * K).view(K, K).double()
+
+
+def memorized_excess(predicted: Tensor, true: Tensor, given: Tensor, counts: Tensor) -> float:
+    """Share of examples predicted as their wrong label, minus what that share is for images never trained on: the mean of
+    P(predicted = y_i | true = y*_i) by `counts` (K, K) of (true, predicted) class on held-out images.
+
+    0 in expectation for a network that treats both alike, if the noise depends on the class alone. `predicted`, `true`,
+    `given` (n,) int64 of the wrongly labelled examples. Those whose true class has no held-out image are left out of both
+    terms; NaN if none is left. After Feldman & Zhang 2020 (2008.03703) and Lesci et al. 2024 (2406.04327): in the training
+    set minus out of it.
+    """
+    size = counts.sum(1)
+    kept = size[true] > 0
+    chance = counts[true[kept], given[kept]] / size[true[kept]]
+    return float(((predicted == given)[kept].double() - chance).mean())
+
+
+def rescaled_weights(losses: Tensor) -> Tensor:
+    """d/dl_i of mean(l) / std(l), (n,): how a batch's loss, rescaled by its own deviation, weighs its examples' gradients.
+
+    `losses` (n,), n > 1. Source: Forouzesh & Thiran 2021 (2107.06665), rescaled as in their code, which differentiates the
+    deviation too.
+    """
+    n, mean, std = len(losses), losses.mean(), losses.std()
+    return 1 / (n * std) - mean * (losses - mean) / ((n - 1) * std**3)
+
+
+def mean_distance(G: Tensor) -> Tensor:
+    """Mean |x_i - x_j| over the pairs of V > 1 vectors, 0-d, from their Gram matrix (V, V)."""
+    squares = G.diagonal()[:, None] + G.diagonal() - 2 * G
+    i, j = torch.triu_indices(len(G), len(G), 1)
+    return squares[i, j].clamp_min(0).sqrt().mean()
+
+
 # ------------------------------------------------------------------------------------------------------------- curvature
 
 

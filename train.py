@@ -31,7 +31,7 @@ import measure
 import metrics
 from context import batch_gradient
 from data import Batch, InputError
-from engine import fast, identity, memory, noisefile, options, pace, roles
+from engine import examples, fast, identity, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
 from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
 from engine.evaluation import evaluate
@@ -107,6 +107,8 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     # Measures
     if split_mode == "separate":
         values = measure.measure_apart(job.context, batch, step, own=[p.grad for p in job.parameters])
+    if job.examples:
+        job.examples.add(batch, logits)
     if measured:
         counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
@@ -131,8 +133,14 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
 
 def validate(job: TrainingJob, record: Record) -> None:
     """`val/*` at x = updates made, the best accuracy so far, and what else stands after an epoch."""
-    step, (loss, acc) = job.state.step, evaluate(job, *job.val)
+    step, (loss, acc, predicted) = job.state.step, evaluate(job, *job.val)
+    true, K = job.val[1].cpu(), len(job.context.transition)
+    job.context.confusion = metrics.confusion(true, predicted, K)
     record.log(step, {"val/loss": loss, "val/acc": acc})
+    if job.val_given is not None:
+        record.log(step, {"val/acc_noisy": float((predicted == job.val_given).double().mean())})
+    if job.examples and step and step % job.steps_per_epoch == 0:
+        record.log(step, job.examples.end_epoch(job.train.labels, job.train.noisy))
     record.flush()
     if step and acc > job.state.best_val_acc:  # an untrained network's is chance
         job.state.best_val_acc = acc
@@ -223,7 +231,7 @@ def run(args, signals: Signals) -> int:
 
     fabric, scaler = make_fabric(args)
     with memory.explain_out_of_memory(args, inputs.source):
-        job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch)
+        job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch, inputs.val_given)
     record = Record(folder, active=fabric.is_global_zero, began=began)
     signals.hold()  # from here on there is a folder, and a run that can be saved
     claimed = claim_folder(job, record, inputs.ledger)
@@ -257,9 +265,10 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         raise_if_fault(job, record)
         print_plan(job, record, noisefile.describe(ledger, inputs.source.classes))
         fit(job, record, signals)
-        _, acc = evaluate(job, *job.test)
-        record.log(job.state.step, {"test/acc": acc})
+        record.log(job.state.step, {"test/acc": evaluate(job, *job.test).acc})
         record.flush()
+        if job.args.examples:
+            write_ranking(job, record, inputs)
         record.session_ended("finished")
         raise_if_fault(job, record)  # a signal comes too late now, a full disk does not
         status = "finished"
@@ -291,6 +300,16 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
     if record.active and status == "finished":
         print_results_table(ledger, summary, record.folder)
     return status
+
+
+def write_ranking(job: TrainingJob, record: Record, inputs: Inputs) -> None:
+    """Write examples.npz, or say why there is none."""
+    if not job.examples.epochs:
+        record.say(f"{examples.NAME} is not written: no epoch was followed from its start to its end")
+    elif record.active:
+        index = inputs.indices[0]
+        columns = index, inputs.labels, inputs.source.y_train[index]
+        record.guard(examples.NAME, job.examples.write, record.folder / examples.NAME, *columns)
 
 
 def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed) -> None:

@@ -37,6 +37,8 @@ def checkpoint(job: TrainingJob, record: Record, name: str = "last.ckpt") -> Non
     state = {"model": model, "optimizer": job.optimizer.state_dict(), "config": record.config}
     if job.scaler:
         state["scaler"] = job.scaler.state_dict()
+    if job.examples:
+        state["examples"] = job.examples.saved()
     now = {"seconds": job.state.seconds + time.perf_counter() - record.began}
     record.checkpoint(state | job.state.saved() | now, name)
     record.saved = time.monotonic()
@@ -103,6 +105,8 @@ def restore(job: TrainingJob, record: Record, state: dict) -> None:
     job.optimizer.load_state_dict(state["optimizer"])
     if job.scaler:
         job.scaler.load_state_dict(state["scaler"])
+    if job.examples and "examples" in state:  # a checkpoint of a version or a start without them has none
+        job.examples.restore(state["examples"], holds_table=job.fabric.is_global_zero)
     job.state.restore(state)
     job.state.plan = epochwise.kept_plan(state.get("plan") or {}, job.state.plan)
     record.restore(state)

@@ -8,13 +8,13 @@ import data
 import models
 from data import InputError, Source
 from engine import sources
-from engine.labels import ByEpoch, relabel
+from engine.labels import ByEpoch, relabel, relabel_held_out
 
 
 class Inputs(NamedTuple):
     """`indices` are those of the training split (n,) and of the validation split; `labels` (n,) are trained on.
 
-    `ledger` says what was changed; `by_epoch` as of `labels.relabel`.
+    `ledger` says what was changed; `by_epoch` as of `labels.relabel`, `val_given` of `labels.relabel_held_out`.
     """
 
     source: Source
@@ -22,6 +22,7 @@ class Inputs(NamedTuple):
     labels: Tensor
     ledger: dict
     by_epoch: ByEpoch | None
+    val_given: Tensor | None
 
 
 def read_inputs(args) -> Inputs:
@@ -38,4 +39,7 @@ def read_inputs(args) -> Inputs:
         raise InputError(
             f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
         )
-    return Inputs(source, (index, held), labels, ledger, by_epoch)
+    if args.examples and by_epoch:
+        raise InputError(f"--examples: the labels of --noise-type {args.noise_type} are drawn anew each epoch: none to rank")
+    val_given = relabel_held_out(args, source, (index, held), labels)
+    return Inputs(source, (index, held), labels, ledger, by_epoch, val_given)

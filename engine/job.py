@@ -16,6 +16,7 @@ import optim
 from context import MeasuringContext, MeasuringOptions, MeasuringState, sync_batchnorms
 from data import Images, TrainSet
 from engine import fast, options
+from engine.examples import Examples
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
 
@@ -44,6 +45,7 @@ class TrainingJob:
     test: tuple[Images, Tensor]
     sched_steps: int
     whole_steps: int  # of all epochs: more than `total_steps` where the run ends with its schedule
+    val_given: Tensor | None = None  # noisy labels of the validation split, on the CPU; None where there is no noise
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
@@ -51,9 +53,14 @@ class TrainingJob:
     refused: bool = False  # and does
     best_is_saved: bool = True  # whether last.ckpt is of the same step as best.ckpt, or of a later one
     state: JobState = field(init=False)  # also the state of `context`
+    examples: Examples | None = field(init=False, default=None)  # what single training examples did, where that is kept
 
     def __post_init__(self) -> None:
-        self.state = self.context.state
+        context = self.context
+        self.state = context.state
+        if self.args.measure != "off" or self.args.examples:
+            n, K = len(self.train), len(context.transition)
+            self.examples = Examples(n, K, context.steps_per_epoch, context.device, context.sum_over_ranks)
 
     @property
     def module(self) -> nn.Module:
@@ -85,8 +92,10 @@ def prepare(
     fabric: Fabric,
     scaler=None,
     by_epoch=None,
+    val_given: Tensor | None = None,
 ) -> TrainingJob:
-    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`."""
+    """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`, `val_given`
+    are the labels of `labels.relabel_held_out`."""
     index, held = indices
     device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
     stats = source.mean, source.std
@@ -95,8 +104,8 @@ def prepare(
     if args.fake_mask is not None:
         mask = fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
-    val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
-    test = Images(source.x_test, *stats, device), source.y_test.to(device)
+    sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
+    val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
     module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
     module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
     if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
@@ -130,11 +139,12 @@ def prepare(
         fake_mask=args.fake_mask is not None,
         has_dropout=dropout,
         momentum=lambda: optimizer.param_groups[0]["momentum"],
+        held_out=val[0],
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     sched_steps = options.sched_steps(args, steps_per_epoch)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, whole_steps, scaler, auto=auto)
+    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, whole_steps, val_given, scaler, auto=auto)
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

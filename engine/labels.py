@@ -11,7 +11,7 @@ from torch import Tensor
 from data import InputError, Source, generator
 from engine import noisefile, sources
 from engine.noisefile import LabelFile, ledger
-from noises import NOISES, apply, dynamic
+from noises import NOISES, apply, by_matrix, dynamic
 
 ByEpoch = Callable[[int], Tensor]  # epoch -> labels (n,)
 
@@ -38,22 +38,54 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     rate, seed = args.noise or 0.0, args.noise_seed
     if noise.by_epoch:
         return drawn_anew(kind, noise.by_epoch, rate, seed, index, true, K)
-    more: dict[str, Tensor] = {}
-    if "flips" in noise.needs:
-        if source.flips is None:
-            raise InputError(
-                f"--noise-type {kind}: {args.dataset} has no map of classes taken for one another; "
-                "use --noise-type matrix or pair"
-            )
-        more["flips"] = source.flips
-    if "matrix" in noise.needs:
-        more["matrix"] = noisefile.read_matrix(args.noise_matrix, K)
+    more = class_laws(args, source)
     if "images" in noise.needs:
         more["images"] = source.x_train[index]
     if rate == 1 and not noise.reaches_one:
         raise InputError(f"--noise {args.noise}: {kind} noise cannot reach 1, its flip rates spread below it")
     labels = apply(kind, true, K, rate, seed, **more)
     return labels, ledger(kind, rate, seed, index, true, labels, K), None
+
+
+def class_laws(args, source: Source) -> dict[str, Tensor]:
+    """What the type of noise needs beside images: the map of classes or the matrix. Raises `InputError` without one."""
+    needs, more = NOISES[args.noise_type].needs, {}
+    if "flips" in needs:
+        if source.flips is None:
+            raise InputError(
+                f"--noise-type {args.noise_type}: {args.dataset} has no map of classes taken for one another; "
+                "use --noise-type matrix or pair"
+            )
+        more["flips"] = source.flips
+    if "matrix" in needs:
+        more["matrix"] = noisefile.read_matrix(args.noise_matrix, len(source.classes))
+    return more
+
+
+def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], labels: Tensor) -> Tensor | None:
+    """Labels (m,) of the validation split as noisy as those (n,) of the training split; None where none of these is wrong.
+
+    Those that the set brings or the file holds, where it has them; else drawn from the noise seed's own stream by the run's
+    law. Where the law cannot be had, of files without these examples and of noise that depends on the image, by the class
+    matrix that the training labels realise. Call after `relabel`, which checks the options.
+    """
+    (index, held), noise, K = indices, NOISES[args.noise_type], len(source.classes)
+    true, of, g = source.y_train[held], source.y_train[index], generator(args.noise_seed, "noise-held-out")
+    if torch.equal(of, labels) and not noise.by_epoch:
+        return None
+    if noise.from_file:
+        file = noisefile.read(args.noise_file, args.noise_labels)
+        at = positions(file, len(source.y_train))[held]
+        if not noise.draw and bool((at >= 0).all()):
+            return file.label[at]
+    elif source.given is not None:
+        return source.given[held]
+    elif noise.by_epoch:
+        return noise.by_epoch(true, K, args.noise or 0.0, args.noise_seed, -1)  # no epoch of training
+    elif "images" not in noise.needs:
+        return noise.draw(true, K, args.noise or 0.0, g, **class_laws(args, source))
+    matrix = noisefile.transitions(of, labels, K).double()
+    return by_matrix(true, K, 1.0, g, torch.where(matrix.sum(1, keepdim=True) > 0, matrix, torch.eye(K).double()))
 
 
 def fake_mask(n: int, share: float, g: torch.Generator) -> Tensor:
@@ -93,6 +125,12 @@ def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoc
     return labels, ledger(kind, rate, seed, index, true, labels, K), None
 
 
+def positions(file: LabelFile, N: int) -> Tensor:
+    """Where in `file` each of `N` examples is, (N,) int64; -1 where it is not."""
+    known = torch.arange(len(file.true)) if file.index is None else file.index
+    return torch.full((N,), -1).scatter(0, known, torch.arange(len(known)))
+
+
 def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, where: str) -> Tensor:
     """Positions in `file` (n,) int64 of the examples `index` (n,) of `source`; `where` is what an error names.
 
@@ -111,8 +149,7 @@ def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, where: 
         )
     if int(file.label.max()) >= K:
         raise InputError(f"{where}: holds label {int(file.label.max())}, {dataset} has classes 0..{K - 1}")
-    at = torch.full((N,), -1)
-    at[known] = torch.arange(len(known))
+    at = positions(file, N)
     absent = int((at[index] < 0).sum())
     if absent:
         raise InputError(

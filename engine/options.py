@@ -239,6 +239,7 @@ def parser() -> Parser:
         help="time between checkpoints; 0: one after each epoch",
     )
     g.add_argument("--best", action="store_true", help="also keep the weights of the best validation, as best.ckpt")
+    g.add_argument("--examples", action="store_true", help="also rank the training examples by how likely their label is wrong, in examples.npz")
     g.add_argument(
         "--config",
         type=path,

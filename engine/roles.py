@@ -86,6 +86,7 @@ ROLES: dict[str, frozenset[str]] = {
         ("resume", PLACE, OWN),
         ("checkpoint_minutes", PLACE, OWN),
         ("best", PLACE, OWN),
+        ("examples", PLACE, OWN),
         ("config", PLACE, OWN),
     )
 }

@@ -301,12 +301,28 @@ def check_fits(state: dict, job, where: object) -> None:
         check_tensor(state["model"][name], mine, where, f"model.{name}")
     names = optim.OPTIMIZERS[job.args.optimizer].state
     check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, f"{where}: optimizer")
+    if job.examples and "examples" in state:
+        check_examples(state["examples"], job.examples, where)
     if job.scaler:
         scaler = job.scaler.state_dict()
         positive = real(sys.float_info.min, what="a positive number")
         table = dict.fromkeys(scaler, positive) | {"_growth_tracker": whole(), "growth_interval": whole(1)}
         check_fields(state, {"scaler": table}, where, required=["scaler"] if scaler else [])
         check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
+
+
+def check_examples(given: object, own, where: object) -> None:
+    """Raise `InputError` unless `given` is what `own`, the run's `Examples`, can go on from."""
+    if not isinstance(given, dict):
+        raise wrong_value(where, "examples", given, "an object")
+    table = {"epochs": whole(), "steps": whole(0, own.steps_per_epoch - 1)}
+    check_fields(given, table, where, "examples.", required=(*table, "logits", *own.totals))
+    for name, like in own.totals.items():
+        check_tensor(given[name], like, where, f"examples.{name}")
+    if given["steps"]:
+        check_tensor(given["logits"], own.logits, where, "examples.logits")
+    elif given["logits"] is not None:
+        raise wrong_value(where, "examples.logits", given["logits"], "null between two epochs")
 
 
 def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:

@@ -5,6 +5,7 @@ import statistics
 
 from schedules import percent
 from study import figures, runvalues
+from study.detection import write_detection
 from study.drawing import Look
 from study.gallery import KINDS, add_figures
 from study.markup import literal
@@ -12,6 +13,7 @@ from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value
 from study.settings import Setting, group_by, group_settings
+from study.stopping import write_stopping
 from study.units import tuned
 from study.verdicts import Judged, judge, write_findings, write_rules
 
@@ -248,6 +250,8 @@ def write_full_report(
         write_findings(page, judge(best, margins, "tuned"))
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
+    write_stopping(page, settings)
+    write_detection(page, settings)
     if reference:
         page.heading(2, "Beside the report")
         write_comparison(page, runs, reference)

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from study import findings, runvalues
+from study.detection import write_detection
 from study.drawing import (
     BATCH_ALPHA,
     BLUE,
@@ -35,6 +36,8 @@ from study.markup import literal
 from study.page import Page
 from study.runfolders import Run
 from study.runvalues import null_tag
+from study.settings import group_settings
+from study.stopping import write_stopping
 
 PAIRS = ("cos_clean_noisy", "cos_clean_all")
 SMOOTHED_PAIRS = 100  # a cosine and its null are smoothed, both alike, from this many common steps on
@@ -179,6 +182,8 @@ def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png"
         ["mean over the run", ""],
         [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()],
     )
+    write_stopping(page, group_settings([run]))
+    write_detection(page, group_settings([run]))
     shown = {k: f"{v:.4f}" if isinstance(v, float) else literal(v) for k, v in run.summary.items() if v is not None}
     rows = [[literal(k), v] for k, v in shown.items()]
     page.table(["summary", ""], rows or [["status", "no summary.json"]])

@@ -311,6 +311,7 @@ GENERATORS: dict[str, Generator] = {
     "resume": switch(0.1),
     "checkpoint_minutes": sometimes(0.3, 0, 0.001, "1e9"),
     "best": switch(0.3),
+    "examples": lambda c: c.value("noise_type") != "dynamic" and not str(c.value("noise_file", "")).endswith("dynamic.npz") and c.chance(0.2),
     "name": name,
     "config": config,  # last, for it may hold any of the others
 }

@@ -117,7 +117,7 @@ x = torch.tensor([1.0, 2.0, 4.0, 8.0])
 true = torch.tensor([0, 0, 0, 1])
 y = torch.tensor([0, 1, 0, 1])  # only the second is noisy, and it is rank 0's: rank 1 has none
 a, b = shard(4, rank, 2)
-batch = Batch(x[a:b], y[a:b], true[a:b], (y != true)[a:b], 4, 1, a, y, y != true)
+batch = Batch(x[a:b], y[a:b], true[a:b], (y != true)[a:b], 4, 1, a, y, y != true, torch.arange(a, b))
 module = OneWeight()
 model, optimizer = fabric.setup(module, torch.optim.SGD(module.parameters(), lr=0.5))
 context = MeasuringContext(

@@ -16,6 +16,7 @@ import data
 import epochwise
 import measure
 import metrics
+import stopping
 import train
 from conftest import TINY, same_weights, series, summary, weights
 from context import batchnorm_mode, sync_batchnorms
@@ -45,6 +46,8 @@ def quick_curvature(request, monkeypatch):
             ("CURVATURE_EXAMPLES", 16),
         ):
             monkeypatch.setattr(epochwise, name, value)
+    monkeypatch.setattr(stopping, "SUSCEPTIBILITY_EXAMPLES", 8)
+    monkeypatch.setattr(stopping, "DISPARITY_EXAMPLES", 4)
 
 
 def full_job(*argv: str) -> TrainingJob:
@@ -422,6 +425,7 @@ def test_what_a_full_run_leaves(go):
         "probe",
         "isotropy",
         "curvature",
+        "signals",
     }
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -15,6 +15,7 @@ import train
 from conftest import TINY, series, summary
 from engine import record
 from engine import tensorboard_views as views
+from engine.evaluation import Evaluation
 
 FULL = ("--measure", "full", "--measure-budget", "100", "--max-steps", "3")
 
@@ -206,7 +207,7 @@ def test_best_weights_are_those_of_the_best_validation(whole):
 
 def test_best_does_not_count_the_untrained_network(go, monkeypatch):
     accuracies = iter([0.9, 0.3, 0.2, 0.1])  # before training, two epochs, test
-    monkeypatch.setattr(train, "evaluate", lambda *_: (1.0, next(accuracies)))
+    monkeypatch.setattr(train, "evaluate", lambda job, images, y: Evaluation(1.0, next(accuracies), y.cpu()))
     folder = go("--best")
     assert summary(folder)["best_val_acc"] == 0.3 and best(folder)["step"] == 5
 
@@ -240,7 +241,9 @@ def pretend(patch, **accuracies: float) -> None:
     """Have `evaluate` return these accuracies at step5, step10, ...; by default the second epoch is the best."""
     original, accuracies = train.evaluate, accuracies or {"step5": 0.3, "step10": 0.5}
     patch.setattr(
-        train, "evaluate", lambda job, *on: (original(job, *on)[0], accuracies.get(f"step{job.state.step}", 0.1))
+        train,
+        "evaluate",
+        lambda job, *on: original(job, *on)._replace(acc=accuracies.get(f"step{job.state.step}", 0.1)),
     )
 
 
