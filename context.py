@@ -228,7 +228,8 @@ class Forward:
         of_pieces: list[list[Row]] = [[] for _ in weights]
         for (index, logits), graph in zip(self.pieces, self.graphs, strict=True):
             own = [(w if index is None else w[index]).to(logits.dtype) * self.unit for w in weights]
-            y, t = (v if v is None or index is None else v[index] for v in (labels, true))
+            y = labels if index is None else labels[index]
+            t = true if index is None or true is None else true[index]
             wanted = list(range(len(own)))
             if index is not None:  # the same on all processes, whose SyncBatchNorm meets in every pull-back
                 used = context.sum_over_ranks(torch.stack([w.any() for w in own]).float()).tolist()

@@ -227,7 +227,7 @@ def chunk_values(
 
     `products` are the inner products of the rows of C, of N and of their sum, `own` a g that is not the sum.
     """
-    state, B, values = context.state, batch.size, {}
+    state, B, values = context.state, batch.size, dict[str, float]()
     f = 1 - batch.n_noisy / B
     with context.timed("chunks"):
         moments, across = chunk_estimates(context, batch, forward, products)
@@ -248,7 +248,7 @@ def relabelled_values(
 ) -> dict:
     """`fresh/*` and `truth/*`: the same forward under other labels. `base` are the rows of C, of N and their sum, `products`
     their inner products."""
-    values, f = {}, 1 - batch.n_noisy / batch.size
+    values, f = dict[str, float](), 1 - batch.n_noisy / batch.size
     with context.timed("fresh"):
         labels = fresh_labels(context, batch, step)
         if labels is not None:
@@ -309,14 +309,15 @@ def chunk_estimates(
 def label_variance(context: MeasuringContext, batch: Batch, forward: Forward) -> float:
     """Trace of the within-batch variance of g_i(y_i) - g_i(y*_i), which is 0 for a clean example, from the batch's parts."""
     B, (k, position, here) = batch.size, batch_parts(context, batch)
-    squares, total = torch.zeros(k, dtype=torch.float64), None
+    squares = torch.zeros(k, dtype=torch.float64)
+    total: Row = []
     for part in position[batch.host_noisy].unique().tolist():  # the others have nothing to add
         row = summed_row(context, forward, batch.y, (here == part) & batch.noisy, batch.true)
         squares[part] = inner_products(context, row)[0][0]
-        if total is None:
-            total = [t.clone() for t in row]
-        else:
+        if total:
             torch._foreach_add_(total, row)
+        else:
+            total = [t.clone() for t in row]
         del row
     sizes = torch.bincount(position, minlength=k).tolist()
     square = squares.new_tensor(inner_products(context, total)[0][0])
@@ -338,7 +339,7 @@ def quarter_values(context: MeasuringContext, step: int) -> dict:
 
     A quarter of fewer than three measurements is joined with the next one.
     """
-    state, values = context.state, {}
+    state, values = context.state, dict[str, float]()
     if not ends_quarter(context, step):
         return {}
     if len(state.window) >= metrics.LEAST_MEASUREMENTS:

@@ -276,7 +276,7 @@ def corrected(window: list[list[float]]) -> tuple[dict[str, float], int]:
     logarithm; that a denominator is resolved keeps it positive with any one measurement left out.
     """
     rows = torch.tensor([row for row in window if all(map(math.isfinite, row))], dtype=torch.float64)
-    n, values, missing = len(rows), {}, 0
+    n, missing, values = len(rows), 0, dict[str, float]()
     if n < LEAST_MEASUREMENTS:
         return {}, len(RATIOS)
     mean, error = rows.mean(0), rows.std(0) / math.sqrt(n)
@@ -335,7 +335,7 @@ def effective_dimension(rows_gram: Tensor) -> Tensor:
     pairs = m * (m - 1)
     T1 = rows_gram.trace() / m - total / pairs
     T2 = s2 / pairs - 2 * s3 / (pairs * (m - 2)) + s4 / (pairs * (m - 2) * (m - 3))
-    return torch.where(T2 > 0, T1**2 / T2, math.nan)
+    return torch.where(T2 > 0, T1**2 / T2, torch.full_like(T2, math.nan))
 
 
 def participation(rows_gram: Tensor) -> Tensor:

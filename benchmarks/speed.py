@@ -268,7 +268,7 @@ def part_families(mine) -> str:
     """What each family of `--measure full` costs, in plain steps, and what it is counted at; width 16, B = 128."""
     job = make_job("--width", "16", "--bs", "128", "--measure", "full", "--compile", "off", images=9000)
     batch, F3 = job.train.batch(job.train.epoch(0, 0), 0, 128), 3 * 128  # a plain step in forwards of one image
-    account, shares = job.state.measure_seconds, ("chunks", "permutations", "fresh", "truth")
+    account, shares = job.state.measure_seconds, ("chunks", "label_share", "permutations", "fresh", "truth")
 
     def step(measured: bool, plan: dict) -> None:
         job.state.plan = plan
