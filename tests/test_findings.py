@@ -560,6 +560,24 @@ def test_pooling_keeps_false_alarms_rare_whichever_draw_dominates(whose):
     assert naive_wrong >= 10 and wrong <= 6, (naive_wrong, wrong)
 
 
+def test_a_verdict_holds_by_every_way_of_pooling():
+    """Under the step budget seeds differ, and more than anything else: by them it is supported. Under matched epochs noise seeds
+    do: by them it is not resolved."""
+    rows = []
+    for a in range(3):
+        for b in range(3):
+            for budget, mean in (("steps", 0.3), ("epochs", 0.05)):
+                slope = mean + (0.05 * (a - 1) if budget == "steps" else 0.03 * (b - 1)) + 0.001 * ((a + 2 * b) % 3)
+                for B in (16, 64):
+                    excess = 0.1 + slope * (math.log2(B) - 4) / 2
+                    rows.append(Row(Cell("cosine", 0.5, B), f"{a}/{b}/0", budget, {"memorized_excess": excess, "memorized": excess}))
+    ways = [findings.evaluate_units(two(), way, 0.01).verdict for way in units.poolings(rows)]
+    assert ways == ["supported", "not resolved"]
+    result = evaluate_finding(two(), rows)
+    assert result.verdict == "not resolved" and result.p is None and result.needed is None
+    assert "supported by 3 units and not resolved by 3 units" in result.notes[-1]
+
+
 def test_tuning_chooses_on_other_seeds():
     """Rate 0.2 is best on average; seed 0's own best is 0.1, by luck, and must not be chosen by itself."""
     acc = {("0", 0.1): 0.95, ("1", 0.1): 0.5, ("2", 0.1): 0.5, ("0", 0.2): 0.7, ("1", 0.2): 0.7, ("2", 0.2): 0.7}

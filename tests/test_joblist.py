@@ -34,7 +34,7 @@ def test_names_carry_every_axis_at_its_default_too():
 def test_one_run_has_one_name_in_all_grids_of_a_sweep():
     found = names("noise=0 sched=onecycle sched-steps=5000", "bs=128 sched=onecycle", "sched=onecycle sched-epochs=3")
     assert found == ["noise0_bs128_sched-onecycle_sched-steps5000", "noise0_bs128_sched-onecycle_sched-epochs3"]
-    assert names("bs=128", seeds=["0"]) == ["bs128_seed0_noise-seed0"]
+    assert names("bs=128", seeds=["0"]) == ["bs128_seed0_noise-seed0_split-seed0"]
 
 
 def test_a_preset_names_what_varies_whatever_the_part():
