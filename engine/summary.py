@@ -98,7 +98,7 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         plan = job.state.plan
         if plan and args.measure == "full":
             families = [
-                f"{name} every {plan[name]} {unit}" if plan[name] else f"{name} left out (raise --measure-budget)"
+                f"{name} every {plan[name]} {unit}" if plan.get(name) else f"{name} left out (raise --measure-budget)"
                 for name, unit in [("steps", "steps"), *((name, m.unit) for name, m in epochwise.MEASURES.items())]
             ]
             grown = plan["total_steps"] != job.total_steps
