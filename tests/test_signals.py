@@ -171,13 +171,13 @@ def held_out(*argv: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
 
 def test_validation_labels_follow_the_law_of_the_noise(tmp_path):
     true, given, _ = held_out("--noise", "0.5", "--noise-type", "symmetric")
-    assert int((given != true).sum()) == 400  # exactly half of 800
+    assert int((given != true).sum()) == pytest.approx(400, abs=57)  # half of 800, four standard deviations
     assert torch.equal(given, held_out("--noise", "0.5", "--noise-type", "symmetric")[1])
     assert not torch.equal(given, held_out("--noise", "0.5", "--noise-type", "symmetric", "--noise-seed", "1")[1])
     true, given, _ = held_out("--noise", "0.4", "--noise-type", "pair")
     assert set(((given - true) % 10).tolist()) == {0, 1}
     true, given, _ = held_out("--noise", "0.5", "--noise-type", "dynamic")
-    assert 300 < int((given != true).sum()) < 400  # uniform over all classes: 45 %
+    assert int((given != true).sum()) == pytest.approx(360, abs=57)  # uniform over all classes: 45 %
     assert held_out()[1] is None and held_out("--noise", "0.5", "--noise-type", "uniform")[1] is not None
 
 
