@@ -80,7 +80,10 @@ def disparity(context: MeasuringContext) -> dict:
     index = torch.randperm(len(context.train), generator=data.generator(context.seed, "disparity"))
     rows = []
     for part in index[: DISPARITY_BATCHES * size].view(DISPARITY_BATCHES, size):
-        forward, y = Forward(context, context.train.images.plain(part), 1), context.train.labels[part].to(context.device)
+        forward, y = (
+            Forward(context, context.train.images.plain(part), 1),
+            context.train.labels[part].to(context.device),
+        )
         losses = F.cross_entropy(forward.logits, y, reduction="none")
         rows.append(forward.row(y, metrics.rescaled_weights(losses), free=True))
     distance = float(metrics.mean_distance(metrics.gram(rows))) / float(context.loss_scale())

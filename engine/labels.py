@@ -65,13 +65,13 @@ def class_laws(args, source: Source) -> dict[str, Tensor]:
 def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], labels: Tensor) -> Tensor | None:
     """Labels (m,) of the validation split as noisy as those (n,) of the training split; None where none of these is wrong.
 
-    Those that the set brings or the file holds, where it has them; else drawn from the noise seed's own stream by the run's
-    law. Where the law cannot be had, of files without these examples and of noise that depends on the image, by the class
-    matrix that the training labels realise. Call after `relabel`, which checks the options.
+    Those that the set brings or the file holds, where it has them; else drawn by the class matrix that the training labels
+    (of a first epoch) realise: the run's law but for what depends on the image. The generator is keyed by these labels, for a
+    run that is repeated from its noise.npz, which need not know the noise seed. Call after `relabel`, which checks the options.
     """
     (index, held), noise, K = indices, NOISES[args.noise_type], len(source.classes)
-    true, of, g = source.y_train[held], source.y_train[index], generator(args.noise_seed, "noise-held-out")
-    if torch.equal(of, labels) and not noise.by_epoch:
+    true, of = source.y_train[held], source.y_train[index]
+    if torch.equal(of, labels):
         return None
     if noise.from_file:
         file = noisefile.read(args.noise_file, args.noise_labels)
@@ -80,12 +80,9 @@ def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], label
             return file.label[at]
     elif source.given is not None:
         return source.given[held]
-    elif noise.by_epoch:
-        return noise.by_epoch(true, K, args.noise or 0.0, args.noise_seed, -1)  # no epoch of training
-    elif "images" not in noise.needs:
-        return noise.draw(true, K, args.noise or 0.0, g, **class_laws(args, source))
     matrix = noisefile.transitions(of, labels, K).double()
-    return by_matrix(true, K, 1.0, g, torch.where(matrix.sum(1, keepdim=True) > 0, matrix, torch.eye(K).double()))
+    matrix = torch.where(matrix.sum(1, keepdim=True) > 0, matrix, torch.eye(K).double())
+    return by_matrix(true, K, 1.0, generator(int(noisefile.sha256(labels)[:15], 16), "noise-held-out"), matrix)
 
 
 def fake_mask(n: int, share: float, g: torch.Generator) -> Tensor:

@@ -18,11 +18,19 @@ def write_detection(page: Page, settings: list[Setting]) -> None:
     """AUC of the detectors side by side in every cell; nothing where no run has their series."""
     tables = []
     for setting in settings:
-        runs = [r for r in setting.ratio_runs if r.finished and any(tag in r.series for tag in DETECTORS if tag != "probe/auc")]
+        runs = [
+            r
+            for r in setting.ratio_runs
+            if r.finished and any(tag in r.series for tag in DETECTORS if tag != "probe/auc")
+        ]
         rows = []
-        for same in group_by(sorted(runs, key=lambda r: (r.budget, r.fake, r.cell)), lambda r: (r.budget, r.fake, r.cell)).values():
+        for same in group_by(
+            sorted(runs, key=lambda r: (r.budget, r.fake, r.cell)), lambda r: (r.budget, r.fake, r.cell)
+        ).values():
             found = [[v for r in same if (v := last_value(r, tag)) is not None] for tag in DETECTORS]
-            rows.append([*cell_text(same[0]), str(len(same)), *(mean_text(values) if values else "" for values in found)])
+            rows.append(
+                [*cell_text(same[0]), str(len(same)), *(mean_text(values) if values else "" for values in found)]
+            )
         if rows:
             tables.append((setting.label, rows))
     if not tables:

@@ -70,7 +70,11 @@ def epochs_of(run: Run, tag: str) -> dict[int, float]:
     per_epoch = run.steps_per_epoch
     if not per_epoch or tag not in run.series:
         return {}
-    return {s // per_epoch: v for s, v in zip(*map(np.ndarray.tolist, run.series[tag]), strict=True) if s and s % per_epoch == 0}
+    return {
+        s // per_epoch: v
+        for s, v in zip(*map(np.ndarray.tolist, run.series[tag]), strict=True)
+        if s and s % per_epoch == 0
+    }
 
 
 def stops(run: Run) -> dict[str, Stop]:
@@ -118,7 +122,10 @@ def write_stopping(page: Page, settings: list[Setting]) -> None:
                     by_rule.setdefault(rule, []).append(stop)
             lacking |= {s.label for s in SIGNALS if by_rule and s.label not in by_rule}
             for rule, there in by_rule.items():
-                numbers = [mean_text([getattr(s, name) for s in there], d) for name, d in (("epoch", 1), ("accuracy", 4), ("lost", 4))]
+                numbers = [
+                    mean_text([getattr(s, name) for s in there], d)
+                    for name, d in (("epoch", 1), ("accuracy", 4), ("lost", 4))
+                ]
                 rows.append([*cell_text(same[0]), rule, str(len(there)), *numbers])
         if rows:
             tables.append((setting.label, rows))

@@ -56,7 +56,9 @@ def test_the_excess_of_memorization_is_0_at_chance_under_every_law_of_the_class(
     lopsided = torch.rand(K, K, generator=torch.Generator().manual_seed(3), dtype=torch.float64) ** 4
     law = {"uniform": eye + 0.3, "pair": eye + eye.roll(1, 1), "lopsided": lopsided}[kind]
     at_chance, chance = excess_of(law, 0.0)
-    assert chance > 0.05 and abs(at_chance) < 0.01  # four standard errors or more: 0.5 / sqrt(20,000 wrong ones) = 0.0035
+    assert (
+        chance > 0.05 and abs(at_chance) < 0.01
+    )  # four standard errors or more: 0.5 / sqrt(20,000 wrong ones) = 0.0035
     assert excess_of(law, 0.4)[0] == pytest.approx(0.4 * (1 - chance), abs=0.012)
 
 
@@ -64,7 +66,9 @@ def test_the_excess_leaves_out_classes_without_a_held_out_example():
     counts = torch.tensor([[3.0, 1, 0], [0, 0, 0], [0, 2, 2]], dtype=torch.float64)
     predicted, true, given = torch.tensor([[1, 0, 1, 0], [0, 1, 2, 2], [1, 0, 1, 1]])
     # of true class 0: hit, chance 1/4; of class 1: left out; of class 2: one hit, chance 1/2 each
-    assert metrics.memorized_excess(predicted, true, given, counts) == pytest.approx((1 + 1 + 0) / 3 - (0.25 + 0.5 + 0.5) / 3)
+    assert metrics.memorized_excess(predicted, true, given, counts) == pytest.approx(
+        (1 + 1 + 0) / 3 - (0.25 + 0.5 + 0.5) / 3
+    )
     assert math.isnan(metrics.memorized_excess(predicted[1:2], true[1:2], given[1:2], counts))
 
 
@@ -82,7 +86,9 @@ def test_a_run_logs_the_excess_beside_the_share_memorized():
     assert torch.equal(found.predicted, held)
     known = [i for i in range(len(noisy)) if (job.val[1] == true[i]).any()]
     chance = [float((held[job.val[1] == true[i]] == y[i]).double().mean()) for i in known]
-    assert values["probe/memorized_excess"] == pytest.approx(float(hit[known].mean()) - sum(chance) / len(chance), abs=1e-12)
+    assert values["probe/memorized_excess"] == pytest.approx(
+        float(hit[known].mean()) - sum(chance) / len(chance), abs=1e-12
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- signals
@@ -165,13 +171,13 @@ def held_out(*argv: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
 
 def test_validation_labels_follow_the_law_of_the_noise(tmp_path):
     true, given, _ = held_out("--noise", "0.5", "--noise-type", "symmetric")
-    assert int((given != true).sum()) == 400  # exactly half of 800
+    assert int((given != true).sum()) == pytest.approx(400, abs=57)  # half of 800, four standard deviations
     assert torch.equal(given, held_out("--noise", "0.5", "--noise-type", "symmetric")[1])
     assert not torch.equal(given, held_out("--noise", "0.5", "--noise-type", "symmetric", "--noise-seed", "1")[1])
     true, given, _ = held_out("--noise", "0.4", "--noise-type", "pair")
     assert set(((given - true) % 10).tolist()) == {0, 1}
     true, given, _ = held_out("--noise", "0.5", "--noise-type", "dynamic")
-    assert 300 < int((given != true).sum()) < 400  # uniform over all classes: 45 %
+    assert int((given != true).sum()) == pytest.approx(360, abs=57)  # uniform over all classes: 45 %
     assert held_out()[1] is None and held_out("--noise", "0.5", "--noise-type", "uniform")[1] is not None
 
 
@@ -245,7 +251,9 @@ def test_detectors_are_what_their_definitions_say(ranks):
         torch.testing.assert_close(-score["aum"], torch.tensor(aum), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(score["loss"], torch.tensor(loss), rtol=1e-12, atol=1e-12)
         assert score["forgetting"].tolist() == [epochs + 1 if f is None else f for f in forgetting]
-    ordered = [(a > b) + (a == b) / 2 for i, a in enumerate(loss) for j, b in enumerate(loss) if noisy[i] and not noisy[j]]
+    ordered = [
+        (a > b) + (a == b) / 2 for i, a in enumerate(loss) for j, b in enumerate(loss) if noisy[i] and not noisy[j]
+    ]
     assert values["detect/loss"] == pytest.approx(sum(ordered) / len(ordered))
     taken = logits.argmax(2)
     assert changes == [None, *(float((a != b).double().mean()) for a, b in zip(taken, taken[1:]))]
@@ -269,14 +277,18 @@ def test_examples_are_ranked_and_leave_no_trace(go):
     assert {tag: ranked[tag] for tag in plain} == plain
     added = {"train/prediction_changes", "detect/aum", "detect/forgetting", "detect/loss"}
     assert ranked.keys() - plain.keys() == added and added <= series(split).keys()
-    assert [s for s, _ in ranked["detect/aum"]] == [5, 10, 15] and [s for s, _ in ranked["train/prediction_changes"]] == [10, 15]
+    assert [s for s, _ in ranked["detect/aum"]] == [5, 10, 15] and [
+        s for s, _ in ranked["train/prediction_changes"]
+    ] == [10, 15]
     assert not (off / "examples.npz").exists() and not (split / "examples.npz").exists()
     found = columns(on)
     assert (np.diff(found["aum"]) >= 0).all() and sorted(found["index"]) == sorted(np.load(on / "noise.npz")["index"])
     wrong = torch.tensor(found["label"] != found["true"])
     for name, sign in (("aum", -1), ("loss", 1)):
         score = sign * torch.tensor(found[name])
-        assert metrics.auc(score[wrong], score[~wrong]) == pytest.approx(ranked[f"detect/{name}"][-1][1], abs=1e-6), name
+        assert metrics.auc(score[wrong], score[~wrong]) == pytest.approx(ranked[f"detect/{name}"][-1][1], abs=1e-6), (
+            name
+        )
     true = dict(zip(np.load(on / "noise.npz")["index"], np.load(on / "noise.npz")["label"], strict=True))
     assert all(true[i] == label for i, label in zip(found["index"], found["label"], strict=True))
 
@@ -318,7 +330,11 @@ def test_a_checkpoint_without_accumulators_is_gone_on_from(go, capsys):
 
 
 def test_two_processes_accumulate_what_one_does(zygote, tmp_path):
-    argv = [*TINY, *"--norm gn --precision 64-true --noise 0.5 --bs 31 --lr 0.5 --measure-budget 10 --examples --runs".split(), str(tmp_path)]
+    argv = [
+        *TINY,
+        *"--norm gn --precision 64-true --noise 0.5 --bs 31 --lr 0.5 --measure-budget 10 --examples --runs".split(),
+        str(tmp_path),
+    ]
     assert zygote.run([*argv, "--name", "one"]) == [0], zygote.said()
     assert zygote.run([*argv, "--name", "two"], ranks=2) == [0, 0], zygote.said()
     one, two = columns(tmp_path / "one"), columns(tmp_path / "two")
