@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 import data
 import datasets
 from data import TrainSet
-from engine import sources
+from engine import options, sources
 
 
 def coordinates(n: int) -> torch.Tensor:
@@ -184,3 +184,14 @@ def test_real_fashion_mnist(real_data):
 def test_a_stream_seed_is_what_it_says():
     want = int.from_bytes(hashlib.sha256(b"7/order/3").digest()[:4], "little")
     assert data.stream_seed(7, "order", 3) == want
+
+
+def test_torchvision_does_not_check_again_what_has_been_checked(real_data, monkeypatch):
+    """Its own sums of all six batches, once for each of the two parts; the list of names, a few bytes, it sums up all the same."""
+    import torchvision
+
+    original, summed = torchvision.datasets.cifar.check_integrity, []
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: (summed.append(path), original(path, md5))[1])
+    args = options.parse(["--data-dir", str(real_data)])
+    assert len(sources.load(args).y_test) == 10_000
+    assert {path.rpartition("/")[2] for path in summed} == {"batches.meta"}
