@@ -22,7 +22,7 @@ import train
 from conftest import series
 from data import Source
 from engine import schema
-from study import processes
+from study import processes, scheduler
 
 
 def stripes(args) -> Source:
@@ -96,7 +96,7 @@ class InProcess:
 def test_entries_from_outside_train_sweep_resume_and_report(added, tmp_path, monkeypatch):
     names = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL")}
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=InProcess, **names))
-    monkeypatch.setattr(processes, "POLL", 0.01)
+    monkeypatch.setattr(scheduler, "POLL", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     runs, out = tmp_path / "runs", tmp_path / "report"
     given = "--noise 0.3 --sched-steps 8 --lr 0.01 --bs 16 --epochs 1 --measure-every 2 --precision 32-true --accelerator cpu"
