@@ -24,9 +24,10 @@ SERIES = {  # docs/measurements.md, at measured steps
 
 
 def test_a_run_leaves_what_the_contract_says(go):
-    folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2")
+    folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2", "--checkpoint-minutes", "0")
     found = series(folder)
-    ends = {"val/loss", "val/acc", "test/acc", "noise/nominal", "noise/realised"}
+    ends = {"val/loss", "val/acc", "val/acc_noisy", "test/acc", "noise/nominal", "noise/realised"}
+    ends |= {"detect/aum", "detect/forgetting", "detect/loss", "train/prediction_changes"}
     masks = {"null/permuted_cos_clean_all", "null/permuted_cos_clean_noisy"}
     assert found.keys() == SERIES | ends | masks
     for tag in masks:
@@ -136,7 +137,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
     monkeypatch.setattr(
         train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9)
     )
-    folder = go("--noise", "0.5", "--epochs", "4", status=1)
+    folder = go("--noise", "0.5", "--epochs", "4", "--checkpoint-minutes", "0", status=1)
     said = summary(folder)
     assert said["status"] == "failed" and "not finite" in said["reason"] or "is nan" in said["reason"]
     assert (folder / "failed.ckpt").exists()
