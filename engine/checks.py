@@ -1,4 +1,4 @@
-"""Whether options go together: data, noise and model. Each check returns what is wrong, a line for each problem."""
+"""Whether options go together: data, noise, model and optimizer. Each check returns what is wrong, a line for each problem."""
 
 import argparse
 import os
@@ -6,6 +6,7 @@ import os
 from datasets import DATASETS
 from models import GROUP, MODELS
 from noises import NOISES
+from optim import OPTIMIZERS
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
@@ -43,6 +44,13 @@ def noise_problems(args: argparse.Namespace) -> list[str]:
         names = "worse_label, aggre_label, random_label1, random_label2, random_label3"
         wrong.append(f"--noise-type {kind}: needs --noise-labels, for CIFAR-10N one of {names}")
     return wrong
+
+
+def optimizer_problems(args: argparse.Namespace) -> list[str]:
+    """What the optimizer cannot be given."""
+    if OPTIMIZERS[args.optimizer].needs_momentum and args.momentum == 0:
+        return [f"--momentum {args.momentum:g}: --optimizer {args.optimizer} needs one above 0"]
+    return []
 
 
 def model_problems(args: argparse.Namespace) -> list[str]:

@@ -107,6 +107,7 @@ def prepare(
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
     fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
+    heavy_ball = optim.OPTIMIZERS[args.optimizer].heavy_ball
     context = MeasuringContext(
         module,
         device,
@@ -116,7 +117,7 @@ def prepare(
         autocast=fabric.autocast,
         sum_over_ranks=partial(sum_over_ranks, fabric),
         loss_scale=lambda: scaler.scale(torch.ones((), device=device)) if scaler else 1.0,
-        learning_rate=lambda: optimizer.param_groups[0]["lr"],
+        learning_rate=lambda: optimizer.param_groups[0]["lr"] if heavy_ball else math.nan,  # for the edge of stability
         state=JobState(),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,

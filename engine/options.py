@@ -166,8 +166,8 @@ def parser() -> Parser:
     about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
     g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
-    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
-    g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
+    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD and RMSprop, beta1 of Adam; onecycle sets its own")
+    g.add_argument("--wd", type=not_negative, default=5e-4, help="weight decay")
     g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
     g.add_argument("--sched", choices=list(SCHEDULES), default="constant", help=moved)
@@ -273,6 +273,7 @@ def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
     args.model = args.model or default_model(args.dataset)
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
+    wrong += checks.optimizer_problems(args)
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")

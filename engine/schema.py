@@ -11,6 +11,7 @@ import argparse
 import fnmatch
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -95,6 +96,7 @@ def is_moments(row: object) -> bool:
 
 TEXT = Kind("text", lambda v: isinstance(v, str) and "\0" not in v)
 SHARE = real(0, 1, "a number from 0 to 1")
+BELOW_ONE = real(0, math.nextafter(1, 0), "a number from 0 to below 1")
 NOT_NEGATIVE = real(0, what="a number from 0")
 SECONDS = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
 SECONDS_BY_NAME = mapping_of(SECONDS, "an object of numbers of seconds")
@@ -104,6 +106,7 @@ SCALARS = mapping_of(PLAIN, "an object of plain values")
 PLAIN_OR_TEXTS = Kind(f"{PLAIN.what}, or a list of texts", lambda v: PLAIN.holds(v) or TEXTS.holds(v))
 TENSOR = Kind("a tensor", lambda v: isinstance(v, Tensor))
 MEASUREMENT = Kind(f"a list of {len(MOMENTS)} numbers", is_moments)
+BETAS = Kind("two numbers from 0 to below 1", lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(BELOW_ONE.holds, v)))
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 
 RESOLVED_FIELDS = {
@@ -289,6 +292,14 @@ def check_tensor(given: object, like: Tensor, where: object, field: str) -> None
         raise InputError(f"{where}: {field} has values that are not finite")
 
 
+def check_count(given: object, where: object, field: str) -> None:
+    """Raise `InputError` unless `given` is a 0-d tensor of floats that holds a whole number from 0."""
+    if not isinstance(given, Tensor) or given.shape != () or not given.is_floating_point():
+        raise wrong_value(where, field, given, "a 0-d tensor of floats")
+    if not (given >= 0 and given == given.floor() and given < 2**53):
+        raise InputError(f"{where}: {field} is {float(given):g}, not a whole number from 0")
+
+
 def check_fits(state: dict, job, where: object) -> None:
     """Raise `InputError` unless a checkpoint's content is of the run `job`: its length, network, optimizer and scaler."""
     if state["step"] > job.total_steps:
@@ -298,8 +309,11 @@ def check_fits(state: dict, job, where: object) -> None:
         raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
     for name, mine in own.items():
         check_tensor(state["model"][name], mine, where, f"model.{name}")
-    names = optim.OPTIMIZERS[job.args.optimizer].state
-    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, f"{where}: optimizer")
+    names, args = optim.OPTIMIZERS[job.args.optimizer].state, job.args
+    kept = optim.kept_state(args.optimizer, args.momentum, args.sched)
+    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, kept, f"{where}: optimizer")
+    if kept and not state["optimizer"]["state"] and state["step"] and not job.scaler:  # which skips steps that overflow
+        raise InputError(f"{where}: optimizer: state is empty after {state['step']} steps")
     if job.scaler:
         scaler = job.scaler.state_dict()
         positive = real(sys.float_info.min, what="a positive number")
@@ -308,16 +322,19 @@ def check_fits(state: dict, job, where: object) -> None:
         check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
 
 
-def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:
-    """Raise `InputError` unless `given` is the state of an optimizer like the one of `own`, which keeps tensors of these
-    `names` for each parameter; rate and momentum may differ."""
+def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names, kept, where: object) -> None:
+    """Raise `InputError` unless `given` is the state of an optimizer like the one of `own`, which may have tensors of these
+    `names` for each parameter and has those `kept` once there is any state; rate and momentum may differ."""
     check_fields(given, {"state": OBJECT}, where, required=("state", "param_groups"))
     groups = given["param_groups"]
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
         raise wrong_value(where, "param_groups", groups, "a list of one object")
     (group,), (mine,) = groups, own["param_groups"]
-    check_fields(group, {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE}, where, "param_groups.0.", mine)
-    for name in mine.keys() - {"lr", "momentum"}:
+    moved = {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE, "betas": BETAS}
+    check_fields(group, moved, where, "param_groups.0.", mine)
+    if "betas" in mine and group["betas"][1:] != mine["betas"][1:]:
+        raise wrong_value(where, "param_groups.0.betas.1", group["betas"][1], describe_value(mine["betas"][1]))
+    for name in mine.keys() - moved.keys():
         if type(group[name]) is not type(mine[name]) or group[name] != mine[name]:
             raise wrong_value(where, f"param_groups.0.{name}", group[name], describe_value(mine[name]))
     for i in given["state"]:
@@ -327,10 +344,14 @@ def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names: tup
         entry, field = given["state"].get(i, {}), f"state.{i}"
         if not isinstance(entry, dict) or entry.keys() - {*names}:
             raise wrong_value(where, field, entry, f"an object with a {' and a '.join(names) or 'state of no name'}")
+        begun = given["state"] or own["state"]  # some make their state in the first step
         for name in names:
-            if entry.get(name) is not None or own["state"].get(i, {}).get(name) is not None:
-                like = torch.zeros(()) if name == "step" else parameter  # of Adam and the like
-                check_tensor(entry.get(name), like, where, f"{field}.{name}")
+            if not (begun and name in kept or entry.get(name) is not None):
+                continue
+            if name == "step":  # of Adam and the like
+                check_count(entry.get(name), where, f"{field}.{name}")
+            else:
+                check_tensor(entry.get(name), parameter, where, f"{field}.{name}")
 
 
 # ------------------------------------------------------------------------------------------------------ exported runs

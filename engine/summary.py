@@ -14,6 +14,7 @@ import schedules
 from engine import pace
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
+from optim import OPTIMIZERS
 
 
 def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
@@ -88,7 +89,9 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
         print(line, flush=True)
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
-        for warning in (cut_short, pace.crowded(here) if device.startswith("cpu") else None):
+        optimizer, usual = args.optimizer, OPTIMIZERS[args.optimizer].usual_lr
+        large = f"warning: --lr {args.lr:g} is large for --optimizer {optimizer}, whose usual rate is about {usual:g}"
+        for warning in (large if args.lr > 30 * usual else None, cut_short, pace.crowded(here) if device.startswith("cpu") else None):
             if warning:
                 record.say(warning)
         if args.measure == "split":

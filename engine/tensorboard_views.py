@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from engine import options, roles
+from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
@@ -68,6 +69,8 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
         return "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
         return "momentum" in SCHEDULES[given["sched"]].moves
+    if tag == "curvature/two_over_lr" and not OPTIMIZERS[given["optimizer"]].heavy_ball:
+        return False
     if group == "train":
         return noisy or name != "acc_noisy"
     if group == "grad":

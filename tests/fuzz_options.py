@@ -176,6 +176,11 @@ def norm(c: Command) -> object:
     return c.rng.choice(["bn", "gn"] if c.value("width") % 8 == 0 else ["bn"]) if c.chance(0.5) else None
 
 
+def momentum(c: Command) -> object:
+    values = [0.5, 0.95, 0.99] + [0] * (c.value("optimizer") != "nesterov")
+    return c.rng.choice(values) if c.chance(0.4) else None
+
+
 def bs(c: Command) -> int:
     top = min(c.n_train, 8 if c.vgg or c.half else 64)
     return min(c.rng.choice([1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 33, 48, 63, 64, c.n_train]), top)
@@ -268,7 +273,7 @@ GENERATORS: dict[str, Generator] = {
     "bs": bs,
     "lr": lambda c: c.rng.choice([0.1, 0.03, "1e-3", "0.05"]) if c.chance(0.5) else None,
     "optimizer": sometimes(0.2, *optim.OPTIMIZERS),
-    "momentum": sometimes(0.4, 0, 0.5, 0.95, 0.99),
+    "momentum": momentum,
     "wd": sometimes(0.3, 0, "1e-4", 0.01),
     "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),
     "measure": sometimes(0.8, "off", "split", "full", "full"),
