@@ -43,7 +43,6 @@ from engine.record import NotFinite, Record, check_folder, first_config
 from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
 from optim import OPTIMIZERS, adjust
-from schedules import schedule
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
@@ -90,7 +89,7 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     args, values = job.args, {}
     split_mode = args.measure_bn if measured and args.measure != "off" else None
     full = measured and args.measure == "full"
-    lr, momentum = schedule(args.sched, step, job.sched_steps, args.lr, args.momentum)
+    lr, momentum = job.course.at(step)
     adjust(job.optimizer, lr, momentum)
 
     # Forward and gradient

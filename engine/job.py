@@ -15,9 +15,11 @@ import models
 import optim
 from context import MeasuringContext, MeasuringOptions, MeasuringState, sync_batchnorms
 from data import Images, TrainSet
-from engine import fast, options
+from engine import fast
+from engine.course import course
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
+from schedules import Course
 
 
 @dataclass
@@ -42,7 +44,7 @@ class TrainingJob:
     optimizer: torch.optim.Optimizer
     val: tuple[Images, Tensor]
     test: tuple[Images, Tensor]
-    sched_steps: int
+    course: Course
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
     graph: fast.Graph | None = None  # --graph: the captured step
     fast_error: dict | None = None  # of --compile and --graph: how far off their gradient is, and how far it may be
@@ -69,6 +71,10 @@ class TrainingJob:
     @property
     def total_steps(self) -> int:
         return self.context.total_steps
+
+    @property
+    def sched_steps(self) -> int:
+        return self.course.length
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,6 +109,7 @@ def prepare(
             m.register_forward_pre_hook(empty_as_float)
     optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
+    rates = course(args, steps_per_epoch)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
     fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
@@ -130,8 +137,7 @@ def prepare(
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
-    sched_steps = options.sched_steps(args, steps_per_epoch)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, scaler, auto=auto)
+    return TrainingJob(args, fabric, context, model, optimizer, val, test, rates, scaler, auto=auto)
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import InputError
 from datasets import DATASETS, DataSet, default_model
-from engine import checks, roles, startfrom
+from engine import checks, course, roles, startfrom
 from models import MODELS
 from noises import NOISES
 from optim import OPTIMIZERS
@@ -110,6 +110,7 @@ image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
 seed = number(0, 2**63 - 1, "a whole number from 0, below 2^63", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
+part = number(0, math.nextafter(1, 0), "a number above 0 and below 1", open_low=True)
 below_one = number(0, math.nextafter(1, 0), "a number from 0 to below 1")
 path = os.path.expanduser  # the shell leaves the ~ of --data-dir=~/data alone
 
@@ -174,6 +175,13 @@ def parser() -> Parser:
     g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
+    takes = {name: ", ".join(s for s, entry in SCHEDULES.items() if name in entry.takes) for name in ("factor", "cycles")}
+    g.add_argument("--sched-milestones", type=course.milestones, default="0.5,0.75", metavar="X,X", help="step: shares of its length")
+    g.add_argument("--sched-factor", type=part, default=0.1, metavar="X", help=f"{takes['factor']}: of the rate, at a milestone, at least")
+    g.add_argument("--sched-cycles", type=count, default=4, metavar="N", help=f"{takes['cycles']}: triangles in its length")
+    g.add_argument("--sched-delay", type=count, metavar="N", help="hold its first value so long, in the unit of its length")
+    g.add_argument("--warmup-steps", type=count, metavar="STEPS", help="linear rise before it, optimizer steps")
+    g.add_argument("--warmup-epochs", type=count, metavar="EPOCHS", help="linear rise before it, epochs")
     g = p.add_argument_group("measurement")
     g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
@@ -273,7 +281,7 @@ def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
     args.model = args.model or default_model(args.dataset)
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
-    wrong += checks.optimizer_problems(args)
+    wrong += checks.optimizer_problems(args) + course.problems(args, parser().parse_args([]))
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
@@ -346,12 +354,8 @@ def path_hash(path: str) -> str:
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """The schedule's length T in optimizer steps, from whichever unit it was given in."""
-    if args.sched_epochs:
-        return args.sched_epochs * steps_per_epoch
-    if args.sched_examples:
-        return math.ceil(args.sched_examples / args.bs)
-    return args.sched_steps or 5000
+    """The schedule's length in optimizer steps, with its warm-up and delay, from whichever unit it was given in."""
+    return sum(course.in_steps(args, steps_per_epoch))
 
 
 def rank_zero() -> bool:

@@ -122,7 +122,7 @@ RESOLVED_FIELDS = {
     "val_examples": whole(),
     "test_examples": whole(),
     "schedule": {
-        **dict.fromkeys(("run_steps", "sched_steps"), whole(1)),
+        **dict.fromkeys(("run_steps", "sched_steps", "warmup_steps", "delay_steps"), whole(1)),
         **dict.fromkeys(("run_epochs", "sched_epochs"), NOT_NEGATIVE),
         **dict.fromkeys(("fraction_seen", "share_at_end"), SHARE),
     },

@@ -26,7 +26,7 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
         "cpu_features": cpu_features(),
         "world_size": job.fabric.world_size,
         "sched_steps": job.sched_steps,
-        "schedule": schedules.span(job.args.sched, job.sched_steps, job.total_steps, job.steps_per_epoch),
+        "schedule": job.course.span(job.total_steps, job.steps_per_epoch),
         "steps_per_epoch": job.steps_per_epoch,
         "total_steps": job.total_steps,
         "parameters": sum(p.numel() for p in job.parameters),
@@ -85,7 +85,7 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
-        last_lr, _ = schedules.schedule(args.sched, job.total_steps - 1, job.sched_steps, args.lr, args.momentum)
+        last_lr, _ = job.course.at(job.total_steps - 1)
         line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
         print(line, flush=True)
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine

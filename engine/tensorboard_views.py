@@ -66,7 +66,8 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     full, split = given["measure"] == "full", given["measure"] != "off"
     controls = full and bool(plan.get("steps", True))
     if tag == "optim/lr":
-        return "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
+        warm = given["warmup_steps"] or given["warmup_epochs"]
+        return bool(warm) or "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
         return "momentum" in SCHEDULES[given["sched"]].moves
     if tag == "curvature/two_over_lr" and not OPTIMIZERS[given["optimizer"]].heavy_ball:
@@ -156,7 +157,7 @@ def hparam_type(action: argparse.Action) -> int:
 
     if action.nargs == 0:
         return api_pb2.DATA_TYPE_BOOL
-    text = action.choices or action.type in (None, options.path)
+    text = action.choices or isinstance(action.default, str) or action.type in (None, options.path)
     return api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
 
 

@@ -52,6 +52,10 @@ class Command:
         return str(self.value("model", "resnet18")).startswith("vgg")
 
     @property
+    def moves(self) -> bool:
+        return bool(schedules.SCHEDULES[self.value("sched", "constant")].moves)
+
+    @property
     def half(self) -> bool:
         """Half precision, which most CPUs compute very slowly."""
         return str(self.value("precision", "")).startswith(("16", "bf16"))
@@ -282,6 +286,12 @@ GENERATORS: dict[str, Generator] = {
     "sched_steps": sched_length("steps", 1, 2, 7, 5000),
     "sched_epochs": sched_length("epochs", 1, 2, 9),
     "sched_examples": sched_length("examples", 1, 100, 1001),
+    "sched_milestones": lambda c: c.rng.choice(["0.5", "0.3+0.6", "1e-3,.999"]) if c.value("sched") == "step" else None,
+    "sched_factor": lambda c: c.rng.choice([0.5, "1e-3"]) if c.value("sched") in ("step", "cyclic") else None,
+    "sched_cycles": lambda c: 1 if c.value("sched") == "cyclic" else None,
+    "sched_delay": lambda c: c.rng.choice([1, 3, 100]) if c.moves and c.chance(0.3) else None,
+    "warmup_steps": sometimes(0.2, 1, 5, 1000),
+    "warmup_epochs": lambda c: c.rng.choice([1, 2]) if not c.value("warmup_steps") and c.chance(0.1) else None,
     "measure_every": lambda c: c.rng.choice([1, 2, 3, 5]) if c.chance(0.9) else None,
     "measure_bn": sometimes(0.6, "train", "eval", "separate"),
     "measure_budget": lambda c: c.rng.choice([0.05, 0.5, 2, 100]) if c.chance(0.7) else None,
