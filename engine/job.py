@@ -92,7 +92,8 @@ def prepare(
 ) -> TrainingJob:
     """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`."""
     index, held = indices
-    device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
+    device, K = fabric.device, len(source.classes)
+    module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     true = source.y_train[index]
     mask = None
@@ -101,13 +102,13 @@ def prepare(
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     val = Images(source.x_train[held], *stats, device), source.y_train[held].to(device)
     test = Images(source.x_test, *stats, device), source.y_test.to(device)
-    module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
     module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
     if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in sync_batchnorms(module):
             m.register_forward_pre_hook(empty_as_float)
-    optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = optim.build(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
     rates = course(args, steps_per_epoch)
     total_steps = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
@@ -138,6 +139,18 @@ def prepare(
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     return TrainingJob(args, fabric, context, model, optimizer, val, test, rates, scaler, auto=auto)
+
+
+def network(args, source: data.Source, n: int, world_size: int) -> nn.Module:
+    """The network before its first step, on the CPU. Raises `InputError` where it cannot be trained on this set, of which `n`
+    examples are trained on."""
+    H, W, C = source.x_train.shape[1:]
+    start = data.stream_seed(args.seed, "init")
+    module = models.build(args.model, C, len(source.classes), args.width, args.norm, start, (H, W))
+    apart = args.measure != "off" and args.measure_bn == "separate"  # clean and noisy examples, either of which may be one
+    if args.model not in models.MODELS and (apart or world_size > 1 or n % args.bs == 1 or args.bs == 1):
+        models.try_one(module, C, (H, W), f"--model {args.model}")
+    return module
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from data import InputError
 from datasets import DATASETS, DataSet, default_model
 from engine import checks, course, roles, startfrom
-from models import MODELS
+from models import MODELS, is_own
 from noises import NOISES
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
@@ -106,7 +106,6 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 share = number(0, 1, "a number from 0 to 1")
 count = number(1, 2**31, "a whole number from 1 to 2^31", int)
 few = number(1, 1024, "a whole number from 1 to 1024", int)  # more would end in an allocator's or OpenMP's error
-image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
 seed = number(0, 2**63 - 1, "a whole number from 0, below 2^63", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
@@ -130,7 +129,7 @@ def data_options(p: Parser):
         help=f"{', '.join(DATASETS)}, a path to an .npz or a folder",
     )
     g.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where torchvision's folders lie or go")
-    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (default: 32)")
+    g.add_argument("--image-size", type=checks.image_size, metavar="PIXELS", help="of a folder's images, 28 to 224, or HxW (default: 32)")
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
@@ -158,7 +157,8 @@ def parser() -> Parser:
     g = p.add_argument_group("model")
     others = [f"{entry.model} for {name}" for name, entry in DATASETS.items() if entry.model != DataSet.model]
     defaults = ", ".join([*others, f"else {DataSet.model}"])
-    g.add_argument("--model", choices=list(MODELS), help=f"default: {defaults}")
+    others = "torchvision:NAME, FILE.py:FUNCTION"
+    g.add_argument("--model", type=checks.model, metavar="NET", help=f"{', '.join(MODELS)}, {others}; default: {defaults}")
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
@@ -280,6 +280,9 @@ def under_fabric_run() -> bool:
 def check(args: argparse.Namespace) -> None:
     """Check combinations, all problems in one `InputError`, and fill in what follows from other options."""
     args.model = args.model or default_model(args.dataset)
+    if is_own(args.model):  # by where it lies, from wherever the run is resumed
+        file, _, function = args.model.rpartition(":")
+        args.model = f"{os.path.realpath(file)}:{function}"
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
     wrong += checks.optimizer_problems(args) + course.problems(args, parser().parse_args([]))
     for name, known in KNOWN.items():
@@ -335,6 +338,9 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
             parts.append(
                 Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
             )
+        elif key == "model" and is_own(value):
+            file, _, function = value.rpartition(":")
+            parts.append(f"{key}-{Path(file).stem}-{function}-{path_hash(file)}")
         elif key.replace("-", "_") in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem

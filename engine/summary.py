@@ -11,7 +11,8 @@ import data
 import epochwise
 import measure
 import schedules
-from engine import pace
+from datasets import DATASETS
+from engine import memory, pace
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
 from optim import OPTIMIZERS
@@ -82,6 +83,8 @@ def print_plan(job, record: Record, label_noise: str) -> None:
             f"{args.precision} on {device} with {args.threads} threads -> {record.folder}\n{label_noise}",
             flush=True,
         )
+        if args.dataset not in DATASETS:
+            print(f"memory: at least {memory.listed(args)}, and more for activations", flush=True)
         fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)

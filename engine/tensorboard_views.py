@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine import options, roles
+from engine import checks, options, roles
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
@@ -140,7 +140,7 @@ def hparams_start(config: dict) -> list:
         kind = hparam_type(actions[key])
         if kind == api_pb2.DATA_TYPE_BOOL:
             row.hparams[key].bool_value = bool(value)
-        elif kind == api_pb2.DATA_TYPE_STRING:
+        elif kind == api_pb2.DATA_TYPE_STRING or isinstance(value, str):  # 48x64 pixels
             row.hparams[key].string_value = encodable(str(value))
         elif math.isfinite(value):
             row.hparams[key].number_value = value
@@ -157,7 +157,7 @@ def hparam_type(action: argparse.Action) -> int:
 
     if action.nargs == 0:
         return api_pb2.DATA_TYPE_BOOL
-    text = action.choices or isinstance(action.default, str) or action.type in (None, options.path)
+    text = action.choices or isinstance(action.default, str) or action.type in (None, options.path, checks.model)
     return api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
 
 
@@ -220,7 +220,8 @@ def label_picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[st
             at = x, y + (j + 2 - len(lines)) * line
             draw.text(at, fit_text(draw, text, side + gap - 4, letters), BLACK if t == g else RED, letters)
         pixels = images[i].expand(-1, -1, 3).contiguous().numpy()
-        small = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        h, w = (max(1, round(side * edge / max(pixels.shape[:2]))) for edge in pixels.shape[:2])
+        small = Image.fromarray(pixels).resize((w, h), Image.Resampling.NEAREST)
         sheet.paste(small, (x, y + 2 * line + 2))
     return channels_first(sheet)
 

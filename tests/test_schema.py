@@ -140,7 +140,7 @@ OPTION_CASES = {
     "bs": ([], 0, 2.5, "16", None, True, 2**31 + 1),
     "lr": (None, "0.1", 0, -1.0, [0.1], False),
     "momentum": (1, 1.5, "x"),
-    "sched": ("linear", None, 1),
+    "sched": ("triangle", None, 1),
     "no_augment": (None, 0, "false"),
     "dataset": (None, 1, ["cifar10"], "a\0b"),
     "seed": (-1, 2**63, 0.5),
