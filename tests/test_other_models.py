@@ -134,6 +134,17 @@ OWN = """
     def small(C, K):
         return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * C, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, K))
 
+    class Attends(nn.Module):
+        def __init__(self, C, K):
+            super().__init__()
+            self.pool, self.attention, self.out = nn.AdaptiveAvgPool2d(2), nn.MultiheadAttention(4 * C, C), nn.Linear(4 * C, K)
+        def forward(self, x):
+            x = self.pool(x).flatten(1)[:, None]
+            return self.out(self.attention(x, x, x, need_weights=False)[0][:, 0])
+
+    def attentive(C, K):
+        return Attends(C, K)
+
     def dropping(C, K):
         return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * C, K), nn.Dropout1d(0.5))
 
@@ -212,9 +223,11 @@ def test_an_own_function_trains_resumes_and_is_named(go, own, monkeypatch):
     assert set(memory.needed(options.parse(["--dataset", "synthetic", *given]))) == {"data set"}  # not made for an estimate
 
 
-def test_all_measures_of_an_own_function(go, own):
-    folder = go(*SHORT, "--model", f"{own}:small", *"--measure full --measure-budget 1e6 --chunks 2 --measure-bn separate".split())
-    assert summary(folder)["status"] == "finished"
+def test_all_measures_of_an_own_function(go, own, monkeypatch):
+    """With torch's attention, whose fused form has no second derivative."""
+    monkeypatch.setattr(epochwise, "CURVATURE_EXAMPLES", 8)
+    folder = go(*SHORT, "--model", f"{own}:attentive", *"--measure full --measure-budget 1e6 --chunks 2 --measure-bn separate".split())
+    assert summary(folder)["status"] == "finished" and "curvature" in summary(folder)["measure_seconds"]
 
 
 @pytest.mark.parametrize("function", ["dropping", "frozen"])
