@@ -193,12 +193,16 @@ def load_synthetic(args) -> Source:
     return Source(x, y, None, x_test, y_test, names, *pixel_statistics(x), torch.arange(10).roll(5))
 
 
+SIDES = 28, 224  # pixels that a side of own images may have
+
+
 class Shape(NamedTuple):
     """Sizes of a set that are known before it is loaded, for estimates of memory and time."""
 
     train: int  # images
     test: int
-    side: int  # pixels
+    height: int  # pixels
+    width: int
     channels: int
     classes: int
 
@@ -241,22 +245,22 @@ def torchvision_download(name: str) -> Callable[[str], object]:
 DATASETS = {  # a new set is one function, entered here
     "cifar10": DataSet(
         load_cifar10,
-        shape=lambda args: Shape(50_000, 10_000, 32, 3, 10),
+        shape=lambda args: Shape(50_000, 10_000, 32, 32, 3, 10),
         files=Files(CIFAR10_FOLDER, CIFAR10_MD5, torchvision_download("CIFAR10")),
     ),
     "cifar100": DataSet(
         load_cifar100,
-        shape=lambda args: Shape(50_000, 10_000, 32, 3, 100),
+        shape=lambda args: Shape(50_000, 10_000, 32, 32, 3, 100),
         files=Files(CIFAR100_FOLDER, CIFAR100_MD5, torchvision_download("CIFAR100")),
     ),
     "fmnist": DataSet(
         load_fmnist,
         "vgg16",
-        lambda args: Shape(60_000, 10_000, 32, 1, 10),
+        lambda args: Shape(60_000, 10_000, 32, 32, 1, 10),
         Files(FMNIST_FOLDER, FMNIST_MD5, torchvision_download("FashionMNIST")),
     ),
     "synthetic": DataSet(
-        load_synthetic, shape=lambda args: Shape(args.synthetic_train, args.synthetic_test, 32, 3, 10)
+        load_synthetic, shape=lambda args: Shape(args.synthetic_train, args.synthetic_test, 32, 32, 3, 10)
     ),
 }
 

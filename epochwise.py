@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import metrics
@@ -148,6 +149,7 @@ def curvature(context: MeasuringContext) -> dict:
     with (
         batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True),
         torch.autocast(context.device.type, enabled=False),
+        sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
     ):
         for d in dropout:
             d.eval()

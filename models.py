@@ -1,11 +1,21 @@
-"""The report's networks for 32x32 images: ResNet-18 (its figures 1 and 2) and VGG-16 with BatchNorm (appendix A)."""
+"""Networks: the report's, ResNet-18 (its figures 1 and 2) and VGG-16 with BatchNorm (appendix A), a small ViT, any of
+torchvision's classifiers, and a function of one's own.
 
+Shapes: B images of C channels and H x W pixels, K classes.
+"""
+
+import hashlib
+import importlib.util
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from data import InputError
 
 GROUP = 8  # channels of a GroupNorm group
 
@@ -104,38 +114,217 @@ def vgg16(C: int, K: int, linear: bool = False) -> nn.Module:
     return model
 
 
+class Attention(nn.Module):
+    """Self-attention with several heads (Vaswani et al. 2017, section 3.2): (B, T, D) -> (B, T, D).
+
+    Written out and not left to a fused kernel, of which there is no second derivative.
+    """
+
+    def __init__(self, D: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        weights = (q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(B, T, D))
+
+
+class EncoderBlock(nn.Module):
+    """Attention and a hidden layer of 4 D units, each behind a LayerNorm and beside a shortcut: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, D: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(D, eps=1e-6), Attention(D, heads)
+        self.norm2, self.hidden = nn.LayerNorm(D, eps=1e-6), nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.hidden(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021) of the size S of Touvron et al. 2021: 12 blocks of 384 units, 6 heads.
+
+    (B, C, H, W) -> logits (B, K), H and W being those of `size`, multiples of `patch`. No BatchNorm and no dropout;
+    21,342,346 parameters for C = 3, K = 10, 32x32 pixels and patches of 4.
+    """
+
+    def __init__(self, C: int, K: int, size: tuple[int, int], patch: int = 4, D: int = 384, depth: int = 12) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(C, D, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, D))
+        self.position = nn.Parameter(torch.empty(1, 1 + (size[0] // patch) * (size[1] // patch), D))
+        self.blocks = nn.Sequential(*(EncoderBlock(D, heads=6) for _ in range(depth)))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.linear = nn.Linear(D, K)
+        self.cuts = list(self.blocks[2:-1:3])
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+        nn.init.trunc_normal_(self.position, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
+        return self.linear(self.norm(self.blocks(x))[:, 0])
+
+
+def torchvision_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Module:
+    """torchvision's classifier `name`, its weights drawn, for `C` channels and `K` classes: (B, C, H, W) -> logits (B, K).
+
+    Its layers are as published; where C is not 3 the first convolution has the first C channels of its drawn weights. Those
+    that are made for one size of image are made for `size`. Auxiliary classifiers are left out. Raises `InputError` where it
+    takes no images of this size.
+    """
+    from torchvision.models import get_model
+
+    where = f"--model {TORCHVISION}{name}"
+    given: dict = {"image_size": size[0]} if name.startswith("vit_") else {"input_size": size} if name == "maxvit_t" else {}
+    if name in ("googlenet", "inception_v3"):
+        given = {"aux_logits": False, "init_weights": True}
+    with one_line(f"{where}: torchvision, for images of {size[0]} x {size[1]} pixels,"):
+        model = get_model(name, weights=None, num_classes=K, **given)
+    if C != 3:
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        first.weight = nn.Parameter(first.weight.detach()[:, torch.arange(C) % 3].clone())
+        first.in_channels = C
+    if not next(model.parameters()).is_meta:
+        try_out(model.to(memory_format=torch.channels_last), C, K, size, where)
+    return model
+
+
+def own_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Module:
+    """What the function of `name`, FILE.py:FUNCTION, makes of (C, K), tried on two images. Raises `InputError`.
+
+    The file may import others of its folder. The trial leaves buffers as they were.
+    """
+    path, _, function = name.rpartition(":")
+    where, folder = f"--model {name}", os.path.dirname(path)
+    if folder not in sys.path:
+        sys.path.append(folder)  # behind ours
+    spec = importlib.util.spec_from_file_location(f"own_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}", path)
+    file = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = file
+    with one_line(f"{where}: the file"):
+        spec.loader.exec_module(file)
+    make = getattr(file, function, None)
+    if not callable(make):
+        raise InputError(f"{where}: the file has no function {function}")
+    with one_line(f"{where}: {function}({C}, {K})"):
+        model = make(C, K)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{where}: {function}({C}, {K}) returned a {type(model).__name__}, not a torch.nn.Module")
+    with one_line(f"{where}: on the CPU the module"):  # one with lazy parameters has no shape yet
+        model = model.cpu().train().to(memory_format=torch.channels_last)
+    try_out(model, C, K, size, where)
+    return model
+
+
+def try_out(model: nn.Module, C: int, K: int, size: tuple[int, int], where: str) -> None:
+    """Raise `InputError` unless `model` gives logits (2, K) of two images, with a gradient for all that is to be trained."""
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    images = torch.zeros(2, C, *size).to(memory_format=torch.channels_last)
+    drawn = torch.get_rng_state()
+    what = f"2 images of {C} x {size[0]} x {size[1]}"
+    with one_line(f"{where}: of {what} the module"):
+        logits = model(images)
+    model.draws_random_numbers = not torch.equal(drawn, torch.get_rng_state())
+    if not isinstance(logits, Tensor) or logits.shape != (2, K):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"{where}: of {what} the module makes {got}, not logits (2, {K})")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with one_line(f"{where}: the module's gradient"):
+        gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    idle = [name for name, g in zip(trained, gradients, strict=True) if g is None]
+    if idle:
+        raise InputError(f"{where}: the logits do not depend on the parameter {idle[0]}; give it requires_grad=False")
+    for name, b in model.named_buffers():
+        if name in before:
+            b.copy_(before[name])
+
+
+def try_one(model: nn.Module, C: int, size: tuple[int, int], where: str) -> None:
+    """Raise `InputError` unless `model` can be trained on a batch of one image: BatchNorm cannot where that is one pixel to it."""
+    before = [b.clone() for b in model.buffers()]
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_line(f"{where}: on a batch of one image the module"):
+        model(torch.zeros(1, C, *size))
+    for b, old in zip(model.buffers(), before, strict=True):
+        b.copy_(old)
+
+
+class one_line:
+    """Turn whatever another's code raises within the block into an `InputError` of one line."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, e, trace) -> None:
+        if isinstance(e, (Exception, SystemExit)) and not isinstance(e, InputError):
+            said = (str(e).strip().splitlines() or [""])[0]
+            raise InputError(f"{self.what} raised {type(e).__name__}: {said}") from e
+
+
 @dataclass(frozen=True)
 class Model:
     """A network and what others need of it.
 
     `make`: (C, K, width, norm) -> module. Its `cuts`, if it has any, are submodules through whose output everything passes
     that later ones take from earlier ones: there a measured step cuts its graph, to free memory earlier. `adjustable`:
-    whether it has a width and a choice of norm; `least_side`: pixels a side that it needs.
+    whether it has a width and a choice of norm; `least_side`: pixels a side that it needs; `multiple`: of how many pixels
+    each side is one; `sized`: whether `make` is given the images' `size` (H, W), too.
     """
 
-    make: Callable[[int, int, int, str], nn.Module]
+    make: Callable[..., nn.Module]
     adjustable: bool = False
     least_side: int = 1
+    multiple: int = 1
+    sized: bool = False
 
 
 MODELS = {  # a new model is one function, entered here
     "resnet18": Model(ResNet18, adjustable=True),
     "vgg16": Model(lambda C, K, width, norm: vgg16(C, K), least_side=32),
     "vgg16-linear": Model(lambda C, K, width, norm: vgg16(C, K, linear=True), least_side=32),
+    "vit-small": Model(lambda C, K, width, norm, size: ViT(C, K, size), multiple=4, sized=True),
 }
+TORCHVISION = "torchvision:"  # before the name of one of its classifiers
 
 
-def build(name: str, C: int, K: int, width: int, norm: str, seed: int) -> nn.Module:
-    """Model `name` on the CPU in float32, its weights drawn from the 32-bit `seed` and nothing else.
+def is_own(name: str) -> bool:
+    """Whether this is FILE.py:FUNCTION."""
+    return name not in MODELS and name.rpartition(":")[0].endswith(".py")
 
-    The global CPU generator, which torch's layers draw from, is left as it was.
+
+def entry(name: str) -> Model:
+    """The model `name`: of `MODELS`, torchvision:NAME, or FILE.py:FUNCTION."""
+    if name in MODELS:
+        return MODELS[name]
+    make = own_model if is_own(name) else torchvision_model
+    return Model(lambda C, K, width, norm, size: make(name.removeprefix(TORCHVISION), C, K, size), sized=True)
+
+
+def build(
+    name: str, C: int, K: int, width: int, norm: str, seed: int, size: tuple[int, int] = (32, 32)
+) -> nn.Module:
+    """Model `name` for images of `size` (H, W), on the CPU in float32, its weights drawn from the 32-bit `seed` and nothing else.
+
+    The global CPU generator, which torch's layers draw from, is left as it was. Raises `InputError` for a function of
+    one's own that does not make a network.
     """
-    before = torch.get_default_dtype()
+    before, model = torch.get_default_dtype(), entry(name)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         torch.set_default_dtype(torch.float32)  # in float64 other numbers would be drawn: another network
         try:
-            return MODELS[name].make(C, K, width, norm)
+            return model.make(C, K, width, norm, **({"size": size} if model.sized else {}))
         finally:
             torch.set_default_dtype(before)
 
@@ -171,4 +360,5 @@ def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a training forward draws random numbers."""
-    return any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    tried = getattr(model, "draws_random_numbers", False)
+    return tried or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())

@@ -3,7 +3,7 @@ schedule a run sees. `SCHEDULES` names the schedules: a new one is one function 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def constant(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
@@ -33,6 +33,41 @@ def onecycle(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[f
     return anneal(lr, lr / 25e4, part), anneal(0.85, 0.95, part)
 
 
+def linear(step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
+    """(lr, momentum): lr in a straight line to 0 at step `sched_steps`, where it stays.
+
+    Up to there the values of torch's `LinearLR` from 1 to 0.
+    """
+    return lr * (1 - min(step, sched_steps) / sched_steps), momentum
+
+
+def step_decay(
+    step: int,
+    sched_steps: int,
+    lr: float,
+    momentum: float,
+    milestones: tuple[float, ...] = (0.5, 0.75),
+    factor: float = 0.1,
+) -> tuple[float, float]:
+    """(lr, momentum): lr times `factor` from each of the `milestones` on, shares of `sched_steps`, in whole steps.
+
+    The values of torch's `MultiStepLR`.
+    """
+    return lr * factor ** sum(step >= round(share * sched_steps) for share in milestones), momentum
+
+
+def cyclic(
+    step: int, sched_steps: int, lr: float, momentum: float, cycles: int = 4, factor: float = 0.1
+) -> tuple[float, float]:
+    """(lr, momentum): `cycles` triangles from `factor` lr up to lr and back (Smith 2017, "triangular"), the last of which
+    ends at step `sched_steps`; lr then stays at `factor` lr.
+
+    Up to there the values of torch's `CyclicLR` with `cycle_momentum=False`.
+    """
+    place = (cycles * min(step, sched_steps) / sched_steps) % 1  # within a triangle
+    return lr * (factor + (1 - factor) * (1 - abs(2 * place - 1))), momentum
+
+
 def anneal(start: float, end: float, part: float) -> float:
     """Half a cosine from `start` (`part` 0) to `end` (`part` 1)."""
     return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
@@ -43,7 +78,7 @@ class Schedule:
     """A schedule and what others need of it.
 
     `values`: (0-based step, sched_steps, lr, momentum) -> (lr, momentum) of the update made at that step, a pure function;
-    after its end it keeps its last value. `label` names it in figures, where it has a `colour` (any of matplotlib's), a
+    after its end it keeps its last value. `takes`: what else it is given by name, of the options --sched-NAME. `label` names it in figures, where it has a `colour` (any of matplotlib's), a
     `line` style and a `marker`. `moves`: which of "lr" and "momentum" change over a run; nothing for a rate without length.
     """
 
@@ -51,8 +86,9 @@ class Schedule:
     label: str
     moves: tuple[str, ...] = ("lr",)
     colour: str = "#CC79A7"
-    line: str = "-."
+    line: str | tuple[int, tuple[float, ...]] = "-."
     marker: str = "D"
+    takes: tuple[str, ...] = ()
 
     @property
     def help(self) -> str:
@@ -60,10 +96,13 @@ class Schedule:
         return " and ".join(self.moves)
 
 
-SCHEDULES = {  # colours: Okabe and Ito's blue, vermilion and green, told apart with every common colour vision deficiency
+SCHEDULES = {  # colours: Okabe and Ito's, told apart with every common colour vision deficiency
     "constant": Schedule(constant, "constant learning rate", (), "#009E73", ":", "s"),
     "cosine": Schedule(cosine, "cosine annealing", ("lr",), "#D55E00", "--", "^"),
     "onecycle": Schedule(onecycle, "one-cycle", ("lr", "momentum"), "#0072B2", "-", "o"),
+    "linear": Schedule(linear, "linear decay", ("lr",), "#E69F00", (0, (9, 2)), "v"),
+    "step": Schedule(step_decay, "step decay", ("lr",), "#56B4E9", (0, (5, 1, 1, 1)), "P", ("milestones", "factor")),
+    "cyclic": Schedule(cyclic, "cyclic, triangular", ("lr",), "#000000", (0, (2, 1)), "X", ("cycles", "factor")),
 }
 
 
@@ -75,6 +114,40 @@ def entry(name: str) -> Schedule:
 def schedule(name: str, step: int, sched_steps: int, lr: float, momentum: float) -> tuple[float, float]:
     """(lr, momentum) of the update made at 0-based `step`: a pure function of the step."""
     return SCHEDULES[name].values(step, sched_steps, lr, momentum)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A schedule of a run, with what comes before it: a pure function of the step.
+
+    `warmup` steps, in which the rate rises in equal parts to the schedule's first value, as of torch's `LinearLR` from
+    1 / (warmup + 1); `delay` steps at that value; and `sched_steps` of the schedule. `given` is what it takes by name.
+    """
+
+    name: str
+    sched_steps: int
+    lr: float
+    momentum: float
+    warmup: int = 0
+    delay: int = 0
+    given: dict = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Steps until the last value is reached."""
+        return self.warmup + self.delay + self.sched_steps
+
+    def at(self, step: int) -> tuple[float, float]:
+        """(lr, momentum) of the update made at 0-based `step`."""
+        inside = max(0, step - self.warmup - self.delay)
+        lr, momentum = SCHEDULES[self.name].values(inside, self.sched_steps, self.lr, self.momentum, **self.given)
+        return lr * min(1, (step + 1) / (self.warmup + 1)), momentum
+
+    def span(self, total_steps: int, steps_per_epoch: int) -> dict:
+        """`span` of a run of this course, and the steps of the warm-up and of the delay, where there are any."""
+        before = {"warmup_steps": self.warmup, "delay_steps": self.delay}
+        seen = span(self.name, self.length, total_steps, steps_per_epoch)
+        return seen | {name: steps for name, steps in before.items() if steps}
 
 
 def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) -> dict:
@@ -94,6 +167,9 @@ def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) ->
     }
 
 
+BEFORE = {"warmup": "warm-up", "delay": "delay"}
+
+
 def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
     """(line, warning or None) on what `span` found: `lr` is the largest rate, `last_lr` that of the run's last update."""
 
@@ -101,13 +177,15 @@ def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
         epochs = seen[f"{of}_epochs"]
         return f"{seen[f'{of}_steps']:,} steps ({epochs:g} epoch{'s' * (epochs != 1)})"
 
+    before = [f"{seen[f'{what}_steps']:,} of {name}" for what, name in BEFORE.items() if f"{what}_steps" in seen]
+    first = f" with {' and '.join(before)} first" * bool(before)
     if not entry(seen["name"]).moves:
-        return f"schedule: {seen['name']}, lr {lr:g} for all {length('run')}", None
-    line, warning = f"schedule: {seen['name']} over {length('sched')}; the run makes {length('run')}: ", None
+        return f"schedule: {seen['name']}, lr {lr:g} for all {length('run')}{first}", None
+    line, warning = f"schedule: {seen['name']} over {length('sched')}{first}; the run makes {length('run')}: ", None
     if seen["fraction_seen"] < 1:
         line += f"{percent(seen['fraction_seen'])} of the schedule"
-        epochs = seen["run_epochs"]
-        fits = f"--sched-epochs {epochs:g}" if epochs == int(epochs) else f"--sched-steps {seen['run_steps']}"
+        epochs, steps = seen["run_epochs"], seen["run_steps"] - sum(seen.get(f"{what}_steps", 0) for what in BEFORE)
+        fits = f"--sched-epochs {epochs:g}" if epochs == int(epochs) and not before else f"--sched-steps {max(1, steps)}"
         warning = (
             f"warning: --sched {seen['name']} is cut short: the run ends after {percent(seen['fraction_seen'])} of the "
             f"schedule, at lr {last_lr:.3g} ({percent(last_lr / lr)} of the largest); {fits} fits the run"

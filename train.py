@@ -42,7 +42,7 @@ from engine.job import TrainingJob, prepare
 from engine.record import NotFinite, Record, check_folder, first_config
 from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
-from schedules import schedule
+from optim import OPTIMIZERS, adjust
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
@@ -89,9 +89,8 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     args, values = job.args, {}
     split_mode = args.measure_bn if measured and args.measure != "off" else None
     full = measured and args.measure == "full"
-    lr, momentum = schedule(args.sched, step, job.sched_steps, args.lr, args.momentum)
-    for group in job.optimizer.param_groups:
-        group["lr"], group["momentum"] = lr, momentum
+    lr, momentum = job.course.at(step)
+    adjust(job.optimizer, lr, momentum)
 
     # Forward and gradient
     if split_mode == "eval":  # before the step moves the running statistics
@@ -113,7 +112,8 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
         counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
         values |= {"optim/lr": lr, "optim/momentum": momentum}
-        values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
+        if OPTIMIZERS[args.optimizer].sgd:
+            values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     if full:
         norms = torch._foreach_norm([p.grad for p in job.parameters])
         values["grad/norm_per_layer"] = torch.stack(norms) / job.context.loss_scale()

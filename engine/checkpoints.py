@@ -12,7 +12,7 @@ from torch import nn
 import epochwise
 import models
 from data import InputError
-from engine import identity, schema
+from engine import fitting, identity
 from engine.files import write_temporary
 from engine.hardware import on_rank_zero, sum_over_ranks
 from engine.job import TrainingJob
@@ -147,7 +147,7 @@ def claim_folder(job: TrainingJob, record: Record, ledger: dict) -> Claimed:
         """Raise `InputError` unless a checkpoint's content is of this run."""
         identity.continue_from(args, state["config"])
         check_labels(state["config"], ledger, folder)
-        schema.check_fits(state, job, path)
+        fitting.check_fits(state, job, path)
 
     def claim() -> tuple[str | None, dict | None, str | None]:
         name = record.claim(args.resume, check)

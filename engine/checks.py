@@ -1,11 +1,31 @@
-"""Whether options go together: data, noise and model. Each check returns what is wrong, a line for each problem."""
+"""Whether options go together: data, noise, model and optimizer. Each check returns what is wrong, a line for each problem.
+
+Also the types of the options whose values have a form of their own.
+"""
 
 import argparse
 import os
+import re
 
-from datasets import DATASETS
-from models import GROUP, MODELS
+from datasets import DATASETS, SIDES
+from models import GROUP, MODELS, TORCHVISION, entry, is_own
 from noises import NOISES
+from optim import OPTIMIZERS
+
+
+def model(text: str) -> str:
+    """An argparse type: a name of a network, whose file or function need not be there."""
+    if text in MODELS or re.fullmatch(r"torchvision:\w+|[^\0\n]+\.py:\w+", text):
+        return os.path.expanduser(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(MODELS)}, torchvision:NAME or FILE.py:FUNCTION")
+
+
+def image_size(text: str) -> int | str:
+    """An argparse type: pixels a side, or HEIGHTxWIDTH."""
+    sides = text.split("x")
+    if not (len(sides) <= 2 and all(re.fullmatch("[0-9]{2,3}", s) and SIDES[0] <= int(s) <= SIDES[1] for s in sides)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pixels from {SIDES[0]} to {SIDES[1]}, or two as in 48x64")
+    return int(sides[0]) if len(set(sides)) == 1 else text
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
@@ -45,10 +65,31 @@ def noise_problems(args: argparse.Namespace) -> list[str]:
     return wrong
 
 
+def optimizer_problems(args: argparse.Namespace) -> list[str]:
+    """What the optimizer cannot be given."""
+    if OPTIMIZERS[args.optimizer].needs_momentum and args.momentum == 0:
+        return [f"--momentum {args.momentum:g}: --optimizer {args.optimizer} needs one above 0"]
+    return []
+
+
+LIKE = "resnet34", "vit_b_16", "efficientnet_b0", "convnext_tiny"  # as a message shows them
+
+
+def torchvision_models() -> list[str]:
+    """Names of its classifiers."""
+    import torchvision.models
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
 def model_problems(args: argparse.Namespace) -> list[str]:
     """What the model does not have."""
-    wrong = []
-    if not MODELS[args.model].adjustable:
+    wrong, own = [], args.model.rpartition(":")[0]
+    if is_own(args.model) and not os.path.isfile(own):
+        wrong.append(f"--model {args.model}: there is no file {own}")
+    if args.model.startswith(TORCHVISION) and args.model.removeprefix(TORCHVISION) not in torchvision_models():
+        wrong.append(f"--model {args.model}: not one of torchvision's classifiers, like {', '.join(LIKE)}")
+    if not entry(args.model).adjustable:
         adjustable = " and ".join(name for name, model in MODELS.items() if model.adjustable)
         if args.width != 64:
             wrong.append(f"--width {args.width}: only {adjustable} has a width, not {args.model}")

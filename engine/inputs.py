@@ -25,15 +25,23 @@ class Inputs(NamedTuple):
     val_given: Tensor | None
 
 
+def check_network(args, source: Source) -> None:
+    """Raise `InputError` unless the model takes images of this size; those that are not ours are tried when they are made."""
+    entry, (H, W, _) = models.entry(args.model), source.x_train.shape[1:]
+    where = f"--model {args.model}"
+    if min(H, W) < entry.least_side:
+        raise InputError(f"{where}: needs images of at least {entry.least_side} pixels, not {min(H, W)}")
+    if H % entry.multiple or W % entry.multiple:
+        raise InputError(f"{where}: needs images whose sides are multiples of {entry.multiple}, not {H} x {W}")
+
+
 def read_inputs(args) -> Inputs:
     """Load and split the set and make its labels, as the options say. Raises `InputError` where they do not go together."""
     source = sources.load(args)
     index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
-    least = models.MODELS[args.model].least_side
-    if source.x_train.shape[1] < least:
-        raise InputError(f"--model {args.model}: needs images of at least {least} pixels, not {source.x_train.shape[1]}")
+    check_network(args, source)
     labels, ledger, by_epoch = relabel(args, source, index)
     if args.fake_mask is not None and ledger["changed"]:
         raise InputError(

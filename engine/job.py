@@ -16,9 +16,11 @@ import optim
 from context import MeasuringContext, MeasuringOptions, MeasuringState, sync_batchnorms
 from data import Images, TrainSet
 from engine import fast, options
+from engine.course import course
 from engine.examples import Examples
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
+from schedules import Course
 
 
 @dataclass
@@ -43,7 +45,7 @@ class TrainingJob:
     optimizer: torch.optim.Optimizer
     val: tuple[Images, Tensor]
     test: tuple[Images, Tensor]
-    sched_steps: int
+    course: Course
     whole_steps: int  # of all epochs: more than `total_steps` where the run ends with its schedule
     val_given: Tensor | None = None  # noisy labels of the validation split, on the CPU; None where there is no noise
     scaler: torch.amp.GradScaler | None = None  # of 16-mixed
@@ -80,6 +82,10 @@ class TrainingJob:
         return self.context.total_steps
 
     @property
+    def sched_steps(self) -> int:
+        return self.course.length
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.context.steps_per_epoch
 
@@ -97,7 +103,8 @@ def prepare(
     """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`, `val_given`
     are the labels of `labels.relabel_held_out`."""
     index, held = indices
-    device, K, C = fabric.device, len(source.classes), source.x_train.shape[-1]
+    device, K = fabric.device, len(source.classes)
+    module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     true = source.y_train[index]
     mask = None
@@ -106,19 +113,21 @@ def prepare(
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
     val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
-    module = models.build(args.model, C, K, args.width, args.norm, data.stream_seed(args.seed, "init"))
     module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
     if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         for m in sync_batchnorms(module):
             m.register_forward_pre_hook(empty_as_float)
     models.stop_counting(module)
-    optimizer = optim.build(args.optimizer, module.parameters(), args.lr, args.momentum, args.wd, args.sched)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    optimizer = optim.build(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
+    rates = course(args, steps_per_epoch)
     total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
     fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
+    heavy_ball = optim.OPTIMIZERS[args.optimizer].heavy_ball
     context = MeasuringContext(
         module,
         device,
@@ -128,7 +137,7 @@ def prepare(
         autocast=fabric.autocast,
         sum_over_ranks=partial(sum_over_ranks, fabric),
         loss_scale=lambda: scaler.scale(torch.ones((), device=device)) if scaler else 1.0,
-        learning_rate=lambda: optimizer.param_groups[0]["lr"],
+        learning_rate=lambda: optimizer.param_groups[0]["lr"] if heavy_ball else math.nan,  # for the edge of stability
         state=JobState(),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
@@ -143,8 +152,19 @@ def prepare(
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
-    sched_steps = options.sched_steps(args, steps_per_epoch)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, sched_steps, whole_steps, val_given, scaler, auto=auto)
+    return TrainingJob(args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto)
+
+
+def network(args, source: data.Source, n: int, world_size: int) -> nn.Module:
+    """The network before its first step, on the CPU. Raises `InputError` where it cannot be trained on this set, of which `n`
+    examples are trained on."""
+    H, W, C = source.x_train.shape[1:]
+    start = data.stream_seed(args.seed, "init")
+    module = models.build(args.model, C, len(source.classes), args.width, args.norm, start, (H, W))
+    apart = args.measure != "off" and args.measure_bn == "separate"  # clean and noisy examples, either of which may be one
+    if args.model not in models.MODELS and (apart or world_size > 1 or n % args.bs == 1 or args.bs == 1):
+        models.try_one(module, C, (H, W), f"--model {args.model}")
+    return module
 
 
 def empty_as_float(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

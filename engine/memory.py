@@ -11,7 +11,8 @@ import torch
 import models
 import optim
 from data import PAD, InputError, Source
-from datasets import known_shape
+from datasets import DATASETS, Shape, known_shape
+from engine.sources import own_shape
 
 REFUSED = re.compile(r"DefaultCPUAllocator|bad_alloc|out of memory|can't allocate memory", re.IGNORECASE)
 AMOUNT = re.compile(r"allocate (\d+\.?\d*) ?(bytes|[KMGT]iB)", re.IGNORECASE)
@@ -38,20 +39,25 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     its size is not known before it is loaded (`source`).
     """
     if source is not None:
-        n, side, C = len(source.x_train), source.x_train.shape[1], source.x_train.shape[-1]
-        size = n, len(source.x_test), side, C, len(source.classes)
+        size = Shape(len(source.x_train), len(source.x_test), *source.x_train.shape[1:], len(source.classes))
     else:
-        size = known_shape(args)
+        size = known_shape(args) or (own_shape(args.dataset, args.image_size) if args.dataset not in DATASETS else None)
     parts = {}
     if size:
-        n, n_test, side, C, _ = size
+        n, n_test, H, W, C, _ = size
         used = min(n, args.subset or n)
         held = round(args.val_frac * used)
         copies, pad = (1, 0) if args.no_augment else (2, PAD)  # a padded copy and its mirror image
-        stored = copies * (used - held) * (side + 2 * pad) ** 2 * C
-        parts["data set"] = stored + (n + held + 2 * n_test) * side**2 * C  # with the set as it was loaded
-    with torch.device("meta"):
-        module = models.build(args.model, *(size or (0, 0, 0, 3, 10))[3:], args.width, args.norm, 0)
+        stored = copies * (used - held) * (H + 2 * pad) * (W + 2 * pad) * C
+        parts["data set"] = stored + (n + held + 2 * n_test) * H * W * C  # with the set as it was loaded
+    if models.is_own(args.model):
+        return parts  # it is not known before it is made
+    _, _, H, W, C, K = size or Shape(0, 0, 32, 32, 3, 10)
+    try:
+        with torch.device("meta"):
+            module = models.build(args.model, C, K, args.width, args.norm, 0, (H, W))
+    except Exception:  # not for images of this size, as will be said when they are read
+        return parts
     P = sum(p.numel() for p in module.parameters())
     state = optim.kept_state(args.optimizer, args.momentum, args.sched)
     what = f"weights, gradient and {optim.OPTIMIZERS[args.optimizer].state_name}" if state else "weights and gradient"
@@ -102,18 +108,30 @@ def total() -> float:
     return limit
 
 
+def listed(args) -> str:
+    """What the run needs at least, in words."""
+    parts = needed(args)
+    return f"{format_bytes(sum(parts.values()))} ({', '.join(f'{what} {format_bytes(n)}' for what, n in parts.items())})"
+
+
 def require_memory(args, on_gpu: bool) -> None:
-    """Raise `InputError` for a run on the CPU that cannot fit: the system would kill it, without a word."""
-    if on_gpu or (args.synthetic_train + args.synthetic_test < 10**6 and args.width <= 128):
+    """Raise `InputError` for a run that cannot fit: the system would kill it, without a word. Where it goes to a GPU that
+    is own data that cannot be read into this machine's memory."""
+    small = args.synthetic_train + args.synthetic_test < 10**6 and args.width <= 128
+    if args.dataset in DATASETS and (on_gpu or small and args.model in models.MODELS):
         return  # what cannot be too much is not counted
     parts, limit = needed(args), total()
+    if on_gpu:
+        shape = own_shape(args.dataset, args.image_size)
+        parts = {"data set": (shape.train + shape.test) * shape.height * shape.width * shape.channels} if shape else {}
     if sum(parts.values()) <= limit:
         return
     of_data = parts.get("data set", 0) > sum(parts.values()) / 2
     option = f"--synthetic-train {args.synthetic_train}" if args.dataset == "synthetic" else f"--dataset {args.dataset}"
-    option = option if of_data else f"--model {args.model}, --width {args.width}"
-    listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
+    of_width = f", --width {args.width}" * models.entry(args.model).adjustable
+    option = option if of_data else f"--model {args.model}{of_width}"
+    amounts = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts.items())
     raise InputError(
-        f"{option}: needs {format_bytes(sum(parts.values()))} of memory ({listed}) and more for activations; "
+        f"{option}: needs {format_bytes(sum(parts.values()))} of memory ({amounts}) and more for activations; "
         f"there are {format_bytes(limit)} here"
     )

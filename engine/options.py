@@ -14,8 +14,8 @@ from pathlib import Path
 
 from data import InputError
 from datasets import DATASETS, DataSet, default_model
-from engine import checks, roles, startfrom
-from models import MODELS
+from engine import checks, course, roles, startfrom
+from models import MODELS, is_own
 from noises import NOISES
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
@@ -106,10 +106,10 @@ def number(low: float, high: float, what: str, kind=float, open_low: bool = Fals
 share = number(0, 1, "a number from 0 to 1")
 count = number(1, 2**31, "a whole number from 1 to 2^31", int)
 few = number(1, 1024, "a whole number from 1 to 1024", int)  # more would end in an allocator's or OpenMP's error
-image_size = number(28, 64, "a whole number of pixels from 28 to 64", int)
 seed = number(0, 2**63 - 1, "a whole number from 0, below 2^63", int)
 positive = number(0, math.inf, "a positive number", open_low=True)
 not_negative = number(0, math.inf, "a number from 0")
+part = number(0, math.nextafter(1, 0), "a number above 0 and below 1", open_low=True)
 below_one = number(0, math.nextafter(1, 0), "a number from 0 to below 1")
 path = os.path.expanduser  # the shell leaves the ~ of --data-dir=~/data alone
 
@@ -129,7 +129,7 @@ def data_options(p: Parser):
         help=f"{', '.join(DATASETS)}, a path to an .npz or a folder",
     )
     g.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where torchvision's folders lie or go")
-    g.add_argument("--image-size", type=image_size, metavar="PIXELS", help="of a folder's images, 28 to 64 (default: 32)")
+    g.add_argument("--image-size", type=checks.image_size, metavar="PIXELS", help="of a folder's images, 28 to 224, or HxW (default: 32)")
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
@@ -157,7 +157,8 @@ def parser() -> Parser:
     g = p.add_argument_group("model")
     others = [f"{entry.model} for {name}" for name, entry in DATASETS.items() if entry.model != DataSet.model]
     defaults = ", ".join([*others, f"else {DataSet.model}"])
-    g.add_argument("--model", choices=list(MODELS), help=f"default: {defaults}")
+    others = "torchvision:NAME, FILE.py:FUNCTION"
+    g.add_argument("--model", type=checks.model, metavar="NET", help=f"{', '.join(MODELS)}, {others}; default: {defaults}")
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
@@ -166,8 +167,8 @@ def parser() -> Parser:
     about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
     g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
-    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD; onecycle sets its own")
-    g.add_argument("--wd", type=not_negative, default=5e-4, help="L2 weight decay")
+    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD and RMSprop, beta1 of Adam; onecycle sets its own")
+    g.add_argument("--wd", type=not_negative, default=5e-4, help="weight decay")
     g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
     g.add_argument("--sched", choices=list(SCHEDULES), default="constant", help=moved)
@@ -176,6 +177,13 @@ def parser() -> Parser:
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
     ends = "at its last epoch, or already when its schedule has ended"
     g.add_argument("--end", choices=["epochs", "schedule"], default="epochs", help=f"when the run ends: {ends}")
+    takes = {name: ", ".join(s for s, entry in SCHEDULES.items() if name in entry.takes) for name in ("factor", "cycles")}
+    g.add_argument("--sched-milestones", type=course.milestones, default="0.5,0.75", metavar="X,X", help="step: shares of its length")
+    g.add_argument("--sched-factor", type=part, default=0.1, metavar="X", help=f"{takes['factor']}: of the rate, at a milestone, at least")
+    g.add_argument("--sched-cycles", type=count, default=4, metavar="N", help=f"{takes['cycles']}: triangles in its length")
+    g.add_argument("--sched-delay", type=count, metavar="N", help="hold its first value so long, in the unit of its length")
+    g.add_argument("--warmup-steps", type=count, metavar="STEPS", help="linear rise before it, optimizer steps")
+    g.add_argument("--warmup-epochs", type=count, metavar="EPOCHS", help="linear rise before it, epochs")
     g = p.add_argument_group("measurement")
     g.add_argument("--measure", choices=["off", "split", "full"], default="split", help="full: all nulls and controls")
     g.add_argument("--measure-every", type=count, default=50, metavar="STEPS", help="steps between measured steps")
@@ -279,7 +287,11 @@ def check(args: argparse.Namespace) -> None:
     args.model = args.model or default_model(args.dataset)
     if not SCHEDULES[args.sched].moves:
         args.end = "epochs"  # there is no other end
+    if is_own(args.model):  # by where it lies, from wherever the run is resumed
+        file, _, function = args.model.rpartition(":")
+        args.model = f"{os.path.realpath(file)}:{function}"
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
+    wrong += checks.optimizer_problems(args) + course.problems(args, parser().parse_args([]))
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
@@ -333,6 +345,9 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
             parts.append(
                 Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
             )
+        elif key == "model" and is_own(value):
+            file, _, function = value.rpartition(":")
+            parts.append(f"{key}-{Path(file).stem}-{function}-{path_hash(file)}")
         elif key.replace("-", "_") in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem
@@ -352,12 +367,8 @@ def path_hash(path: str) -> str:
 
 
 def sched_steps(args: argparse.Namespace, steps_per_epoch: int) -> int:
-    """The schedule's length T in optimizer steps, from whichever unit it was given in."""
-    if args.sched_epochs:
-        return args.sched_epochs * steps_per_epoch
-    if args.sched_examples:
-        return math.ceil(args.sched_examples / args.bs)
-    return args.sched_steps or 5000
+    """The schedule's length in optimizer steps, with its warm-up and delay, from whichever unit it was given in."""
+    return sum(course.in_steps(args, steps_per_epoch))
 
 
 def run_steps(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, int]:

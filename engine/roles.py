@@ -53,6 +53,12 @@ ROLES: dict[str, frozenset[str]] = {
         ("sched_steps", RESULT, AXIS, SCHED_LENGTH),
         ("sched_epochs", RESULT, AXIS, SCHED_LENGTH),
         ("sched_examples", RESULT, AXIS, SCHED_LENGTH),
+        ("sched_milestones", RESULT),
+        ("sched_factor", RESULT),
+        ("sched_cycles", RESULT),
+        ("sched_delay", RESULT),
+        ("warmup_steps", RESULT),
+        ("warmup_epochs", RESULT),
         # measurement
         ("measure", RESULT, MEASURING),
         ("measure_every", RESULT, MEASURING),
@@ -96,9 +102,12 @@ REPLACES = {
     "dataset": ("model", "width", "norm", "image_size"),
     "model": ("width", "norm"),
     "noise_type": ("noise_file", "noise_labels", "noise_matrix"),
-    "sched_steps": ("sched_epochs", "sched_examples"),
-    "sched_epochs": ("sched_steps", "sched_examples"),
-    "sched_examples": ("sched_steps", "sched_epochs"),
+    "sched": ("sched_milestones", "sched_factor", "sched_cycles", "sched_delay"),
+    "sched_steps": ("sched_epochs", "sched_examples", "sched_delay"),  # the delay is in the unit of the length
+    "sched_epochs": ("sched_steps", "sched_examples", "sched_delay"),
+    "sched_examples": ("sched_steps", "sched_epochs", "sched_delay"),
+    "warmup_steps": ("warmup_epochs",),
+    "warmup_epochs": ("warmup_steps",),
 }
 
 

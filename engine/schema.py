@@ -11,18 +11,15 @@ import argparse
 import fnmatch
 import functools
 import json
+import math
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-import models
-import optim
 from data import InputError
 from engine import options
 from engine.jsonfiles import (
@@ -30,7 +27,6 @@ from engine.jsonfiles import (
     LARGEST_INT,
     Unreadable,
     check_plain,
-    describe_value,
     parse_json,
     read_json,
     wrong_value,
@@ -96,6 +92,7 @@ def is_moments(row: object) -> bool:
 
 TEXT = Kind("text", lambda v: isinstance(v, str) and "\0" not in v)
 SHARE = real(0, 1, "a number from 0 to 1")
+BELOW_ONE = real(0, math.nextafter(1, 0), "a number from 0 to below 1")
 NOT_NEGATIVE = real(0, what="a number from 0")
 SECONDS = Kind("a number of seconds", lambda v: type(v) in (int, float) and (v == 0 or 1e-6 <= v <= 1e12))
 SECONDS_BY_NAME = mapping_of(SECONDS, "an object of numbers of seconds")
@@ -120,7 +117,7 @@ RESOLVED_FIELDS = {
     "val_examples": whole(),
     "test_examples": whole(),
     "schedule": {
-        **dict.fromkeys(("run_steps", "sched_steps"), whole(1)),
+        **dict.fromkeys(("run_steps", "sched_steps", "warmup_steps", "delay_steps"), whole(1)),
         **dict.fromkeys(("run_epochs", "sched_epochs"), NOT_NEGATIVE),
         **dict.fromkeys(("fraction_seen", "share_at_end"), SHARE),
     },
@@ -278,76 +275,6 @@ def check_state(state: object, where: object) -> dict:
         raise e if isinstance(e, InputError) else InputError(f"{where}: config is not plain values") from e
     check_config(config, f"{where}: config", resume=True)
     return state | {"config": config}
-
-
-def check_tensor(given: object, like: Tensor, where: object, field: str) -> None:
-    """Raise `InputError` unless `given` has the shape and dtype of `like` and finite values."""
-    if not isinstance(given, Tensor) or given.layout != torch.strided:
-        raise wrong_value(where, field, given, "a dense tensor")
-    if given.shape != like.shape or given.dtype != like.dtype:
-        raise wrong_value(where, field, given, describe_value(like))
-    if given.is_floating_point() and not bool(torch.isfinite(given).all()):
-        raise InputError(f"{where}: {field} has values that are not finite")
-
-
-def check_fits(state: dict, job, where: object) -> None:
-    """Raise `InputError` unless a checkpoint's content is of the run `job`: its length, network, optimizer and scaler."""
-    if state["step"] > job.total_steps:
-        raise wrong_value(where, "step", state["step"], f"within the run's {job.total_steps} steps")
-    own = models.counted_state(job.module, state["step"])
-    for name in sorted(own.keys() ^ state["model"].keys()):
-        raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
-    for name, mine in own.items():
-        check_tensor(state["model"][name], mine, where, f"model.{name}")
-    names = optim.OPTIMIZERS[job.args.optimizer].state
-    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, f"{where}: optimizer")
-    if job.examples and "examples" in state:
-        check_examples(state["examples"], job.examples, where)
-    if job.scaler:
-        scaler = job.scaler.state_dict()
-        positive = real(sys.float_info.min, what="a positive number")
-        table = dict.fromkeys(scaler, positive) | {"_growth_tracker": whole(), "growth_interval": whole(1)}
-        check_fields(state, {"scaler": table}, where, required=["scaler"] if scaler else [])
-        check_fields(state.get("scaler", {}), {}, where, "scaler.", scaler)
-
-
-def check_examples(given: object, own, where: object) -> None:
-    """Raise `InputError` unless `given` is what `own`, the run's `Examples`, can go on from."""
-    if not isinstance(given, dict):
-        raise wrong_value(where, "examples", given, "an object")
-    table = {"epochs": whole(), "steps": whole(0, own.steps_per_epoch - 1)}
-    check_fields(given, table, where, "examples.", required=(*table, "logits", *own.totals))
-    for name, like in own.totals.items():
-        check_tensor(given[name], like, where, f"examples.{name}")
-    if given["steps"]:
-        check_tensor(given["logits"], own.logits, where, "examples.logits")
-    elif given["logits"] is not None:
-        raise wrong_value(where, "examples.logits", given["logits"], "null between two epochs")
-
-
-def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names: tuple[str, ...], where: object) -> None:
-    """Raise `InputError` unless `given` is the state of an optimizer like the one of `own`, which keeps tensors of these
-    `names` for each parameter; rate and momentum may differ."""
-    check_fields(given, {"state": OBJECT}, where, required=("state", "param_groups"))
-    groups = given["param_groups"]
-    if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
-        raise wrong_value(where, "param_groups", groups, "a list of one object")
-    (group,), (mine,) = groups, own["param_groups"]
-    check_fields(group, {"lr": NOT_NEGATIVE, "momentum": NOT_NEGATIVE}, where, "param_groups.0.", mine)
-    for name in mine.keys() - {"lr", "momentum"}:
-        if type(group[name]) is not type(mine[name]) or group[name] != mine[name]:
-            raise wrong_value(where, f"param_groups.0.{name}", group[name], describe_value(mine[name]))
-    for i in given["state"]:
-        if type(i) is not int or not 0 <= i < len(parameters):
-            raise InputError(f"{where}: state.{describe_value(i)} belongs to no parameter")
-    for i, parameter in enumerate(parameters):
-        entry, field = given["state"].get(i, {}), f"state.{i}"
-        if not isinstance(entry, dict) or entry.keys() - {*names}:
-            raise wrong_value(where, field, entry, f"an object with a {' and a '.join(names) or 'state of no name'}")
-        for name in names:
-            if entry.get(name) is not None or own["state"].get(i, {}).get(name) is not None:
-                like = torch.zeros(()) if name == "step" else parameter  # of Adam and the like
-                check_tensor(entry.get(name), like, where, f"{field}.{name}")
 
 
 # ------------------------------------------------------------------------------------------------------ exported runs

@@ -9,6 +9,7 @@ import os
 import socket
 import tempfile
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data import InputError, Source, pixel_statistics
-from datasets import DATASETS, Files
+from datasets import DATASETS, SIDES, Files, Shape
 from engine import interrupts
 
 DOWNLOAD_TIMEOUT = 30  # seconds without an answer
@@ -142,9 +143,10 @@ def load_npz(path: str) -> Source:
     for name, a in (("x_train", x), ("x_test", x_test)):
         if a.dtype != np.uint8 or a.ndim not in (3, 4) or len(a) == 0:
             raise InputError(f"{where}: {name} is {a.dtype} of shape {a.shape}, not uint8 (N, H, W) or (N, H, W, C)")
-        if a.shape[1] != a.shape[2] or not 28 <= a.shape[1] <= 64 or a.shape[3:] not in ((), (1,), (3,)):
+        least, most = SIDES
+        if not (least <= min(a.shape[1:3]) and max(a.shape[1:3]) <= most) or a.shape[3:] not in ((), (1,), (3,)):
             raise InputError(
-                f"{where}: {name} has shape {a.shape}, not square images of 28 to 64 pixels, grey or colour"
+                f"{where}: {name} has shape {a.shape}, not images of {least} to {most} pixels a side, grey or colour"
             )
     if x.shape[1:] != x_test.shape[1:]:
         raise InputError(f"{where}: x_train has images of shape {x.shape[1:]}, x_test of {x_test.shape[1:]}")
@@ -180,11 +182,45 @@ MEGAPIXELS = 50  # of an image that is decoded: a small file may hold any number
 GIVEN = "train_noisy.csv"  # in a folder of images: file below train/, class to train on
 
 
-def load_folder(path: str, size: int) -> Source:
+def height_and_width(image_size: int | str) -> tuple[int, int]:
+    """`--image-size` in pixels."""
+    sides = [int(side) for side in str(image_size).split("x")]
+    return sides[0], sides[-1]
+
+
+def own_shape(path: str, image_size: int | str | None) -> Shape | None:
+    """The sizes of an own set, from the headers of its `.npz` or by counting the files of its folder, before any pixel is
+    read; None where that fails, which reading it will explain."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    try:
+        if os.path.isdir(path):
+            part = {
+                name: sum(f.suffix.lower() in IMG_EXTENSIONS for f in Path(path, name).glob("*/**/*")) for name in ("train", "test")
+            }
+            K = sum(entry.is_dir() for entry in os.scandir(Path(path, "train")))
+            return Shape(part["train"], part["test"], *height_and_width(image_size or 32), 3, K)
+        with zipfile.ZipFile(path) as z, np.load(path, allow_pickle=False) as arrays:
+            shapes = [header(z, name) for name in ("x_train", "x_test")]
+            n, H, W, *C = shapes[0]
+            return Shape(n, shapes[1][0], H, W, *(C or [1]), int(arrays["y_train"].max()) + 1)
+    except Exception:
+        return None
+
+
+def header(z: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    """The shape of an array in an `.npz`, without reading it."""
+    with z.open(f"{name}.npy") as f:
+        version = np.lib.format.read_magic(f)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(f)[0]
+
+
+def load_folder(path: str, size: int | str) -> Source:
     """An own set in a folder: `train/CLASS/*.png` and `test/CLASS/*.png` (or jpg, ...), read as by `ImageFolder`.
 
-    The shorter side is resized to `size` pixels (bilinear, antialias) and the middle (size, size) cut out; grey if
-    every pixel of every image is, else colour. Classes are numbered in the order of their names. An optional
+    An image is resized to the smallest that covers `size`, pixels a side or HEIGHTxWIDTH (bilinear, antialias), and the middle
+    cut out; grey if every pixel of every image is, else colour. Classes are numbered in the order of their names. An optional
     `train_noisy.csv` gives files of the training set another class to train on: lines `CLASS/FILE,OTHER CLASS`.
     Raises `InputError` naming the first file that does not fit.
     """
@@ -206,10 +242,16 @@ def load_folder(path: str, size: int) -> Source:
         raise InputError(f"{where}: train/ and test/ hold different classes ({', '.join(odd[:5])})")
     x, y = {}, {}
     for part, images in parts.items():
+        pixels = x[part] = torch.empty(len(images), *height_and_width(size), 3, dtype=torch.uint8)
+
+        def read(i: int, images=images, pixels=pixels) -> None:
+            pixels[i] = pixels_of(images.samples[i][0], height_and_width(size), where)
+
         # decoding does not hold the interpreter; the order stays
         with ThreadPoolExecutor() as pool, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # such an image is refused by its name
-            x[part] = torch.stack(list(pool.map(lambda sample: pixels_of(sample[0], size, where), images.samples)))
+            for _ in pool.map(read, range(len(images))):
+                pass
         y[part] = torch.tensor(images.targets)
     if all(bool((a == a[..., :1]).all()) for a in x.values()):
         x = {part: a[..., :1].contiguous() for part, a in x.items()}
@@ -217,16 +259,16 @@ def load_folder(path: str, size: int) -> Source:
     return Source(x["train"], y["train"], given, x["test"], y["test"], names, *pixel_statistics(x["train"]))
 
 
-def pixels_of(path: str, size: int, where: str) -> Tensor:
-    """An image file as (size, size, 3) uint8. Raises `InputError`."""
+def pixels_of(path: str, size: tuple[int, int], where: str) -> Tensor:
+    """An image file as (H, W, 3) uint8, `size` being (H, W). Raises `InputError`."""
     from PIL import Image
     from torchvision.transforms.v2 import functional as TF
 
     try:
         with Image.open(path) as image:  # reads the header alone
             if image.width * image.height > MEGAPIXELS * 10**6:
-                size = f"{image.width} x {image.height} pixels"
-                raise InputError(f"{where}: {path} has {size}, more than {MEGAPIXELS} megapixels")
+                found = f"{image.width} x {image.height} pixels"
+                raise InputError(f"{where}: {path} has {found}, more than {MEGAPIXELS} megapixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
                 raise InputError(f"{where}: {path} has pixels of more than 8 bits (mode {image.mode})")
             whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -236,8 +278,13 @@ def pixels_of(path: str, size: int, where: str) -> Tensor:
         raise InputError(f"{where}: {path} has more than {MEGAPIXELS} megapixels") from e
     except Exception as e:  # Pillow raises all sorts for a damaged file
         raise InputError(f"{where}: {path} is not a readable image ({type(e).__name__})") from e
-    small = TF.resize(whole, [size], TF.InterpolationMode.BILINEAR, antialias=True)
-    return TF.center_crop(small, [size, size]).permute(1, 2, 0).contiguous()
+    covering = [size[0]]  # torchvision's: the shorter side
+    if size[0] != size[1]:
+        h, w = whole.shape[1:]
+        scale = max(size[0] / h, size[1] / w)
+        covering = [max(size[0], round(h * scale)), max(size[1], round(w * scale))]
+    small = TF.resize(whole, covering, TF.InterpolationMode.BILINEAR, antialias=True)
+    return TF.center_crop(small, list(size)).permute(1, 2, 0).contiguous()
 
 
 def given_labels(folder: Path, train, where: str) -> Tensor | None:

@@ -11,9 +11,11 @@ import data
 import epochwise
 import measure
 import schedules
-from engine import pace
+from datasets import DATASETS
+from engine import memory, pace
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
+from optim import OPTIMIZERS
 
 
 def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
@@ -25,7 +27,7 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
         "cpu_features": cpu_features(),
         "world_size": job.fabric.world_size,
         "sched_steps": job.sched_steps,
-        "schedule": schedules.span(job.args.sched, job.sched_steps, job.total_steps, job.steps_per_epoch),
+        "schedule": job.course.span(job.total_steps, job.steps_per_epoch),
         "steps_per_epoch": job.steps_per_epoch,
         "total_steps": job.total_steps,
         "whole_steps": job.whole_steps,
@@ -82,15 +84,19 @@ def print_plan(job, record: Record, label_noise: str) -> None:
             f"{args.precision} on {device} with {args.threads} threads -> {record.folder}\n{label_noise}",
             flush=True,
         )
+        if args.dataset not in DATASETS:
+            print(f"memory: at least {memory.listed(args)}, and more for activations", flush=True)
         fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
-        last_lr, _ = schedules.schedule(args.sched, job.total_steps - 1, job.sched_steps, args.lr, args.momentum)
+        last_lr, _ = job.course.at(job.total_steps - 1)
         line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
         line += left_out(job)
         print(line, flush=True)
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
-        for warning in (cut_short, pace.crowded(here) if device.startswith("cpu") else None):
+        optimizer, usual = args.optimizer, OPTIMIZERS[args.optimizer].usual_lr
+        large = f"warning: --lr {args.lr:g} is large for --optimizer {optimizer}, whose usual rate is about {usual:g}"
+        for warning in (large if args.lr > 30 * usual else None, cut_short, pace.crowded(here) if device.startswith("cpu") else None):
             if warning:
                 record.say(warning)
         if args.measure == "split":

@@ -14,7 +14,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine import options, roles
+from engine import checks, options, roles
+from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
@@ -70,9 +71,12 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     full, split = given["measure"] == "full", given["measure"] != "off"
     controls = full and bool(plan.get("steps", True))
     if tag == "optim/lr":
-        return "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
+        warm = given["warmup_steps"] or given["warmup_epochs"]
+        return bool(warm) or "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
         return "momentum" in SCHEDULES[given["sched"]].moves
+    if tag == "curvature/two_over_lr" and not OPTIMIZERS[given["optimizer"]].heavy_ball:
+        return False
     if group == "train":
         return noisy or name != "acc_noisy"
     if tag.startswith(("grad/difference", "grad/label")):
@@ -143,7 +147,7 @@ def hparams_start(config: dict) -> list:
         kind = hparam_type(actions[key])
         if kind == api_pb2.DATA_TYPE_BOOL:
             row.hparams[key].bool_value = bool(value)
-        elif kind == api_pb2.DATA_TYPE_STRING:
+        elif kind == api_pb2.DATA_TYPE_STRING or isinstance(value, str):  # 48x64 pixels
             row.hparams[key].string_value = encodable(str(value))
         elif math.isfinite(value):
             row.hparams[key].number_value = value
@@ -160,7 +164,7 @@ def hparam_type(action: argparse.Action) -> int:
 
     if action.nargs == 0:
         return api_pb2.DATA_TYPE_BOOL
-    text = action.choices or action.type in (None, options.path)
+    text = action.choices or isinstance(action.default, str) or action.type in (None, options.path, checks.model)
     return api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
 
 
@@ -223,7 +227,8 @@ def label_picture(images: Tensor, true: Tensor, given: Tensor, classes: tuple[st
             at = x, y + (j + 2 - len(lines)) * line
             draw.text(at, fit_text(draw, text, side + gap - 4, letters), BLACK if t == g else RED, letters)
         pixels = images[i].expand(-1, -1, 3).contiguous().numpy()
-        small = Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST)
+        h, w = (max(1, round(side * edge / max(pixels.shape[:2]))) for edge in pixels.shape[:2])
+        small = Image.fromarray(pixels).resize((w, h), Image.Resampling.NEAREST)
         sheet.paste(small, (x, y + 2 * line + 2))
     return channels_first(sheet)
 

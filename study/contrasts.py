@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import schedules
 from study.runfolders import Cell
 from study.stats import Incomplete, best_log2, jackknife, slope
 
 PEAK_MOMENTUM = 0.85  # one-cycle's at its largest learning rate
-SCHEDULED, CONSTANT = ("cosine", "onecycle"), ("constant",)
 CEILING, BASE_LINE = 0.95, 0.02  # of the share memorized, and of its excess over chance: beyond, an effect would not show
 
 Values = dict[Cell, float]  # one seed's value in every cell, under one budget
@@ -42,6 +42,11 @@ class Estimate:
 
 
 Statistic = Callable[[list[Unit]], Estimate]
+
+
+def has_schedule(cell: Cell) -> bool:
+    """Whether the learning rate of a cell's runs moves, so that its schedule has a length."""
+    return bool(schedules.entry(cell.sched).moves)
 
 
 def group_cells(values: Values, by: Callable[[Cell], tuple]) -> dict[tuple, Values]:

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from study.contrasts import (
-    CONSTANT,
-    SCHEDULED,
     Estimate,
     Statistic,
     Unit,
@@ -22,6 +20,7 @@ from study.contrasts import (
     adjacent_sizes,
     best_shift,
     each_seed,
+    has_schedule,
     lost_slope,
     mean_value,
     over_lines,
@@ -80,16 +79,16 @@ class Finding:
     beside: dict[str, str] = field(default_factory=dict)
 
 
-def corner(scheds: tuple[str, ...], noisy: bool) -> Callable[[Cell], bool]:
-    """The cells with one of `scheds`, and with or without noise."""
-    return lambda cell: cell.sched in scheds and (cell.noise > 0) == noisy
+def corner(scheduled: bool, noisy: bool) -> Callable[[Cell], bool]:
+    """The cells with or without a schedule, and with or without noise."""
+    return lambda cell: has_schedule(cell) == scheduled and (cell.noise > 0) == noisy
 
 
-scheduled_noisy = corner(SCHEDULED, True)
+scheduled_noisy = corner(True, True)
 OTHER_CORNERS = {
-    "a schedule, no noise": corner(SCHEDULED, False),
-    "constant rate, noise": corner(CONSTANT, True),
-    "constant rate, no noise": corner(CONSTANT, False),
+    "a schedule, no noise": corner(True, False),
+    "constant rate, noise": corner(False, True),
+    "constant rate, no noise": corner(False, False),
 }
 PARTS = {"difference_norm": "its signed part from the norms", "corrected_minus_1": "corrected cosine minus 1, a biased selection"}
 RATIO = "accuracy of the smallest minus the largest batch of equal "
@@ -110,17 +109,17 @@ FINDINGS = (
             ("memorized_excess", "memorized"), adjacent_sizes, +1, "acc", scheduled_noisy, sized=True),
     Finding("3", "The best batch size shrinks with noise", "the optimal batch size can reduce with more label noise (section 1)",
             "best log2 B without noise minus best log2 B at the highest noise, of the mean over seeds", ("val_acc",), best_shift, +1,
-            "log2b", lambda c: c.sched in SCHEDULED, sized=True),
+            "log2b", has_schedule, sized=True),
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
             RATIO + "lr/B", ("val_acc",), each_seed("val_acc", ratio_gap(False)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
     Finding("4m", "lr/(B(1-m)) does not predict generalization", "with noise and a schedule the ratio with momentum is not a good indicator",
             RATIO + "lr/(B(1-m))", ("val_acc",), each_seed("val_acc", ratio_gap(True)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
     Finding("5", "Larger batches mitigate noise, with a schedule", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report finds otherwise, 4.1)",
             "slope of the accuracy lost to noise on log2 B", ("val_acc",), each_seed("val_acc", lost_slope), -1, "acc",
-            lambda c: c.sched in SCHEDULED, sized=True),
+            has_schedule, sized=True),
     Finding("5c", "Larger batches mitigate noise, constant rate", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report agrees, 4.1)",
             "slope of the accuracy lost to noise on log2 B", ("val_acc",), each_seed("val_acc", lost_slope), -1, "acc",
-            lambda c: c.sched in CONSTANT, sized=True),
+            lambda c: not has_schedule(c), sized=True),
 )  # fmt: skip
 
 
@@ -220,7 +219,7 @@ def subtract_null(finding: Finding, found: Gathered, rows: list[Row], budget: st
         full = {s: of for s, of in by_seed.items() if sizes <= of.keys()}
         return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items() if s in found.units}
 
-    fakes = [r for r in rows if r.fake and name in r.values and r.cell.sched in SCHEDULED]
+    fakes = [r for r in rows if r.fake and name in r.values and has_schedule(r.cell)]
     own = complete([r for r in fakes if r.budget in (budget, "any")])
     aa = own if len(own) >= LEAST_SEEDS else complete(fakes)
     if len(aa) < LEAST_SEEDS:

@@ -52,6 +52,10 @@ class Command:
         return str(self.value("model", "resnet18")).startswith("vgg")
 
     @property
+    def moves(self) -> bool:
+        return bool(schedules.SCHEDULES[self.value("sched", "constant")].moves)
+
+    @property
     def half(self) -> bool:
         """Half precision, which most CPUs compute very slowly."""
         return str(self.value("precision", "")).startswith(("16", "bf16"))
@@ -184,6 +188,11 @@ def norm(c: Command) -> object:
     return c.rng.choice(["bn", "gn"] if c.value("width") % 8 == 0 else ["bn"]) if c.chance(0.5) else None
 
 
+def momentum(c: Command) -> object:
+    values = [0.5, 0.95, 0.99] + [0] * (c.value("optimizer") != "nesterov")
+    return c.rng.choice(values) if c.chance(0.4) else None
+
+
 def bs(c: Command) -> int:
     top = min(c.n_train, 8 if c.vgg or c.half else 64)
     return min(c.rng.choice([1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 32, 33, 48, 63, 64, c.n_train]), top)
@@ -276,7 +285,7 @@ GENERATORS: dict[str, Generator] = {
     "bs": bs,
     "lr": lambda c: c.rng.choice([0.1, 0.03, "1e-3", "0.05"]) if c.chance(0.5) else None,
     "optimizer": sometimes(0.2, *optim.OPTIMIZERS),
-    "momentum": sometimes(0.4, 0, 0.5, 0.95, 0.99),
+    "momentum": momentum,
     "wd": sometimes(0.3, 0, "1e-4", 0.01),
     "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),
     "measure": sometimes(0.8, "off", "split", "full", "full"),
@@ -286,6 +295,12 @@ GENERATORS: dict[str, Generator] = {
     "sched_epochs": sched_length("epochs", 1, 2, 9),
     "sched_examples": sched_length("examples", 1, 100, 1001),
     "end": sometimes(0.3, "epochs", "schedule"),
+    "sched_milestones": lambda c: c.rng.choice(["0.5", "0.3+0.6", "1e-3,.999"]) if c.value("sched") == "step" else None,
+    "sched_factor": lambda c: c.rng.choice([0.5, "1e-3"]) if c.value("sched") in ("step", "cyclic") else None,
+    "sched_cycles": lambda c: 1 if c.value("sched") == "cyclic" else None,
+    "sched_delay": lambda c: c.rng.choice([1, 3, 100]) if c.moves and c.chance(0.3) else None,
+    "warmup_steps": sometimes(0.2, 1, 5, 1000),
+    "warmup_epochs": lambda c: c.rng.choice([1, 2]) if not c.value("warmup_steps") and c.chance(0.1) else None,
     "measure_every": lambda c: c.rng.choice([1, 2, 3, 5]) if c.chance(0.9) else None,
     "measure_bn": sometimes(0.6, "train", "eval", "separate"),
     "measure_budget": lambda c: c.rng.choice([0.05, 0.5, 2, 100]) if c.chance(0.7) else None,

@@ -61,6 +61,19 @@ def test_crop_and_flip_have_torchvisions_distribution():
     assert all(torch.equal(crop, by_draw[tuple(d)]) for d, crop in zip(drawn.tolist(), crops))
 
 
+def test_crops_and_flips_of_rectangles_are_cut_by_hand():
+    x = torch.randint(1, 256, (12, 30, 44, 3), dtype=torch.uint8)
+    train = TrainSet(x, torch.zeros(12).long(), torch.zeros(12).long(), (0,) * 3, (1,) * 3, "cpu", True)
+    index = torch.arange(12).repeat_interleave(4)
+    g = torch.Generator().manual_seed(0)
+    (dy, dx), flip = torch.randint(9, (2, 48), generator=g), torch.arange(48) % 2
+    got = train.images.cut(train.images.starts(index, dy, dx, flip))
+    padded = F.pad(x, (0, 0, 4, 4, 4, 4))
+    for i in range(48):
+        want = padded[index[i], dy[i] : dy[i] + 30, dx[i] : dx[i] + 44]
+        assert torch.equal(got[i].permute(1, 2, 0), want.flip(1) if flip[i] else want)
+
+
 def test_augmentation_is_per_example_and_changes_with_the_epoch():
     first, second = draw_of(ours(1000, 0)), draw_of(ours(1000, 1))
     assert not torch.equal(first, second)

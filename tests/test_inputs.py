@@ -267,7 +267,7 @@ def good() -> dict[str, np.ndarray]:
     [
         ({"x_test": None}, ("x_test",)),
         ({"x_train": np.zeros((100, 28, 28), np.float32)}, ("x_train", "float32", "uint8")),
-        ({"x_train": np.zeros((100, 28, 30), np.uint8)}, ("x_train", "square")),
+        ({"x_train": np.zeros((100, 28, 225), np.uint8)}, ("x_train", "28 to 224 pixels a side")),
         ({"x_train": np.zeros((100, 28, 28, 2), np.uint8)}, ("x_train", "colour")),
         ({"x_train": np.zeros((100, 32, 32), np.uint8)}, ("x_train", "x_test")),
         ({"y_train": np.zeros(99, int)}, ("y_train", "(100,)")),

@@ -359,7 +359,7 @@ def test_bad_commands(argv, says, capsys, tmp_path, monkeypatch):
         ("--noise-matrix T.csv --noise 0.5", ("--noise-matrix T.csv", "uniform")),
         ("--noise-type instance --noise 1", ("--noise 1", "instance", "cannot reach")),
         ("--image-size 32", ("--image-size 32", "folder")),
-        ("--image-size 20", ("--image-size", "28 to 64")),
+        ("--image-size 20", ("--image-size", "28 to 224")),
     ],
 )
 def test_bad_noise_options(argv, says, capsys, tmp_path):

@@ -18,7 +18,8 @@ from torchvision.datasets import CIFAR100
 
 import data
 import datasets
-from engine import sources
+from conftest import same_weights
+from engine import options, sources
 from test_inputs import refuse
 
 # ------------------------------------------------------------------------------------------------------------ CIFAR-100
@@ -108,6 +109,37 @@ def test_a_folder_is_read_in_order_resized_and_cut(photos):
     # 50 x 40 pixels become 35 x 28, of which columns 3.5 to 31.5 stay; the white sides end at 3.5.
     assert int(source.x_train[0, 14, 2:26].float().std(0).max()) == 0
     assert (source.mean, source.std) == data.pixel_statistics(source.x_train)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "columns"),
+    [
+        ("28x48", (28, 48), (5, 43)),  # 40 x 50 become 38 x 48, of which 28 rows stay, and all columns: the sides are 4.8 wide
+        ("48x28", (48, 28), (1, 27)),  # 40 x 50 become 48 x 60, of which columns 16 to 44 stay
+        (224, (224, 224), (10, 214)),
+    ],
+)
+def test_a_folder_of_rectangles(photos, size, shape, columns):
+    source = sources.load_folder(str(photos), size)
+    assert source.x_train.shape == (36, *shape, 3)
+    assert sources.own_shape(str(photos), size) == (36, 12, *shape, 3, 3)
+    first, end = columns
+    assert int(source.x_train[0, :, first:end].float().std((0, 1)).max()) == 0
+    assert size == 224 or int(source.x_train[0, 0, 0, 1]) == (255 if shape[1] == 48 else 0)  # the white side, where it stays
+    args = options.parse(["--dataset", str(photos), "--image-size", str(size)])
+    assert args.image_size == size and (args.name.endswith(f"image-size-{size}") or size == 224)
+
+
+def test_image_sizes_that_are_none(photos, capsys, tmp_path):
+    for size in ("27", "225", "28x225", "28x", "28x28x28", "+40", "4_0"):
+        refuse(capsys, tmp_path / "runs", ["--dataset", str(photos), f"--image-size={size}"], f"'{size}' is not a number of pixels")
+
+
+def test_a_rectangular_folder_trains_and_resumes(photos, go):
+    given = ["--dataset", str(photos), *"--image-size 28x40 --bs 8 --width 4 --noise 0.3".split()]
+    whole = go(*given, "--max-steps", "4", name="whole")
+    go(*given, "--max-steps", "2", name="cut")
+    assert same_weights(whole, go(*given, "--max-steps", "4", "--resume", name="cut"))
 
 
 def test_a_grey_folder_has_one_channel(photos):

@@ -16,7 +16,7 @@ import report
 import train
 from conftest import TINY
 from data import InputError
-from engine import identity, jsonfiles, options, record, schema, sources
+from engine import fitting, identity, jsonfiles, options, record, schema, sources
 from study import exports, gallery, onerun, processes, runfolders
 
 # 48 training examples, 3 steps an epoch
@@ -97,7 +97,7 @@ def test_untouched_files_pass_and_are_not_changed(made, job):
     raw = torch.load(made / "last.ckpt", weights_only=True)
     state = record.load_state(made / "last.ckpt")
     assert state.keys() == raw.keys() and state["config"] == config
-    schema.check_fits(state, job, "c")
+    fitting.check_fits(state, job, "c")
     window = [[1.5] * 9, [float("nan")] * 9]  # measurements may be undefined
     assert schema.check_state(raw | {"window": window}, "c")["window"] == window
 
@@ -120,7 +120,7 @@ def test_mutations_are_refused_or_read(made, job, what):
 
         def use() -> None:
             if what == "checkpoint":
-                schema.check_fits(schema.check_state(changed, "f"), job, "f")
+                fitting.check_fits(schema.check_state(changed, "f"), job, "f")
                 job.optimizer.load_state_dict(changed["optimizer"])
                 job.module.load_state_dict(changed["model"])
             elif what == "config":
@@ -140,7 +140,7 @@ OPTION_CASES = {
     "bs": ([], 0, 2.5, "16", None, True, 2**31 + 1),
     "lr": (None, "0.1", 0, -1.0, [0.1], False),
     "momentum": (1, 1.5, "x"),
-    "sched": ("linear", None, 1),
+    "sched": ("triangle", None, 1),
     "no_augment": (None, 0, "false"),
     "dataset": (None, 1, ["cifar10"], "a\0b"),
     "seed": (-1, 2**63, 0.5),
@@ -273,7 +273,7 @@ STATE_EDITS = {
 def test_a_wrong_field_of_a_checkpoint_is_named(made, job, said):
     state = torch.load(made / "last.ckpt", weights_only=True)
     STATE_EDITS[said](state)
-    message = outcome(lambda: schema.check_fits(schema.check_state(state, "last.ckpt"), job, "last.ckpt"))
+    message = outcome(lambda: fitting.check_fits(schema.check_state(state, "last.ckpt"), job, "last.ckpt"))
     assert message.startswith(f"last.ckpt: {said}")
 
 
@@ -299,11 +299,11 @@ def test_scaler_state(made, job, monkeypatch):
     scaler.scale(torch.zeros(1))
     monkeypatch.setattr(job, "scaler", scaler)
     state = record.load_state(made / "last.ckpt")
-    assert outcome(schema.check_fits, state, job, "f") == "f: scaler is missing"
+    assert outcome(fitting.check_fits, state, job, "f") == "f: scaler is missing"
     for key, value in (("scale", 0.0), ("growth_interval", "x"), ("backoff_factor", float("nan"))):
         bad = state | {"scaler": scaler.state_dict() | {key: value}}
-        assert outcome(schema.check_fits, bad, job, "f").startswith(f"f: scaler.{key} is ")
-    schema.check_fits(state | {"scaler": scaler.state_dict()}, job, "f")
+        assert outcome(fitting.check_fits, bad, job, "f").startswith(f"f: scaler.{key} is ")
+    fitting.check_fits(state | {"scaler": scaler.state_dict()}, job, "f")
 
 
 def test_a_report_leaves_out_what_it_cannot_read(copied, capsys, monkeypatch, tmp_path):
