@@ -64,14 +64,14 @@ def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.util import tensor_util
 
-    found: dict[str, list[tuple[int, float]]] = {}
+    points: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
                     number = tensor_util.make_ndarray(value.tensor).item()
-                    found.setdefault(value.tag, []).append((event.step, number))
-    return found
+                    points.setdefault(value.tag, []).append((event.step, number))
+    return points
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,7 +166,7 @@ class Zygote:
         self.start(*args, **kwargs)
         return self.wait()
 
-    def said(self, rank: int = 0) -> str:
+    def output(self, rank: int = 0) -> str:
         """What a process of the last start printed, both streams."""
         return Path(f"{self.log}.{rank}").read_text()
 

@@ -97,21 +97,21 @@ def fingerprint(folder: Path) -> dict[str, str]:
     from tensorboard.util import tensor_util
 
     state = torch.load(folder / "last.ckpt", weights_only=True)
-    found = {"weights": sha(*(f"{k}{v.dtype}".encode() + v.numpy().tobytes() for k, v in state["model"].items()))}
+    actual = {"weights": sha(*(f"{k}{v.dtype}".encode() + v.numpy().tobytes() for k, v in state["model"].items()))}
     momentum = (v["momentum_buffer"] for v in state["optimizer"]["state"].values() if "momentum_buffer" in v)
-    found["optimizer"] = sha(*(m.numpy().tobytes() for m in momentum))
+    actual["optimizer"] = sha(*(m.numpy().tobytes() for m in momentum))
     points: dict[str, list] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name in ("scalars", "histograms"):
                     points.setdefault(value.tag, []).append((event.step, tensor_util.make_ndarray(value.tensor).tolist()))
-    found |= {f"series {tag}": sha(repr(values).encode()) for tag, values in sorted(points.items())}
+    actual |= {f"series {tag}": sha(repr(values).encode()) for tag, values in sorted(points.items())}
     with np.load(folder / "noise.npz") as z:
-        found["labels"] = sha(*(z[k].tobytes() for k in ("index", "true", "label")))
+        actual["labels"] = sha(*(z[k].tobytes() for k in ("index", "true", "label")))
     summary = json.loads((folder / "summary.json").read_text())
     kept = {k: v for k, v in summary.items() if k not in TIMES}
-    return found | {"summary": sha(json.dumps(kept, sort_keys=True).encode())}
+    return actual | {"summary": sha(json.dumps(kept, sort_keys=True).encode())}
 
 
 def make_run(name: str, given: str, files: Path, runs: Path) -> dict[str, str]:
@@ -153,14 +153,14 @@ def record(names: list[str], exported: list[Path]) -> dict[str, dict[str, str]]:
         files, runs = Path(scratch, "files"), Path(scratch, "runs")
         files.mkdir()
         make_files(files)
-        found = {}
+        actual = {}
         for name in names:
-            found[name] = make_run(name, RUNS[name], files, runs)
-            print(f"{name}: {len(found[name])} hashes" if "failed" not in found[name] else f"{name}: FAILED", flush=True)
-        found["report"] = report_numbers([runs], Path(scratch, "report"))
+            actual[name] = make_run(name, RUNS[name], files, runs)
+            print(f"{name}: {len(actual[name])} hashes" if "failed" not in actual[name] else f"{name}: FAILED", flush=True)
+        actual["report"] = report_numbers([runs], Path(scratch, "report"))
         for path in exported:
-            found[f"report {path.name}"] = report_numbers([path.resolve()], Path(scratch, f"report-{path.stem}"))
-    return found
+            actual[f"report {path.name}"] = report_numbers([path.resolve()], Path(scratch, f"report-{path.stem}"))
+    return actual
 
 
 def main() -> int:
@@ -170,18 +170,18 @@ def main() -> int:
     p.add_argument("--only", help="a regular expression for the names of runs")
     p.add_argument("--exported", type=Path, action="append", default=[], help="exported runs to make a report on as well")
     args = p.parse_args()
-    found = record([name for name in RUNS if re.search(args.only or "", name)], args.exported)
+    actual = record([name for name in RUNS if re.search(args.only or "", name)], args.exported)
     if args.what == "record":
-        args.file.write_text(json.dumps(found, indent=1) + "\n")
-        return int(any("failed" in run for run in found.values()))
+        args.file.write_text(json.dumps(actual, indent=1) + "\n")
+        return int(any("failed" in run for run in actual.values()))
     before, differ = json.loads(args.file.read_text()), 0
-    for name, now in found.items():
+    for name, now in actual.items():
         then = before.get(name, {})
         for what in sorted(then.keys() | now.keys()):
             if then.get(what) != now.get(what):
                 differ += 1
                 print(f"{name}: {what}: {then.get(what)} was recorded, {now.get(what)} now")
-    print(f"{differ} differences in {len(found)} fingerprints")
+    print(f"{differ} differences in {len(actual)} fingerprints")
     return int(differ > 0)
 
 

@@ -57,10 +57,10 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
     folders = [p.parent for p in cwd.rglob("summary.json")]
     if len(folders) != 1:
         return [f"{len(folders)} run folders"]
-    wrong, found, ended = [], series(folders[0]), summary(folders[0])
+    wrong, actual, ended = [], series(folders[0]), summary(folders[0])
     if (ended["status"], ended["steps"]) != ("finished", c.total_steps):
         wrong.append(f"summary: {ended['status']} after {ended['steps']} of {c.total_steps} steps")
-    for tag, points in found.items():
+    for tag, points in actual.items():
         steps = [step for step, _ in points]
         if len(set(steps)) < len(steps):
             wrong.append(f"{tag} has a step twice")
@@ -69,10 +69,10 @@ def finished_run(c: fuzz_options.Command, cwd: Path) -> list[str]:
         if not 0 <= min(steps) <= max(steps) <= c.total_steps:
             wrong.append(f"{tag} has steps {min(steps)}..{max(steps)} in a run of {c.total_steps}")
     due = set(range(0, c.total_steps, c.value("measure_every", 50)))
-    if {step for step, _ in found.get("train/loss", [])} != due:
+    if {step for step, _ in actual.get("train/loss", [])} != due:
         wrong.append("train/loss is not at every measured step")
     epochs = {0, c.total_steps} | set(range(0, c.total_steps, math.ceil(c.n_train / c.value("bs", 128))))
-    if {step for step, _ in found.get("val/acc", [])} != epochs or len(found.get("test/acc", [])) != 1:
+    if {step for step, _ in actual.get("val/acc", [])} != epochs or len(actual.get("test/acc", [])) != 1:
         wrong.append("val/acc is not after every epoch, or test/acc not once")
     state = torch.load(folders[0] / "last.ckpt", weights_only=True)["model"]
     if not all(bool(t.isfinite().all()) for t in state.values()):

@@ -90,14 +90,14 @@ def length(epochs: int, max_steps: int | None) -> list[str]:
 
 def everything(folder: Path) -> dict[str, list]:
     """Every value of a run's event files, text and pictures too, by tag, in order; hparams and layout are metadata."""
-    found: dict[str, list] = {}
+    actual: dict[str, list] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.tag.startswith("_hparams_") or value.tag.startswith("config"):
                     continue  # these hold names and folders, which differ
-                found.setdefault(value.tag, []).append((event.step, tensor_util.make_ndarray(value.tensor).tolist()))
-    return found
+                actual.setdefault(value.tag, []).append((event.step, tensor_util.make_ndarray(value.tensor).tolist()))
+    return actual
 
 
 def equal(a: object, b: object) -> bool:

@@ -43,7 +43,7 @@ def test_more_processes_change_only_rounding(zygote, alone, tmp_path, bs, ranks)
     """160 examples: at B = 53 the last batch is a single example, so that all ranks but one are empty-handed; at B = 8
     and 10 % noise most ranks have no noisy example in most batches."""
     argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", STEPS, "--runs", str(tmp_path), "--name", "r"]
-    assert zygote.run(argv, ranks=ranks) == [0] * ranks, zygote.said()
+    assert zygote.run(argv, ranks=ranks) == [0] * ranks, zygote.output()
     want, got = series(alone[bs]), series(tmp_path / "r")
     assert want.keys() == got.keys() and "grad/cos_clean_noisy" in want
     for tag, points in want.items():
@@ -83,12 +83,12 @@ def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
         "--name",
         "r",
     ]
-    assert zygote.run(code=COMPILED.format(argv=argv), ranks=2) == [0, 0], zygote.said()
+    assert zygote.run(code=COMPILED.format(argv=argv), ranks=2) == [0, 0], zygote.output()
     a, b = weights(alone["53"]), weights(tmp_path / "r")
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-8)
-    said = summary(tmp_path / "r")["fast_gradient"]
-    assert said["error"] < said["bound"]
+    outcome = summary(tmp_path / "r")["fast_gradient"]
+    assert outcome["error"] < outcome["bound"]
 
 
 ONE_WEIGHT = """
@@ -148,7 +148,7 @@ assert got["grad/cos_clean_noisy"].item() == 1 and got["grad/clean_fraction"] ==
 
 
 def test_one_weight_under_two_processes(zygote):
-    assert zygote.run(code=ONE_WEIGHT, ranks=2) == [0, 0], zygote.said(0) + zygote.said(1)
+    assert zygote.run(code=ONE_WEIGHT, ranks=2) == [0, 0], zygote.output(0) + zygote.output(1)
 
 
 def test_first_step_in_float32(zygote, tmp_path):
@@ -167,7 +167,7 @@ def test_batchnorm_on_cpu_processes_warns_and_averages(zygote, tmp_path):
     argv = [*TINY, "--precision", "64-true", "--max-steps", "1", "--runs", str(tmp_path)]
     assert zygote.run([*argv, "--name", "a"]) == [0]
     assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0]
-    assert "SyncBatchNorm" in zygote.said(0) and "SyncBatchNorm" not in zygote.said(1)
+    assert "SyncBatchNorm" in zygote.output(0) and "SyncBatchNorm" not in zygote.output(1)
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     # The first layer's mean over two equal shares is the mean over the batch; its variance is not, and later layers
     # see other inputs.
@@ -222,7 +222,7 @@ def test_bad_input_is_said_once(tmp_path):
 def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
     argv = [*GN, "--bs", "8", "--epochs", "13", "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run([*argv, "--max-steps", "7"]) == [0]
-    assert zygote.run([*argv, "--max-steps", "14", "--resume"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*argv, "--max-steps", "14", "--resume"], ranks=2) == [0, 0], zygote.output()
     assert zygote.run([*argv, "--max-steps", STEPS, "--resume"]) == [0]
     a, b = weights(alone["8"]), weights(tmp_path / "r")
     for name in a:
@@ -240,10 +240,10 @@ def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
     while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
         time.sleep(0.02)
     os.kill(pids[1], signal.SIGTERM)
-    assert zygote.wait() == [3, 3], zygote.said()
-    said = summary(tmp_path / "r")
-    assert said["status"] == "stopped"
-    assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] == said["steps"]
+    assert zygote.wait() == [3, 3], zygote.output()
+    outcome = summary(tmp_path / "r")
+    assert outcome["status"] == "stopped"
+    assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] == outcome["steps"]
 
 
 def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
@@ -256,8 +256,8 @@ def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
     began = time.monotonic()
     statuses = zygote.wait()
     assert statuses[0] == 1 and statuses[1] == -signal.SIGKILL and time.monotonic() - began < 30
-    said = zygote.said()
-    assert said.count("train.py: error: another process of the run has ended (") == 1 and "Traceback" not in said
+    outcome = zygote.output()
+    assert outcome.count("train.py: error: another process of the run has ended (") == 1 and "Traceback" not in outcome
     assert summary(tmp_path / "r")["status"] == "failed"
     assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] > 0
 
@@ -266,7 +266,7 @@ def test_a_fault_on_rank_zero_ends_all_ranks_together(zygote, tmp_path):
     code = "import os, train\nfrom engine import record\ndef refuse(*_): raise OSError(28, os.strerror(28))\nrecord.os.fsync = refuse\n"
     code += f"os._exit(train.main({[*GN, '--runs', str(tmp_path), '--name', 'r']!r}))"
     assert zygote.run(code=code, ranks=2) == [1, 1]
-    assert "No space left on device" in zygote.said(0) and "Traceback" not in zygote.said(0) + zygote.said(1)
+    assert "No space left on device" in zygote.output(0) and "Traceback" not in zygote.output(0) + zygote.output(1)
 
 
 # ---------------------------------------------------------------------------------------------------------- precision

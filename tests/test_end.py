@@ -40,8 +40,8 @@ def test_the_weights_are_those_of_the_whole_run(capsys, pair):
     assert summary(pair[0])["status"] == "finished" and summary(pair[0])["test_acc"] is not None
     resolved = json.loads((pair[0] / "config.json").read_text())["resolved"]
     assert (resolved["total_steps"], resolved["whole_steps"]) == (7, 20)
-    said = capsys.readouterr().out.splitlines()
-    told = [line for line in said if line.startswith("schedule: ")]
+    result = capsys.readouterr().out.splitlines()
+    told = [line for line in result if line.startswith("schedule: ")]
     assert told[0].endswith("exactly the schedule; --end schedule leaves out the 13 steps (2.6 epochs) that would follow, at lr 0")
     assert "--end" not in told[1]
 
@@ -87,11 +87,11 @@ def test_lines_go_on_flat_to_where_the_epochs_would_have_ended(x, end):
 
     def tails(*of) -> list:
         drawn = figures.curves("t", "y", list(of), "val/acc", Look(x=x), True)
-        found = [line for line in drawn.axes[0].get_lines() if line.get_label() == TAIL]
-        return [(line.get_xdata()[-1], pytest.approx(line.get_ydata()[0])) for line in found], caption(drawn)
+        actual = [line for line in drawn.axes[0].get_lines() if line.get_label() == TAIL]
+        return [(line.get_xdata()[-1], pytest.approx(line.get_ydata()[0])) for line in actual], caption(drawn)
 
-    drawn, said = tails(*runs)
-    assert drawn == [(end, 0.55)] and "2 runs ended with their schedule, flat dashes: as they would have gone on" in said
+    drawn, result = tails(*runs)
+    assert drawn == [(end, 0.55)] and "2 runs ended with their schedule, flat dashes: as they would have gone on" in result
     whole = made("whole", {"val/acc": {100 * i: 0.5 for i in range(11)}}, sched="cosine", sched_steps=200, seed=1)
     whole.resolved |= {"sched_steps": 200, "total_steps": 1000, "whole_steps": 1000}
     assert len(tails(runs[0], whole)[0]) == 1

@@ -65,8 +65,8 @@ def test_the_check_leaves_no_trace(go, uncompiled, precision):
     words = *SIXTEEN, "--epochs", "1", "--noise", "0.5", "--precision", precision
     a, b = go(*words, name="a"), go(*words, "--compile", name="b")
     assert same_weights(a, b) and series(a) == series(b)
-    said = summary(b)["fast_gradient"]
-    assert said["error"] <= said["bound"] < 0.5 and "fast_gradient" not in summary(a)
+    result = summary(b)["fast_gradient"]
+    assert result["error"] <= result["bound"] < 0.5 and "fast_gradient" not in summary(a)
     if precision == "16-mixed":  # the loss scale is part of a run
         a, b = (torch.load(folder / "last.ckpt", weights_only=True)["scaler"] for folder in (a, b))
         assert a == b and a["scale"] > 0
@@ -205,8 +205,8 @@ def test_compiled_steps_give_the_eager_run(go, precision):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     b = go(*words, "--compile", name="b")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
-    said = summary(b)["fast_gradient"]
-    assert 0 < said["error"] <= said["bound"]
+    result = summary(b)["fast_gradient"]
+    assert 0 < result["error"] <= result["bound"]
     a = go(*words, name="a")
     at = {tag: (series(a)[tag], series(b)[tag]) for tag in ("train/loss", "val/loss", "grad/norm_all")}
     for tag, (eager, other) in at.items():
@@ -284,8 +284,8 @@ def test_fast_steps_on_a_gpu_give_the_eager_run(go, way, precision):
     torch._dynamo.reset()
     words = "--noise", "0.5", "--bs", "48", "--accelerator", "cuda", "--precision", precision
     a, b = go(*words, name="a"), go(*words, *way, name="b")
-    said = summary(b)["fast_gradient"]
-    assert said["error"] <= said["bound"]
+    result = summary(b)["fast_gradient"]
+    assert result["error"] <= result["bound"]
     if precision == "64-true":
         for (step, x), (other, y) in zip(series(a)["train/loss"], series(b)["train/loss"], strict=True):
             assert step == other and y == pytest.approx(x, rel=1e-7)

@@ -157,8 +157,8 @@ APART, EQUAL = at(0.01, 0.05), at(-0.01, 0.03)
     ],
 )
 def test_the_rules(steps, epochs, difference, want):
-    found, p = verdict(Evidence(steps), Evidence(epochs), difference, +1, 0.01)
-    assert found == want and (p is None) == (want == "not resolved")
+    actual, p = verdict(Evidence(steps), Evidence(epochs), difference, +1, 0.01)
+    assert actual == want and (p is None) == (want == "not resolved")
     down = [i and Interval(-i.mean, -i.high, -i.low, i.sd, i.n) for i in (steps, epochs, difference)]
     assert verdict(*map(Evidence, down[:2]), down[2], -1, 0.01)[0] == want
 
@@ -199,9 +199,9 @@ def test_p_of_a_verdict_is_at_most_the_level_of_its_intervals():
         n = rng.choice((3, 6))
         means = [rng.choice((-0.03, 0, 0.03)) for _ in "ab"]
         a, b = ([rng.gauss(mean, 0.006) for _ in range(n)] for mean in means)
-        found, p = verdict(Evidence(interval(a)), Evidence(interval(b)), interval(x - y for x, y in zip(a, b, strict=True)), 1, 0.01)
-        seen.add(found)
-        assert (p is None) == (found == "not resolved") and (p is None or p <= 0.05), (found, p)
+        actual, p = verdict(Evidence(interval(a)), Evidence(interval(b)), interval(x - y for x, y in zip(a, b, strict=True)), 1, 0.01)
+        seen.add(actual)
+        assert (p is None) == (actual == "not resolved") and (p is None or p <= 0.05), (actual, p)
     assert seen == set(RULES)
 
 
@@ -357,19 +357,19 @@ def line(values: dict[int, list[float]], chance: float = 0.05) -> list[contrasts
 
 
 def test_neighbouring_sizes_by_hand():
-    found = contrasts.adjacent_sizes(line({16: [0.1, 0.2], 64: [0.5, 0.4], 128: [0.4, 0.4]}))
-    assert found.parts == {"B 16 to 64": pytest.approx([0.2, 0.1]), "B 64 to 128": pytest.approx([-0.1, 0.0])}
-    assert found.values == pytest.approx([0.05, 0.05]) and not found.notes
+    actual = contrasts.adjacent_sizes(line({16: [0.1, 0.2], 64: [0.5, 0.4], 128: [0.4, 0.4]}))
+    assert actual.parts == {"B 16 to 64": pytest.approx([0.2, 0.1]), "B 64 to 128": pytest.approx([-0.1, 0.0])}
+    assert actual.values == pytest.approx([0.05, 0.05]) and not actual.notes
     with pytest.raises(stats.Incomplete, match="at least two batch sizes"):
         contrasts.adjacent_sizes(line({16: [0.1, 0.2]}))
 
 
 def test_saturated_sizes_are_not_informative():
-    found = contrasts.adjacent_sizes(line({16: [0.3, 0.2], 64: [0.92, 0.94], 256: [0.94, 0.94]}))
-    assert list(found.parts) == ["B 16 to 64"] and found.values == pytest.approx([0.31, 0.37])
-    assert found.notes == ["not informative (over 0.95): cosine, noise 0.5, B 64 to 256"]
-    found = contrasts.adjacent_sizes(line({16: [0.0, 0.01], 64: [-0.01, 0.01], 256: [0.4, 0.5]}))
-    assert list(found.parts) == ["B 64 to 256"] and "at the base line" in found.notes[0]
+    actual = contrasts.adjacent_sizes(line({16: [0.3, 0.2], 64: [0.92, 0.94], 256: [0.94, 0.94]}))
+    assert list(actual.parts) == ["B 16 to 64"] and actual.values == pytest.approx([0.31, 0.37])
+    assert actual.notes == ["not informative (over 0.95): cosine, noise 0.5, B 64 to 256"]
+    actual = contrasts.adjacent_sizes(line({16: [0.0, 0.01], 64: [-0.01, 0.01], 256: [0.4, 0.5]}))
+    assert list(actual.parts) == ["B 64 to 256"] and "at the base line" in actual.notes[0]
     for nothing in ({16: [0.0, 0.01], 64: [0.0, 0.0]}, {16: [0.93, 0.94], 64: [0.94, 0.94]}):
         with pytest.raises(stats.Incomplete, match="not saturated .* noise 0.5, B 16 to 64"):
             contrasts.adjacent_sizes(line(nothing))
@@ -420,7 +420,7 @@ def curves(clean_top: float, noisy_top: float, sizes=(16, 64, 256, 512), n=3, sc
 
 def test_the_best_batch_size_is_that_of_the_mean_curve():
     some = curves(7.0, 5.5, scatter=0.02, n=5)
-    found = contrasts.best_shift(some)
+    actual = contrasts.best_shift(some)
     mean = contrasts.mean_cells([u["val_acc"] for u in some])
     ((clean, noisy),) = contrasts.best_log2_pairs(mean)
     without = []
@@ -428,10 +428,10 @@ def test_the_best_batch_size_is_that_of_the_mean_curve():
         rest = contrasts.mean_cells([u["val_acc"] for j, u in enumerate(some) if j != i])
         ((a, b),) = contrasts.best_log2_pairs(rest)
         without.append(a - b)
-    i = interval(found.values)
+    i = interval(actual.values)
     assert i.sd / math.sqrt(5) == pytest.approx(math.sqrt(4 / 5 * sum((t - statistics.fmean(without)) ** 2 for t in without)))
     assert i.mean == pytest.approx(5 * (clean - noisy) - 4 * statistics.fmean(without))
-    assert not found.at_least and not found.at_most and not found.notes
+    assert not actual.at_least and not actual.at_most and not actual.notes
 
 
 @pytest.mark.parametrize(
@@ -439,9 +439,9 @@ def test_the_best_batch_size_is_that_of_the_mean_curve():
     [(7, 6, False, False), (7, 2, True, False), (11, 6, True, False), (2, 6, False, True), (7, 11, False, True), (11, 11, True, True)],
 )
 def test_a_best_batch_size_at_an_end_is_a_bound(clean, noisy, at_least, at_most):
-    found = contrasts.best_shift(curves(clean, noisy))
-    assert (found.at_least, found.at_most) == (at_least, at_most)
-    assert any("may lie" in note for note in found.notes) == (at_least or at_most)
+    actual = contrasts.best_shift(curves(clean, noisy))
+    assert (actual.at_least, actual.at_most) == (at_least, at_most)
+    assert any("may lie" in note for note in actual.notes) == (at_least or at_most)
 
 
 def test_bounds_that_can_only_underestimate_the_shift_stand():
@@ -519,8 +519,8 @@ def test_crossed_seeds_are_pooled_into_independent_units():
     nested = {("0", "0", "0"), ("1", "0", "0"), ("2", "1", "0"), ("3", "1", "0")}
     assert units.partitions(nested) == [{s: s[1] for s in nested}]  # not four: two share each noise seed
     tangle = {("0", "0", "0"), ("0", "1", "0"), ("1", "1", "0"), ("2", "2", "0")}
-    (found,) = units.partitions(tangle)
-    assert len(set(found.values())) == 2
+    (actual,) = units.partitions(tangle)
+    assert len(set(actual.values())) == 2
     both = {(a, b, a) for a in "012" for b in "01"}  # split with the seed, noise crossed
     assert units.partitions(both) == [{s: s[0] for s in both}, {s: s[1] for s in both}]
 

@@ -96,18 +96,18 @@ def test_the_forward_is_freed_with_its_last_mask():
 def test_masks_and_probe_leave_no_trace(go, capsys):
     """The same bits with and without; series where they are due, and the line that says so."""
     with_masks = go("--noise", "0.5", "--measure-budget", "1", name="with")
-    said = capsys.readouterr().out
+    result = capsys.readouterr().out
     without = go("--noise", "0.5", "--permutations", "0", "--measure-budget", "0", name="without")
     assert same_weights(with_masks, without)
-    found, plain = series(with_masks), series(without)
+    actual, plain = series(with_masks), series(without)
     for name in ("all", "noisy"):
-        assert [s for s, _ in found[f"null/permuted_cos_clean_{name}"]] == [0, 4, 8]
-        assert [s for s, _ in found[f"grad/cos_clean_{name}"]] == [0, 2, 4, 6, 8]
-        assert all(-1 <= v <= 1 for _, v in found[f"null/permuted_cos_clean_{name}"])
-    assert [s for s, _ in found["probe/memorized"]] == [0, 5, 10]
+        assert [s for s, _ in actual[f"null/permuted_cos_clean_{name}"]] == [0, 4, 8]
+        assert [s for s, _ in actual[f"grad/cos_clean_{name}"]] == [0, 2, 4, 6, 8]
+        assert all(-1 <= v <= 1 for _, v in actual[f"null/permuted_cos_clean_{name}"])
+    assert [s for s, _ in actual["probe/memorized"]] == [0, 5, 10]
     assert not any(tag.startswith(("null/", "probe/")) for tag in plain)
-    assert dict(found["grad/cos_clean_all"]) == pytest.approx(dict(plain["grad/cos_clean_all"]), abs=1e-6)
-    assert "every 2 steps, 1 random mask every 4; 50.0% of the steps, counted; probe every epoch" in said
+    assert dict(actual["grad/cos_clean_all"]) == pytest.approx(dict(plain["grad/cos_clean_all"]), abs=1e-6)
+    assert "every 2 steps, 1 random mask every 4; 50.0% of the steps, counted; probe every epoch" in result
     assert "half_memorized_step" in summary(with_masks)
 
 
@@ -235,8 +235,8 @@ def test_slow_steps_are_told_of_once(monkeypatch):
 
     watcher = pace.Pace(threads=2, watch=True)
     assert [window(watcher, rate) for rate in (128, 120, 40, 120, 9)] == [None] * 5  # one slow window is no trend
-    said = window(watcher, 9)
-    assert "9 images/s" in said and "128" in said and "--threads 2" in said
+    result = window(watcher, 9)
+    assert "9 images/s" in result and "128" in result and "--threads 2" in result
     assert window(watcher, 9) is None
     for silent in (pace.Pace(threads=1, watch=True), pace.Pace(threads=2, watch=False)):
         assert [window(silent, rate) for rate in (128, 9, 9, 9)] == [None] * 4

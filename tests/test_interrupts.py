@@ -76,9 +76,9 @@ def test_a_signal_while_the_run_waits(zygote, tmp_path, where, name):
     time.sleep(0.3)
     began = time.monotonic()
     os.kill(pid, getattr(signal, name))
-    assert zygote.wait() == [3], zygote.said()
+    assert zygote.wait() == [3], zygote.output()
     assert time.monotonic() - began < 10  # a rendezvous alone waits for ten minutes
-    assert zygote.said().splitlines() == [f"train.py: stopped by {name} before training began; nothing was written"]
+    assert zygote.output().splitlines() == [f"train.py: stopped by {name} before training began; nothing was written"]
     assert [p.name for p in tmp_path.iterdir()] == ["marker"]
 
 

@@ -22,18 +22,18 @@ def names(*lines: str, extra: str = "", **kwargs) -> list[str]:
 
 
 def test_names_carry_every_axis_at_its_default_too():
-    found = names("noise=0,0.5 bs=64,128 seed+noise-seed=0,1 lr=0.1 no-augment=off,on")
-    assert len(set(found)) == 16
+    actual = names("noise=0,0.5 bs=64,128 seed+noise-seed=0,1 lr=0.1 no-augment=off,on")
+    assert len(set(actual)) == 16
     axes = r"no-augment(-off)?_noise0(\.5)?_bs(64|128)_lr0\.1_seed[01]_noise-seed[01]"
-    assert all(re.fullmatch(axes, name) for name in found)
-    assert sum("_bs128" in name and "noise0_" in name for name in found) == 4  # as in TensorBoard's filter
+    assert all(re.fullmatch(axes, name) for name in actual)
+    assert sum("_bs128" in name and "noise0_" in name for name in actual) == 4  # as in TensorBoard's filter
     assert names("wd=0.0005 model=resnet18 sched=constant") == ["model-resnet18_wd0.0005_sched-constant"]
     assert names("noise=default subset=default,9") == ["noise0", "subset9_noise0"]  # what has no value has no part
 
 
 def test_one_run_has_one_name_in_all_grids_of_a_sweep():
-    found = names("noise=0 sched=onecycle sched-steps=5000", "bs=128 sched=onecycle", "sched=onecycle sched-epochs=3")
-    assert found == ["noise0_bs128_sched-onecycle_sched-steps5000", "noise0_bs128_sched-onecycle_sched-epochs3"]
+    actual = names("noise=0 sched=onecycle sched-steps=5000", "bs=128 sched=onecycle", "sched=onecycle sched-epochs=3")
+    assert actual == ["noise0_bs128_sched-onecycle_sched-steps5000", "noise0_bs128_sched-onecycle_sched-epochs3"]
     assert names("bs=128", seeds=["0"]) == ["bs128_seed0_noise-seed0_split-seed0"]
 
 
@@ -75,8 +75,8 @@ def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
     os.mkfifo(runs / processes.LOGS / "jobs-pipe.json")
     capsys.readouterr()
     assert fake("--status") == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    result = capsys.readouterr()
+    lines = result.out.splitlines()
     assert [line.split("  ")[1] for line in lines[:2]] == [
         f"sweep.py --grid 'bs=16 lr=9,0.1 epochs=1' --runs {runs}",
         f"sweep.py --grid 'bs=16,32 lr=0.1 epochs=1' --runs {runs}",
@@ -87,7 +87,7 @@ def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
         ["bs32_lr0.1_epochs1", "finished"],
     ]
     assert lines[-1] == "2 finished, 1 failed of 3"
-    assert said.err.count("left out") == said.err.count("\n") == 2
+    assert result.err.count("left out") == result.err.count("\n") == 2
     for option in (["--seeds", "1"], ["--epochs", "3"], ["--with-1024"]):
         assert fake("--status", *option) == 2
         assert f"{option[0]}: goes with --grid or --preset" in capsys.readouterr().err
@@ -122,9 +122,9 @@ def test_what_a_stopped_sweep_prints_adds_up(fake, tmp_path, capsys):  # noqa: F
     argv = ("--grid", "bs+epochs=16:1,32:90,64:1 noise=0", "--grid", "bs=4,8 lr=0.1 epochs=1", "--grid", "noise=0.9 epochs=2")
     capsys.readouterr()
     assert fake(*argv, "--jobs", "1") == 3
-    said = capsys.readouterr()
-    assert said.out.splitlines()[-1] == "1 of 6 runs finished (1 of them before), 1 stopped, 4 waiting"
-    assert not re.search(r": (\w+): *$", said.err, re.M)
+    result = capsys.readouterr()
+    assert result.out.splitlines()[-1] == "1 of 6 runs finished (1 of them before), 1 stopped, 4 waiting"
+    assert not re.search(r": (\w+): *$", result.err, re.M)
     assert fake(*argv, "--status") == 0
     assert "1 finished, 1 stopped, 4 waiting of 6" in capsys.readouterr().out
 

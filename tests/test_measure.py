@@ -637,8 +637,8 @@ def test_full_measurements_on_two_processes(zygote, tmp_path):
         "--runs",
         str(tmp_path),
     ]
-    assert zygote.run([*argv, "--name", "a"]) == [0], zygote.said()
-    assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*argv, "--name", "a"]) == [0], zygote.output()
+    assert zygote.run([*argv, "--name", "b"], ranks=2) == [0, 0], zygote.output()
     a, b = series(tmp_path / "a"), series(tmp_path / "b")
     assert a.keys() == b.keys()
     for tag, points in a.items():

@@ -107,15 +107,15 @@ def test_a_run_repeats_from_its_noise_npz(argv, go):
     assert same_weights(a, b)
     plain = [{k: v for k, v in series(f).items() if k != "noise/nominal"} for f in (a, b)]
     assert plain[0] == plain[1]
-    said = [{k: v for k, v in ledger_of(f).items() if k not in ("type", "nominal", "seed", "dynamic")} for f in (a, b)]
-    assert said[0] == said[1]
+    result = [{k: v for k, v in ledger_of(f).items() if k not in ("type", "nominal", "seed", "dynamic")} for f in (a, b)]
+    assert result[0] == result[1]
 
 
 def test_dynamic_noise_on_two_processes_and_resumed(zygote, go, tmp_path):
     """Labels are a function of seed and epoch: two processes and a run in two parts see what one run sees."""
     argv = ["--norm", "gn", "--precision", "64-true", "--noise-type", "dynamic", "--noise", "0.5"]
     a = go(*argv, name="a")
-    assert zygote.run([*TINY, *argv, "--runs", str(tmp_path / "runs"), "--name", "b"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*TINY, *argv, "--runs", str(tmp_path / "runs"), "--name", "b"], ranks=2) == [0, 0], zygote.output()
     b = tmp_path / "runs" / "b"
     want, got = series(a), series(b)
     for tag in ("grad/clean_fraction", "train/acc_noisy", "grad/cos_clean_noisy", "val/loss"):
@@ -146,8 +146,8 @@ def test_the_ledger_is_on_screen_in_the_config_and_in_tensorboard(go, capsys):
     assert (ledger["nominal"], ledger["realised"], ledger["changed"], ledger["seed"]) == (0.25, 0.25, 40, 5)
     assert "label noise symmetric: nominal 0.2500, realised 0.2500 (40 of 160 labels changed), seed 5" in out
     assert ledger["labels_sha256"][:16] in out and "striped ring" in out
-    found = arrays(folder / "noise.npz")
-    counts = noisefile.transitions(*(torch.from_numpy(found[k]) for k in ("true", "label")), 10).double()
+    actual = arrays(folder / "noise.npz")
+    counts = noisefile.transitions(*(torch.from_numpy(actual[k]) for k in ("true", "label")), 10).double()
     assert ledger["matrix"] == (counts / counts.sum(1, keepdim=True)).tolist()
     assert ledger["per_class"] == pytest.approx((1 - torch.tensor(ledger["matrix"]).diag()).tolist(), abs=1e-6)
     events = EventAccumulator(str(folder)).Reload()
@@ -167,11 +167,11 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     np.save(tmp_path / "T.npy", T)
     np.savetxt(tmp_path / "T.csv", T, delimiter=",", fmt="%.4f")
     (tmp_path / "excel.csv").write_text((tmp_path / "T.csv").read_text(), encoding="utf-8-sig")
-    said = []
+    result = []
     for name in ("T.npy", "T.csv", "excel.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
-        said.append(relabel(args, sources.load(args), torch.arange(200))[1])
-    assert said[0] == said[1] == said[2] and abs(said[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
+        result.append(relabel(args, sources.load(args), torch.arange(200))[1])
+    assert result[0] == result[1] == result[2] and abs(result[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
 
 
 def test_noise_from_a_file_for_a_set_that_brings_its_own(go, tmp_path):
@@ -205,8 +205,8 @@ def test_make_writes_what_train_would(go, tmp_path, capsys):
     assert noise.main(["make", str(whole), *SYNTHETIC, "--noise", "0.4", "--val-frac", "0"]) == 0
     assert arrays(whole)["index"].tolist() == list(range(200))
     folder = go("--noise-type", "file", "--noise-file", str(whole), "--split-seed", "7", "--max-steps", "1", name="b")
-    found, of = arrays(folder / "noise.npz"), arrays(whole)
-    assert (found["label"] == of["label"][found["index"]]).all()  # the whole set's labels serve any split
+    actual, of = arrays(folder / "noise.npz"), arrays(whole)
+    assert (actual["label"] == of["label"][actual["index"]]).all()  # the whole set's labels serve any split
 
 
 def test_make_for_a_subset(go, tmp_path):
@@ -216,8 +216,8 @@ def test_make_for_a_subset(go, tmp_path):
     assert noise.main(["make", str(out), *argv]) == 0
     assert arrays(out)["index"].tolist() == data.drawn(200, 3, 100).tolist()
     argv = ["--noise-type", "file", "--noise-file", str(out), "--subset", "100", "--split-seed", "3"]
-    found = arrays(go(*argv, "--max-steps", "1") / "noise.npz")
-    assert len(found["index"]) == 80 and (found["true"] != found["label"]).any()
+    actual = arrays(go(*argv, "--max-steps", "1") / "noise.npz")
+    assert len(actual["index"]) == 80 and (actual["true"] != actual["label"]).any()
 
 
 def test_make_leaves_nothing_where_the_disk_is_full(tmp_path, capsys, monkeypatch):
@@ -271,8 +271,8 @@ def test_inspect_and_compare(tmp_path, capsys):
     assert "0.2000 (200 of 1000 labels changed)" in out and noisefile.sha256(torch.arange(1000), true, a)[:16] in out
     assert noise.main(["compare", str(tmp_path / "a.npz"), str(tmp_path / "b.npz")]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    said = {k.strip(): v.strip() for k, v in rows.items()}
-    assert said["examples in common"] == "900 of 1000 and 900" and said["same label"].startswith("1.0000 (0.")
+    result = {k.strip(): v.strip() for k, v in rows.items()}
+    assert result["examples in common"] == "900 of 1000 and 900" and result["same label"].startswith("1.0000 (0.")
     noisefile.save(tmp_path / "c.npz", torch.arange(1000), (true + 1) % 4, a)
     refused(capsys, ["compare", str(tmp_path / "a.npz"), str(tmp_path / "c.npz")], "true labels differ", "1000 of 1000")
 

@@ -140,7 +140,7 @@ def test_a_damaged_state_is_named(go, capsys):
     given = "--optimizer adam --lr 0.01 --bs 40 --width 4 --measure off".split()
     folder = go(*given, "--max-steps", "2")
     good = torch.load(folder / "last.ckpt", weights_only=True)
-    for said, harm in (
+    for result, harm in (
         ("state.0.step is null, not a 0-d tensor of floats", lambda o: o["state"][0].pop("step")),
         ("state.0.step is 1.5, not a whole number", lambda o: o["state"][0].update(step=torch.tensor(1.5))),
         ("state.0.exp_avg is null", lambda o: o["state"][0].pop("exp_avg")),
@@ -154,7 +154,7 @@ def test_a_damaged_state_is_named(go, capsys):
             torch.save(bad, folder / name)
         capsys.readouterr()
         go(*given, "--max-steps", "4", "--resume", status=2)
-        assert said in capsys.readouterr().err
+        assert result in capsys.readouterr().err
 
 
 def test_the_edge_of_stability_is_that_of_sgd_alone(go, monkeypatch):
@@ -171,17 +171,17 @@ def test_the_edge_of_stability_is_that_of_sgd_alone(go, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "result"),
     [
         ("--optimizer adamx", "--optimizer: invalid choice: 'adamx'"),
         ("--optimizer nesterov --momentum 0", "--momentum 0: --optimizer nesterov needs one above 0"),
         ("--optimizer adam --momentum 1", "'1' is not a number from 0 to below 1"),
     ],
 )
-def test_refused(go, capsys, given, said):
+def test_refused(go, capsys, given, result):
     go(*given.split(), status=2)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert result in error and error.count("\n") == 1
 
 
 def test_a_rate_that_is_sgds_is_warned_about(go, capsys):

@@ -242,7 +242,7 @@ def test_what_torch_allows(go, own, function):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "result"),
     [
         ("resnet99", "'resnet99' is not one of resnet18, vgg16, vgg16-linear, vit-small, torchvision:NAME or FILE.py:FUNCTION"),
         ("torchvision:resnet99", "torchvision:resnet99: not one of torchvision's classifiers, like resnet34"),
@@ -267,13 +267,13 @@ def test_what_torch_allows(go, own, function):
         ("BROKEN:net", "the file raised SyntaxError"),
     ],
 )
-def test_refused(go, own, capsys, given, said):
+def test_refused(go, own, capsys, given, result):
     """One line that names the option, status 2, before there is a folder."""
     (own.parent / "broken.py").write_text("def net(C, K:\n")
     name, *rest = given.replace("BROKEN", str(own.parent / "broken.py")).replace("OWN", str(own)).split(" --")
     go(*SHORT, "--model", name, *(word for option in rest for word in f"--{option}".split()), status=2)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and error.startswith("train.py: error: --")
+    assert result in error and error.count("\n") == 1 and error.startswith("train.py: error: --")
 
 
 def test_idle_parameters_are_named(own):
@@ -305,14 +305,14 @@ def test_sides_that_a_model_cannot_take(go, tmp_path, rectangles, capsys):
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (68, 30, 44), dtype=np.uint8), np.arange(68) % 3
     np.savez(tmp_path / "odd.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
-    for data, model, said in (
+    for data, model, result in (
         (tmp_path / "odd.npz", "vit-small", "needs images whose sides are multiples of 4, not 30 x 44"),
         (tmp_path / "odd.npz", "vgg16-linear", "needs images of at least 32 pixels, not 30"),
         (rectangles, "torchvision:vit_b_32", "raised"),
     ):
         go("--dataset", str(data), "--model", model, "--bs", "16", "--width", "64", status=2)
         error = capsys.readouterr().err
-        assert said in error and error.count("\n") == 1
+        assert result in error and error.count("\n") == 1
 
 
 def test_what_does_not_fit_is_refused_from_the_headers(go, tmp_path, monkeypatch, capsys):

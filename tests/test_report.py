@@ -23,14 +23,14 @@ EVERY = ("steps", "epochs")
 
 
 def plant(
-    folder: Path, argv: str, found: dict, status: str = "finished", reason: str | None = None, fake: float = 0
+    folder: Path, argv: str, actual: dict, status: str = "finished", reason: str | None = None, fake: float = 0
 ) -> Path:
     """A run's folder with the given series {tag: [(step, value)]}, as train.py would have left it."""
     args = options.parse(argv.split())
     path = folder / (args.name + (f"_fake{fake:g}" if fake else ""))
     path.mkdir(parents=True)
     writer = SummaryWriter(str(path))
-    for tag, points in found.items():
+    for tag, points in actual.items():
         for step, value in points:
             writer.add_scalar(tag, value, step)
     writer.close()
@@ -67,34 +67,34 @@ def sweep_of(
                         steps = range(0, 4 * n, max(n // 20, 1))
                         scatter = lambda k=0.004: float(rng.normal(0, k))  # noqa: E731
                         x = math.log2(B) - 6
-                        found = {
+                        actual = {
                             "val/acc": [
                                 (e * n, 0.1 + 0.2 * e - 0.3 * noise - 0.01 * (x - 1 + 2 * noise) ** 2 + scatter())
                                 for e in range(5)
                             ]
                         }
-                        found["test/acc"] = [(4 * n, 0.6)]
-                        found["optim/lr"] = [(s, 0.1 * math.sin(math.pi * s / 4 / n)) for s in steps]
-                        found["optim/momentum"] = [(s, 0.9) for s in steps]
+                        actual["test/acc"] = [(4 * n, 0.6)]
+                        actual["optim/lr"] = [(s, 0.1 * math.sin(math.pi * s / 4 / n)) for s in steps]
+                        actual["optim/momentum"] = [(s, 0.9) for s in steps]
                         if noise:
                             grow = effect * (budget == "steps")
-                            found["grad/cos_clean_all"] = [(s, 0.8 + scatter(0.05)) for s in steps]
-                            found["grad/cos_clean_noisy"] = [(s, 0.2 + scatter(0.05)) for s in steps]
-                            found["null/cos_clean_all"] = [(s, 0.9 + 0.01 * x) for s in steps]
-                            found["null/cos_clean_noisy"] = [(s, 0.6 + 0.05 * x) for s in steps]
-                            found["corrected/cos_clean_noisy"] = [(s, 0.3) for s in steps][3::4]
-                            found["grad/difference"] = [(s, 0.5 + scatter(0.02)) for s in steps][::4]
-                            found["grad/difference_norm"] = [(s, -0.1 + scatter(0.02)) for s in steps][::4]
-                            found["isotropy/dimension_share"] = [(s, 0.05 + scatter()) for s in steps][::4]
-                            found["isotropy/participation"] = [(s, 3.0 + scatter()) for s in steps][::4]
-                            found["isotropy/isotropic"] = [(s, 7.0) for s in steps][::4]
-                            found["train/acc_noisy"] = [(s, 0.1 + scatter(0.05)) for s in steps]
+                            actual["grad/cos_clean_all"] = [(s, 0.8 + scatter(0.05)) for s in steps]
+                            actual["grad/cos_clean_noisy"] = [(s, 0.2 + scatter(0.05)) for s in steps]
+                            actual["null/cos_clean_all"] = [(s, 0.9 + 0.01 * x) for s in steps]
+                            actual["null/cos_clean_noisy"] = [(s, 0.6 + 0.05 * x) for s in steps]
+                            actual["corrected/cos_clean_noisy"] = [(s, 0.3) for s in steps][3::4]
+                            actual["grad/difference"] = [(s, 0.5 + scatter(0.02)) for s in steps][::4]
+                            actual["grad/difference_norm"] = [(s, -0.1 + scatter(0.02)) for s in steps][::4]
+                            actual["isotropy/dimension_share"] = [(s, 0.05 + scatter()) for s in steps][::4]
+                            actual["isotropy/participation"] = [(s, 3.0 + scatter()) for s in steps][::4]
+                            actual["isotropy/isotropic"] = [(s, 7.0) for s in steps][::4]
+                            actual["train/acc_noisy"] = [(s, 0.1 + scatter(0.05)) for s in steps]
                             memorized = 0.2 + grow * x + scatter()
-                            found["probe/memorized"] = [(e * n, memorized * e / 4) for e in range(5)]
-                            found["probe/memorized_excess"] = [(e * n, memorized * e / 4 - 0.05) for e in range(5)]
-                            found["probe/recovered"] = [(e * n, 0.1 + 0.1 * e) for e in range(5)]
-                            found["probe/other"] = [(e * n, 1 - memorized * e / 4 - 0.1 - 0.1 * e) for e in range(5)]
-                        plant(folder, argv, found)
+                            actual["probe/memorized"] = [(e * n, memorized * e / 4) for e in range(5)]
+                            actual["probe/memorized_excess"] = [(e * n, memorized * e / 4 - 0.05) for e in range(5)]
+                            actual["probe/recovered"] = [(e * n, 0.1 + 0.1 * e) for e in range(5)]
+                            actual["probe/other"] = [(e * n, 1 - memorized * e / 4 - 0.1 - 0.1 * e) for e in range(5)]
+                        plant(folder, argv, actual)
                         if budget == "steps" and not noise and sched == "onecycle":
                             pair = {
                                 "grad/cos_clean_noisy": [(s, 0.6 + scatter()) for s in steps],
@@ -138,8 +138,8 @@ def test_new_style_scalars_and_doubled_steps(tmp_path):
     writer.add_scalar("a", 3.0, 5)
     writer.add_scalar("b", math.nan, 5)
     writer.close()
-    found = runfolders.read_events(tmp_path)
-    assert {k: [v.tolist() for v in s] for k, s in found.items()} == {"a": [[3, 5], [1.0, 3.0]]}
+    actual = runfolders.read_events(tmp_path)
+    assert {k: [v.tolist() for v in s] for k, s in actual.items()} == {"a": [[3, 5], [1.0, 3.0]]}
 
 
 @pytest.mark.parametrize("what", ["absent", "empty folder", "text", "wrong npz", "broken config"])
@@ -236,8 +236,8 @@ def finished(name: str = "", series: dict | None = None, status: str = "finished
     opts = vars(options.parser().parse_args([])) | {"dataset": "synthetic", "model": "resnet18", "noise": 0.0}
     opts |= {"sched": "onecycle", "sched_steps": 100} | options_
     points = {"val/acc": 0.5} | (series or {})
-    found = {tag: (np.array([1]), np.array([value])) for tag, value in points.items()}
-    return runfolders.Run(name or str(sorted(options_.items())), opts, {}, {"status": status}, found, "")
+    actual = {tag: (np.array([1]), np.array([value])) for tag, value in points.items()}
+    return runfolders.Run(name or str(sorted(options_.items())), opts, {}, {"status": status}, actual, "")
 
 
 def test_one_weight_decay_is_chosen_for_all_budgets():
@@ -411,10 +411,10 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
     """Full measurements are rarer than split ones, and a cosine changes as the run goes on: A/A runs must meet."""
     raw = [(s, 0.9 - 0.08 * s) for s in range(10)]
     null = [(s, v + 0.05) for s, v in raw if s < 4]
-    found = {"grad/cos_clean_noisy": raw, "null/cos_clean_noisy": null}
+    actual = {"grad/cos_clean_noisy": raw, "null/cos_clean_noisy": null}
     for B in (16, 64):
-        plant(tmp_path, f"--dataset synthetic --noise 0.5 --bs {B} --sched onecycle --epochs 4", found)
-    plant(tmp_path, "--dataset synthetic --bs 64 --sched onecycle --epochs 4", found, fake=0.5)
+        plant(tmp_path, f"--dataset synthetic --noise 0.5 --bs {B} --sched onecycle --epochs 4", actual)
+    plant(tmp_path, "--dataset synthetic --bs 64 --sched onecycle --epochs 4", actual, fake=0.5)
     figure = figures.nulls("t", [runfolders.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy")
     assert len(figure.axes) == 2
     for axis, sizes in zip(figure.axes, ([16, 64], [64]), strict=True):
@@ -493,11 +493,11 @@ def test_findings_at_equal_ratio(tmp_path):
 def test_the_verdicts_name_what_earlier_runs_lack(tmp_path, capsys):
     """Runs of before `grad/difference` and `probe/memorized_excess`: what they have is judged, the rest is named."""
     sweep_of(tmp_path / "runs", 3)
-    found = results.load_runs([str(tmp_path / "runs")])
+    actual = results.load_runs([str(tmp_path / "runs")])
     new = ("grad/difference", "grad/difference_norm", "isotropy/dimension_share", "probe/memorized_excess")
-    for run in found:
+    for run in actual:
         run.series = {tag: s for tag, s in run.series.items() if tag not in new}
-    exports.export_runs(found, tmp_path / "old.npz")
+    exports.export_runs(actual, tmp_path / "old.npz")
     assert report.main([str(tmp_path / "old.npz"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     page_text, printed = (tmp_path / "out" / "report.md").read_text(), capsys.readouterr().out
     assert re.search(r"^1a raw +supported", printed, re.M) and "cannot judge: 1a, 1b, 2, 4, 4m, 5c" in printed

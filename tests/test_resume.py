@@ -95,10 +95,10 @@ def test_a_signal_saves_and_status_is_3(zygote, whole, tmp_path, name):
     wait_for(lambda: (tmp_path / "cut" / "last.ckpt").exists())
     os.kill(pid, getattr(signal, name))
     assert zygote.wait() == [3]
-    said = summary(tmp_path / "cut")
-    assert (said["status"], said["reason"]) == ("stopped", name)
-    assert record.load_state(tmp_path / "cut" / "last.ckpt")["step"] == said["steps"] < 20
-    assert "--resume" in zygote.said()
+    result = summary(tmp_path / "cut")
+    assert (result["status"], result["reason"]) == ("stopped", name)
+    assert record.load_state(tmp_path / "cut" / "last.ckpt")["step"] == result["steps"] < 20
+    assert "--resume" in zygote.output()
     assert zygote.run([*argv, "--name", "cut", "--resume"]) == [0]
     assert_same_run(whole, tmp_path / "cut")
 
@@ -147,9 +147,9 @@ def test_damaged_checkpoint(zygote, whole, tmp_path, how):
     if how == "both":
         previous.write_bytes(b"")
     assert zygote.run([*argv, "--name", "cut", "--resume"]) == [0]
-    said = zygote.said()
-    assert ("last.ckpt is damaged" in said) == (how != "missing")
-    assert ("no readable checkpoint" in said and "starting at step 0" in said) == (how == "both")
+    result = zygote.output()
+    assert ("last.ckpt is damaged" in result) == (how != "missing")
+    assert ("no readable checkpoint" in result and "starting at step 0" in result) == (how == "both")
     assert_same_run(whole, tmp_path / "cut")
 
 
@@ -220,8 +220,8 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(zygote, tmp_path, cap
     kept = (tmp_path / "r" / "last.ckpt").read_bytes()
     assert len(kept) > 900_000
     assert zygote.run(code=LIMIT.format(argv=[*argv, "--max-steps", "10", "--resume"])) == [1]
-    said = zygote.said()
-    assert "last.ckpt" in said and "cannot be written" in said and "Traceback" not in said
+    result = zygote.output()
+    assert "last.ckpt" in result and "cannot be written" in result and "Traceback" not in result
     assert summary(tmp_path / "r")["status"] == "failed"
     assert (tmp_path / "r" / "last.ckpt").read_bytes() == kept
     assert not list((tmp_path / "r").glob("*.tmp"))
@@ -318,11 +318,11 @@ def test_whatever_is_refused_ends_the_run_with_one_line(zygote, plain, tmp_path,
     """Status 1 on all processes, and no checkpoint that lacks what was refused: once there is room nothing is missing."""
     code, name, step = REFUSED[when]
     argv = [*TINY, *GN, "--runs", str(tmp_path), "--name", "r"]
-    assert zygote.run(code=REFUSING.format(code=code, argv=argv), ranks=ranks) == [1] * ranks, zygote.said()
-    said = zygote.said()
-    assert said.count("train.py: error: ") == 1 and f"{name} in {tmp_path}" in said and "No space left" in said
-    assert "Traceback" not in "".join(map(zygote.said, range(ranks))) and "stopped by" not in said
-    assert "test accuracy" not in said
+    assert zygote.run(code=REFUSING.format(code=code, argv=argv), ranks=ranks) == [1] * ranks, zygote.output()
+    result = zygote.output()
+    assert result.count("train.py: error: ") == 1 and f"{name} in {tmp_path}" in result and "No space left" in result
+    assert "Traceback" not in "".join(map(zygote.output, range(ranks))) and "stopped by" not in result
+    assert "test accuracy" not in result
     assert summary(tmp_path / "r")["status"] == ("running" if name == "summary.json" else "failed")
     last = tmp_path / "r" / "last.ckpt"
     assert (record.load_state(last)["step"] if last.exists() else None) == step
@@ -416,7 +416,7 @@ def test_a_checkpoint_that_one_process_cannot_read(zygote, plain, tmp_path):
     argv = [*TINY, *GN, "--epochs", "3", "--runs", str(tmp_path), "--name", "r", "--resume"]
     code = "import os, train\nfrom engine import checkpoints\ndef fail(_): raise OSError(116, os.strerror(116))\nif rank: checkpoints.load_state = fail\n"
     assert zygote.run(code=f"{code}os._exit(train.main({argv!r}))", ranks=2) == [2, 2]
-    assert "last.ckpt cannot be read by another process" in zygote.said() and "Traceback" not in zygote.said(1)
+    assert "last.ckpt cannot be read by another process" in zygote.output() and "Traceback" not in zygote.output(1)
     assert content(tmp_path / "r") == before
 
 
@@ -547,8 +547,8 @@ os._exit(status)
 @pytest.mark.parametrize(("ahead", "at"), [(0, [5, 10, 15]), (1, [15])])
 def test_the_clock_of_rank_0_decides_for_all(zygote, tmp_path, ahead, at):
     argv = [*TINY, "--noise", "0.5", "--norm", "gn", "--epochs", "3", "--runs", str(tmp_path), "--name", "r"]
-    assert zygote.run(code=CLOCK.format(ahead=ahead, argv=argv), ranks=2) == [0, 0], zygote.said()
-    assert f"written {at}" in zygote.said(0) and "written []" in zygote.said(1)
+    assert zygote.run(code=CLOCK.format(ahead=ahead, argv=argv), ranks=2) == [0, 0], zygote.output()
+    assert f"written {at}" in zygote.output(0) and "written []" in zygote.output(1)
 
 
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):

@@ -116,7 +116,7 @@ def test_lengths_of_warm_up_and_delay_in_their_units():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "result"),
     [
         ("--sched triangle", "--sched: invalid choice: 'triangle'"),
         ("--sched step --sched-milestones 0.75,0.5", "'0.75,0.5' is not ascending shares between 0 and 1"),
@@ -134,10 +134,10 @@ def test_lengths_of_warm_up_and_delay_in_their_units():
         ("--warmup-steps 5 --warmup-epochs 1", "--warmup-steps and --warmup-epochs: give the warm-up's length once"),
     ],
 )
-def test_refused(go, capsys, given, said):
+def test_refused(go, capsys, given, result):
     go(*given.split(), status=2)
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1
+    assert result in error and error.count("\n") == 1
 
 
 def test_a_run_follows_its_course_and_says_so(go, capsys):

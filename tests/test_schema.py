@@ -185,12 +185,12 @@ TEXTS = {  # bytes: what is said, and whether it is damage rather than a wrong f
 
 @pytest.mark.parametrize("number", range(len(TEXTS)))
 def test_one_policy_for_json(tmp_path, number):
-    text, (said, damaged) = list(TEXTS.items())[number]
+    text, (result, damaged) = list(TEXTS.items())[number]
     path = tmp_path / "f.json"
     path.write_bytes(text)
     with pytest.raises(InputError) as caught:
         schema.read_json(path)
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    assert result in str(caught.value) and str(path) in str(caught.value)
     assert isinstance(caught.value, schema.Unreadable) == damaged
 
 
@@ -243,10 +243,10 @@ CONFIG_EDITS = {
 }
 
 
-@pytest.mark.parametrize("said", CONFIG_EDITS)
-def test_resume_names_the_field_of_config_json(copied, capsys, said):
-    edit(copied / "config.json", CONFIG_EDITS[said])
-    assert f"{copied / 'config.json'}: {said}" in resumed(copied, capsys, 2)
+@pytest.mark.parametrize("result", CONFIG_EDITS)
+def test_resume_names_the_field_of_config_json(copied, capsys, result):
+    edit(copied / "config.json", CONFIG_EDITS[result])
+    assert f"{copied / 'config.json'}: {result}" in resumed(copied, capsys, 2)
 
 
 STATE_EDITS = {
@@ -269,12 +269,12 @@ STATE_EDITS = {
 }
 
 
-@pytest.mark.parametrize("said", STATE_EDITS)
-def test_a_wrong_field_of_a_checkpoint_is_named(made, job, said):
+@pytest.mark.parametrize("result", STATE_EDITS)
+def test_a_wrong_field_of_a_checkpoint_is_named(made, job, result):
     state = torch.load(made / "last.ckpt", weights_only=True)
-    STATE_EDITS[said](state)
+    STATE_EDITS[result](state)
     message = outcome(lambda: fitting.check_fits(schema.check_state(state, "last.ckpt"), job, "last.ckpt"))
-    assert message.startswith(f"last.ckpt: {said}")
+    assert message.startswith(f"last.ckpt: {result}")
 
 
 def test_resume_with_wrong_checkpoints(copied, capsys):
@@ -315,8 +315,8 @@ def test_a_report_leaves_out_what_it_cannot_read(copied, capsys, monkeypatch, tm
     assert report.main(argv) == 0
     line = f"left out r: {copied / 'config.json'}: options.bs is a list"
     assert capsys.readouterr().err.count(line) == 1
-    said = (tmp_path / "out" / "report.md").read_text()
-    assert "1 runs, 1 finished" in said and "options.bs is a list" in said
+    result = (tmp_path / "out" / "report.md").read_text()
+    assert "1 runs, 1 finished" in result and "options.bs is a list" in result
     edit(copied.parent / "good" / "summary.json", lambda c: c.update(status=[]))
     assert report.main([*argv[:2], str(tmp_path / "none")]) == 2
     err = capsys.readouterr().err
@@ -367,13 +367,13 @@ EXPORT_EDITS = {
 }
 
 
-@pytest.mark.parametrize("said", EXPORT_EDITS)
-def test_one_run_of_an_exported_file_is_left_out(exported, said):
-    rewrite(exported, EXPORT_EDITS[said])
-    assert said in outcome(exports.read_export, exported)
+@pytest.mark.parametrize("result", EXPORT_EDITS)
+def test_one_run_of_an_exported_file_is_left_out(exported, result):
+    rewrite(exported, EXPORT_EDITS[result])
+    assert result in outcome(exports.read_export, exported)
     left_out: list[str] = []
     assert [run.name for run in exports.read_export(exported, left_out)] == ["s"]
-    assert len(left_out) == 1 and said in left_out[0]
+    assert len(left_out) == 1 and result in left_out[0]
 
 
 @pytest.mark.parametrize("steps", [[0, 0], [-1, 2], [[0, 1]], ["a"], [0.5]])

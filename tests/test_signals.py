@@ -76,14 +76,14 @@ def test_a_run_logs_the_excess_beside_the_share_memorized():
     job = job_for("--precision", "64-true", "--epochs", "1")
     noisy, _ = epochwise.probe_indices(job.context)
     assert "probe/memorized_excess" not in epochwise.probe(job.context)  # nothing is known of held-out images yet
-    found = train.evaluate(job, *job.val)
-    job.context.confusion = metrics.confusion(job.val[1], found.predicted, 10)
+    actual = train.evaluate(job, *job.val)
+    job.context.confusion = metrics.confusion(job.val[1], actual.predicted, 10)
     values = epochwise.probe(job.context)
     job.module.eval()
     true, y = job.train.true[noisy], job.train.labels[noisy]
     hit = (job.module(job.train.images.plain(noisy)).argmax(1) == y).double()
     held = job.module(job.val[0].plain(torch.arange(job.val[0].n))).argmax(1)
-    assert torch.equal(found.predicted, held)
+    assert torch.equal(actual.predicted, held)
     known = [i for i in range(len(noisy)) if (job.val[1] == true[i]).any()]
     chance = [float((held[job.val[1] == true[i]] == y[i]).double().mean()) for i in known]
     assert values["probe/memorized_excess"] == pytest.approx(
@@ -281,16 +281,16 @@ def test_examples_are_ranked_and_leave_no_trace(go):
         s for s, _ in ranked["train/prediction_changes"]
     ] == [10, 15]
     assert not (off / "examples.npz").exists() and not (split / "examples.npz").exists()
-    found = columns(on)
-    assert (np.diff(found["aum"]) >= 0).all() and sorted(found["index"]) == sorted(np.load(on / "noise.npz")["index"])
-    wrong = torch.tensor(found["label"] != found["true"])
+    actual = columns(on)
+    assert (np.diff(actual["aum"]) >= 0).all() and sorted(actual["index"]) == sorted(np.load(on / "noise.npz")["index"])
+    wrong = torch.tensor(actual["label"] != actual["true"])
     for name, sign in (("aum", -1), ("loss", 1)):
-        score = sign * torch.tensor(found[name])
+        score = sign * torch.tensor(actual[name])
         assert metrics.auc(score[wrong], score[~wrong]) == pytest.approx(ranked[f"detect/{name}"][-1][1], abs=1e-6), (
             name
         )
     true = dict(zip(np.load(on / "noise.npz")["index"], np.load(on / "noise.npz")["label"], strict=True))
-    assert all(true[i] == label for i, label in zip(found["index"], found["label"], strict=True))
+    assert all(true[i] == label for i, label in zip(actual["index"], actual["label"], strict=True))
 
 
 def test_interrupted_within_an_epoch_the_accumulators_go_on(go, tmp_path):
@@ -325,8 +325,8 @@ def test_a_checkpoint_without_accumulators_is_gone_on_from(go, capsys):
         torch.save(state, cut / "previous.ckpt")
         capsys.readouterr()
         assert train.main(again) == 2
-        said = capsys.readouterr().err
-        assert f"examples.{next(iter(wrong))}" in said and "Traceback" not in said
+        result = capsys.readouterr().err
+        assert f"examples.{next(iter(wrong))}" in result and "Traceback" not in result
 
 
 def test_two_processes_accumulate_what_one_does(zygote, tmp_path):
@@ -335,8 +335,8 @@ def test_two_processes_accumulate_what_one_does(zygote, tmp_path):
         *"--norm gn --precision 64-true --noise 0.5 --bs 31 --lr 0.5 --measure-budget 10 --examples --runs".split(),
         str(tmp_path),
     ]
-    assert zygote.run([*argv, "--name", "one"]) == [0], zygote.said()
-    assert zygote.run([*argv, "--name", "two"], ranks=2) == [0, 0], zygote.said()
+    assert zygote.run([*argv, "--name", "one"]) == [0], zygote.output()
+    assert zygote.run([*argv, "--name", "two"], ranks=2) == [0, 0], zygote.output()
     one, two = columns(tmp_path / "one"), columns(tmp_path / "two")
     for name, values in one.items():
         np.testing.assert_allclose(two[name], values, rtol=1e-9, atol=1e-9, err_msg=name)
@@ -350,8 +350,8 @@ def test_two_processes_accumulate_what_one_does(zygote, tmp_path):
 def test_labels_drawn_anew_each_epoch_are_not_ranked(go, capsys):
     go("--noise", "0.5", "--noise-type", "dynamic", "--examples", status=2)
     assert "--examples" in capsys.readouterr().err
-    found = series(go("--noise", "0.5", "--noise-type", "dynamic", name="d"))
-    assert "detect/aum" not in found and "train/prediction_changes" in found and "val/acc_noisy" in found
+    actual = series(go("--noise", "0.5", "--noise-type", "dynamic", name="d"))
+    assert "detect/aum" not in actual and "train/prediction_changes" in actual and "val/acc_noisy" in actual
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -372,10 +372,10 @@ def test_the_report_races_the_signals_and_compares_detectors(tmp_path):
     per_epoch = math.ceil(1600 / 128)
     at = lambda values, first: [((first + i) * per_epoch, v) for i, v in enumerate(values)]  # noqa: E731
     for seed in range(2):
-        found = {"val/acc": at(acc, 0), "val/acc_noisy": at([0.1, 0.2, 0.3, 0.3, 0.35, 0.4, 0.3, 0.2], 0)}
-        found["train/prediction_changes"] = at([0.9, 0.6, 0.3, 0.7, 0.8, 0.9], 2)  # averages .9 .75 .6 .53 .6 .8
-        found |= {"detect/aum": at([0.6, 0.8 + 0.1 * seed], 1), "detect/loss": at([0.7], 1), "probe/auc": at([0.5], 1)}
-        plant(tmp_path / "runs", f"--noise 0.5 --epochs 7 --seed {seed} --name s{seed}", found)
+        actual = {"val/acc": at(acc, 0), "val/acc_noisy": at([0.1, 0.2, 0.3, 0.3, 0.35, 0.4, 0.3, 0.2], 0)}
+        actual["train/prediction_changes"] = at([0.9, 0.6, 0.3, 0.7, 0.8, 0.9], 2)  # averages .9 .75 .6 .53 .6 .8
+        actual |= {"detect/aum": at([0.6, 0.8 + 0.1 * seed], 1), "detect/loss": at([0.7], 1), "probe/auc": at([0.5], 1)}
+        plant(tmp_path / "runs", f"--noise 0.5 --epochs 7 --seed {seed} --name s{seed}", actual)
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     page = (tmp_path / "out" / "report.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[5:-1]] for line in page.splitlines() if "constant | 0.5" in line]

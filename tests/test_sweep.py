@@ -52,8 +52,8 @@ def test_a_grid_is_every_combination_once():
 def test_a_sweep_of_several_grids():
     words = "--grid", "bs=16 sched-steps=80", "--grid", "bs=16,64 sched-epochs=20", "--seeds", "0,1"
     args, extra = sweep.parser().parse_known_args(words)
-    found = [(j.args.bs, j.args.sched_steps, j.args.sched_epochs, j.args.seed) for j in sweep.jobs_of(args, extra)]
-    assert sorted(map(str, found)) == sorted(
+    actual = [(j.args.bs, j.args.sched_steps, j.args.sched_epochs, j.args.seed) for j in sweep.jobs_of(args, extra)]
+    assert sorted(map(str, actual)) == sorted(
         str((b, steps, epochs, s))
         for b, steps, epochs in ((16, 80, None), (16, None, 20), (64, None, 20))
         for s in (0, 1)
@@ -64,15 +64,15 @@ def test_axes_that_move_together_switches_and_defaults():
     jobs = grids.expand(
         ["seed+noise-seed=0,7 bs+lr=64:0.05,128:0.1 no-augment=on,off subset=default,1000"], [], "--grid"
     )
-    found = {(j.args.seed, j.args.noise_seed, j.args.bs, j.args.lr, j.args.no_augment, j.args.subset) for j in jobs}
-    assert found == {
+    actual = {(j.args.seed, j.args.noise_seed, j.args.bs, j.args.lr, j.args.no_augment, j.args.subset) for j in jobs}
+    assert actual == {
         (s, s, b, lr, a, n)
         for s in (0, 7)
         for b, lr in ((64, 0.05), (128, 0.1))
         for a in (True, False)
         for n in (None, 1000)
     }
-    assert len(jobs) == len(found) == 16
+    assert len(jobs) == len(actual) == 16
 
 
 def test_options_of_train_pass_through_and_override(fake, capsys):

@@ -39,13 +39,13 @@ def hparams_table(runs):
     about = RequestContext()
     columns = backend.experiment_from_metadata(about, "", True, backend.hparams_metadata(about, ""), [])
     request = api_pb2.ListSessionGroupsRequest(allowed_statuses=[0, 1, 2, 3], slice_size=100)
-    found = {}
+    actual = {}
     for group in list_session_groups.Handler(about, backend, "", request).run().session_groups:
         (session,) = group.sessions
         row = {key: getattr(value, value.WhichOneof("kind")) for key, value in group.hparams.items()}
         metrics = {m.name.tag: (m.training_step, m.value) for m in session.metric_values}
-        found[session.name] = api_pb2.Status.Name(session.status), row, metrics
-    return columns, found
+        actual[session.name] = api_pb2.Status.Name(session.status), row, metrics
+    return columns, actual
 
 
 def test_hparams_list_finished_stopped_and_failed_runs(go, tmp_path, monkeypatch):
@@ -57,17 +57,17 @@ def test_hparams_list_finished_stopped_and_failed_runs(go, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", lambda *_, **__: {"train/loss": torch.tensor(math.nan)})
         go("--momentum", "0.5", name="failed", status=1)
-    columns, found = hparams_table(runs)
+    columns, actual = hparams_table(runs)
     names = [info.name for info in columns.hparam_infos]
     assert set(names[:5]) == set(views.FIRST_HPARAMS) and {"momentum", "sched_epochs", "max_steps"} <= set(names)
     assert not {"runs", "name", "threads", "data_dir"} & set(names) and len(set(names)) == len(names)
     assert [info.name.tag for info in columns.metric_infos] == list(views.HPARAM_METRICS)
-    statuses = {name: status.removeprefix("STATUS_") for name, (status, _, _) in found.items()}
+    statuses = {name: status.removeprefix("STATUS_") for name, (status, _, _) in actual.items()}
     assert statuses == {"finished": "SUCCESS", "stopped": "UNKNOWN", "failed": "FAILURE"}
-    _, row, metrics = found["finished"]
+    _, row, metrics = actual["finished"]
     assert (row["noise"], row["sched"], row["bs"], row["no_augment"]) == (0.5, "cosine", 32, False)
     assert row["sched_steps"] == 5000 and "max_steps" not in row
-    assert found["stopped"][1]["noise"] == 0 and found["stopped"][1]["no_augment"] is True
+    assert actual["stopped"][1]["noise"] == 0 and actual["stopped"][1]["no_augment"] is True
     assert set(metrics) == {"val/acc", "test/acc", "train/acc_noisy"}
     assert metrics["val/acc"] == (10, pytest.approx(summary(runs / "finished")["val_acc"]))
     # ... and neither a point nor a subfolder that is not the run's own
@@ -79,8 +79,8 @@ def test_hparams_list_finished_stopped_and_failed_runs(go, tmp_path, monkeypatch
 def test_hparams_of_a_run_that_grew(go, tmp_path):
     folder = go("--max-steps", "1")
     assert train.main([*TINY, "--max-steps", "2", "--resume", "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
-    _, found = hparams_table(tmp_path / "runs")
-    status, row, metrics = found["r"]
+    _, actual = hparams_table(tmp_path / "runs")
+    status, row, metrics = actual["r"]
     assert (status, row["max_steps"], metrics["val/acc"][0]) == ("STATUS_SUCCESS", 2, 2)
     assert len(list(folder.glob(f"*{views.HPARAMS_SUFFIX}"))) == 1
 

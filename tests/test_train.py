@@ -25,27 +25,27 @@ SERIES = {  # docs/measurements.md, at measured steps
 
 def test_a_run_leaves_what_the_contract_says(go):
     folder = go("--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "2", "--checkpoint-minutes", "0")
-    found = series(folder)
+    actual = series(folder)
     ends = {"val/loss", "val/acc", "val/acc_noisy", "test/acc", "noise/nominal", "noise/realised"}
     ends |= {"detect/aum", "detect/forgetting", "detect/loss", "train/prediction_changes"}
     masks = {"null/permuted_cos_clean_all", "null/permuted_cos_clean_noisy"}
-    assert found.keys() == SERIES | ends | masks
+    assert actual.keys() == SERIES | ends | masks
     for tag in masks:
-        assert [step for step, _ in found[tag]] == [0, 4, 8], tag
+        assert [step for step, _ in actual[tag]] == [0, 4, 8], tag
     for tag in SERIES:
-        assert [step for step, _ in found[tag]] == [0, 2, 4, 6, 8], tag
-    assert [step for step, _ in found["val/acc"]] == [step for step, _ in found["val/loss"]] == [0, 5, 10]
-    assert [step for step, _ in found["test/acc"]] == [10]
-    assert found["optim/lr"] == [
+        assert [step for step, _ in actual[tag]] == [0, 2, 4, 6, 8], tag
+    assert [step for step, _ in actual["val/acc"]] == [step for step, _ in actual["val/loss"]] == [0, 5, 10]
+    assert [step for step, _ in actual["test/acc"]] == [10]
+    assert actual["optim/lr"] == [
         (s, pytest.approx(train.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)
     ]
     ledger = json.loads((folder / "config.json").read_text())["noise"]
-    assert found["noise/nominal"] == [(0, 0.5)] and found["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
-    said = summary(folder)
-    assert (said["status"], said["steps"], said["examples"]) == ("finished", 10, 320)
-    assert said["val_acc"] == pytest.approx(found["val/acc"][-1][1])
-    assert said["test_acc"] == pytest.approx(found["test/acc"][0][1])
-    assert said["seconds"] > 0 and said["images_per_second"] > 0 and said["peak_memory_mb"] > 0
+    assert actual["noise/nominal"] == [(0, 0.5)] and actual["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
+    outcome = summary(folder)
+    assert (outcome["status"], outcome["steps"], outcome["examples"]) == ("finished", 10, 320)
+    assert outcome["val_acc"] == pytest.approx(actual["val/acc"][-1][1])
+    assert outcome["test_acc"] == pytest.approx(actual["test/acc"][0][1])
+    assert outcome["seconds"] > 0 and outcome["images_per_second"] > 0 and outcome["peak_memory_mb"] > 0
     blob = (folder / "noise.npz").read_bytes()
     assert hashlib.sha256(blob).hexdigest() == ledger["noise_npz_sha256"]
     with np.load(folder / "noise.npz", allow_pickle=False) as z:
@@ -97,17 +97,17 @@ def test_measuring_in_eval_mode_leaves_no_trace(go):
 def test_no_noisy_example_no_value(go):
     """At a low rate most batches hold no noisy example: those steps have no value, and no series has a NaN."""
     folder = go("--noise", "0.03", "--bs", "8", "--epochs", "1", "--measure-every", "1")
-    found = series(folder)
+    actual = series(folder)
     with np.load(folder / "noise.npz") as z:
         assert 0 < (z["true"] != z["label"]).sum() <= 5
-    assert [s for s, _ in found["train/loss"]] == list(range(20))
-    with_noise = [s for s, _ in found["train/acc_noisy"]]
+    assert [s for s, _ in actual["train/loss"]] == list(range(20))
+    with_noise = [s for s, _ in actual["train/acc_noisy"]]
     assert 0 < len(with_noise) <= 5
     for tag in ("grad/cos_clean_all", "grad/cos_clean_noisy", "grad/norm_noisy"):
-        assert [s for s, _ in found[tag]] == with_noise
-    assert [s for s, _ in found["grad/norm_clean"]] == list(range(20))
-    assert [s for s, f in found["grad/clean_fraction"] if f < 1] == with_noise
-    assert all(math.isfinite(v) for points in found.values() for _, v in points)
+        assert [s for s, _ in actual[tag]] == with_noise
+    assert [s for s, _ in actual["grad/norm_clean"]] == list(range(20))
+    assert [s for s, f in actual["grad/clean_fraction"] if f < 1] == with_noise
+    assert all(math.isfinite(v) for points in actual.values() for _, v in points)
 
 
 def test_clean_run_and_full_noise_run(go):
@@ -120,9 +120,9 @@ def test_clean_run_and_full_noise_run(go):
 
 def test_max_steps_ends_like_any_other_run(go):
     folder = go("--max-steps", "7", "--noise", "0.2")
-    found, said = series(folder), summary(folder)
-    assert [s for s, _ in found["val/acc"]] == [0, 5, 7] and [s for s, _ in found["test/acc"]] == [7]
-    assert (said["status"], said["steps"], said["examples"]) == ("finished", 7, 224)
+    actual, outcome = series(folder), summary(folder)
+    assert [s for s, _ in actual["val/acc"]] == [0, 5, 7] and [s for s, _ in actual["test/acc"]] == [7]
+    assert (outcome["status"], outcome["steps"], outcome["examples"]) == ("finished", 7, 224)
 
 
 def test_the_short_last_batch_is_kept(go):
@@ -138,13 +138,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
         train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9)
     )
     folder = go("--noise", "0.5", "--epochs", "4", "--checkpoint-minutes", "0", status=1)
-    said = summary(folder)
-    assert said["status"] == "failed" and "not finite" in said["reason"] or "is nan" in said["reason"]
+    outcome = summary(folder)
+    assert outcome["status"] == "failed" and "not finite" in outcome["reason"] or "is nan" in outcome["reason"]
     assert (folder / "failed.ckpt").exists()
     assert all(t.isfinite().all() for t in weights(folder).values())
     assert not all(t.isfinite().all() for t in torch.load(folder / "failed.ckpt")["model"].values())
-    found = series(folder)
-    assert found["train/loss"] and all(math.isfinite(v) for points in found.values() for _, v in points)
+    actual = series(folder)
+    assert actual["train/loss"] and all(math.isfinite(v) for points in actual.values() for _, v in points)
     lines = capsys.readouterr().err.splitlines()
     assert sum("failed.ckpt" in line for line in lines) == 1 and not any("Traceback" in line for line in lines)
 
@@ -156,8 +156,8 @@ def test_a_crash_is_written_down(go, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "train_step", broken)
     with pytest.raises(RuntimeError, match="out of paper"):
         go("--noise", "0.5")
-    said = summary(tmp_path / "runs" / "r")
-    assert said["status"] == "failed" and said["reason"] == "RuntimeError: out of paper"
+    outcome = summary(tmp_path / "runs" / "r")
+    assert outcome["status"] == "failed" and outcome["reason"] == "RuntimeError: out of paper"
 
 
 def test_checkpoint_loads_as_plain_data(go):
@@ -196,5 +196,5 @@ def test_fashion_mnist_in_one_channel(go, real_data):
 def test_training_learns(go):
     """On clean drawn images a narrow net gets far above chance in a few epochs; the noisy labels stay unlearnt."""
     argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 8 --bs 50 --sched onecycle --sched-epochs 8".split()
-    said = summary(go(*argv, "--threads", "2", "--precision", "auto"))
-    assert said["val_acc"] > 0.45 and said["test_acc"] > 0.4
+    outcome = summary(go(*argv, "--threads", "2", "--precision", "auto"))
+    assert outcome["val_acc"] > 0.45 and outcome["test_acc"] > 0.4
