@@ -7,12 +7,13 @@ and flip. A batch is then a gather of whole pixel rows, without a DataLoader and
 Shapes: N examples of the set, n of a split, B of a batch, K classes, C channels, H x W pixels.
 """
 
-import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from gradsplit import Batch, copy_to, generator, stream_seed  # noqa: F401 - random streams and batches are known by this module's name, too
 
 PAD = 4  # pixels of zero padding on each side, as RandomCrop(32, padding=4)
 BLOCK = 1000  # images put on the device at a time
@@ -20,24 +21,6 @@ BLOCK = 1000  # images put on the device at a time
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line that names the option or file; exit status 2."""
-
-
-# ---------------------------------------------------------------------------------------------------- random streams
-
-
-def stream_seed(seed: int, stream: str, index: int = 0) -> int:
-    """A 32-bit seed for (seed, stream, index). 32 bits because torch's CPU generator uses no more of a seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}/{index}".encode()).digest()[:4], "little")
-
-
-def generator(seed: int, stream: str, index: int = 0) -> torch.Generator:
-    """A CPU generator of its own for one purpose.
-
-    `stream` names the purpose ("noise", "split", "subset", "init", "order", "augment", ...), `index` is the epoch or
-    step it is for. Keyed this way no draw shifts another, none depends on the device or on the number of processes,
-    and a resumed run needs no generator state.
-    """
-    return torch.Generator().manual_seed(stream_seed(seed, stream, index))
 
 
 # ------------------------------------------------------------------------------------------------------ loading a set
@@ -101,11 +84,6 @@ def split(N: int, val_frac: float, seed: int, subset: int | None = None) -> tupl
 
 
 # ------------------------------------------------------------------------------------------------------- on the device
-
-
-def copy_to(t: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, copied from pinned memory, so that the host does not wait for a GPU."""
-    return (t.pin_memory() if device.type == "cuda" else t).to(device, non_blocking=True)
 
 
 def synchronize(device: torch.device) -> None:
@@ -174,23 +152,6 @@ class Epoch(NamedTuple):
     noisy: Tensor
     host_labels: Tensor
     host_noisy: Tensor
-
-
-class Batch(NamedTuple):
-    """A global batch's share on this process, positions `first`.. of it: `x` (b, C, H, W) float, `y` and `true` (b,)
-    int64, `noisy` (b,) bool, `index` (b,) int64 into the training split. Of the *global* batch: `size` = B, `n_noisy` =
-    |N|, and `host_y` (B,) int64 and `host_noisy` (B,) bool on the CPU."""
-
-    x: Tensor
-    y: Tensor
-    true: Tensor
-    noisy: Tensor
-    size: int
-    n_noisy: int
-    first: int
-    host_y: Tensor
-    host_noisy: Tensor
-    index: Tensor
 
 
 def shard(size: int, rank: int, world_size: int) -> tuple[int, int]:

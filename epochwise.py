@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
+import gradsplit
 import metrics
 import stopping
-from context import Forward, MeasuringContext, MeasuringOptions, batchnorm_mode
+from context import MeasuringContext, MeasuringOptions
+from gradsplit import Forward, batchnorm_mode
 from measure import is_due
 
 EVAL_BATCH = 1000  # examples of a forward without gradients
@@ -114,7 +116,7 @@ def isotropy(context: MeasuringContext) -> dict:
             x = context.train.images.plain(part)
             true, given = (t[part].to(x.device) for t in (context.train.true, context.train.labels))
             rows.append(Forward(context, x, size).row(given, torch.ones_like(given), free=True, true=true))
-    G = metrics.gram(rows)
+    G = gradsplit.gram(rows)
     dimension = float(metrics.effective_dimension(G))  # not finite where it is not resolved: left out
     return {
         "isotropy/dimension": dimension,

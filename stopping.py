@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import gradsplit
 import metrics
-from context import Forward, MeasuringContext, batchnorm_mode
+from context import MeasuringContext
+from gradsplit import Forward, batchnorm_mode
 
 SUSCEPTIBILITY_EXAMPLES = 64  # held-out images that are given random labels
 DISPARITY_BATCHES = 5  # as in the paper
@@ -86,5 +88,5 @@ def disparity(context: MeasuringContext) -> dict:
         )
         losses = F.cross_entropy(forward.logits, y, reduction="none")
         rows.append(forward.row(y, metrics.rescaled_weights(losses), free=True))
-    distance = float(metrics.mean_distance(metrics.gram(rows))) / float(context.loss_scale())
+    distance = float(metrics.mean_distance(gradsplit.gram(rows))) / float(context.loss_scale())
     return {"probe/disparity": distance if math.isfinite(distance) else math.nan}

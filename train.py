@@ -42,6 +42,7 @@ from engine.job import TrainingJob, prepare
 from engine.record import NotFinite, Record, check_folder, first_config
 from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
+from gradsplit import add_rows, set_grads
 from optim import OPTIMIZERS, adjust
 
 WARMUP = 10  # steps not counted in images_per_second
@@ -57,7 +58,7 @@ def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
     short = batch.size != job.args.bs  # it would be compiled for its own shape
     if job.args.compile == "on" and (short or job.refused):
         row, logits = batch_gradient(job.context, batch)
-        set_grads(job, row)
+        set_grads(job.parameters, row)
         return logits
     logits = job.model(batch.x)
     loss = F.cross_entropy(logits, batch.y, reduction="sum")
@@ -69,14 +70,8 @@ def measured_gradient(job: TrainingJob, batch: Batch, step: int) -> tuple[Tensor
     """Put the sum of the clean and the noisy gradient into `.grad`; returns the logits (b, K) and what was measured."""
     forward = measure.make_forward(job.context, batch)
     rows, values = measure.measure_batch(job.context, batch, step, forward)
-    set_grads(job, metrics.add_rows(rows))
+    set_grads(job.parameters, add_rows(rows))
     return forward.logits, values
-
-
-def set_grads(job: TrainingJob, row: list[Tensor]) -> None:
-    """Put a gradient into `.grad`, laid out like its weight: fused SGD walks both in memory order."""
-    for p, g in zip(job.parameters, row, strict=True):
-        p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
 
 
 def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dict:

@@ -40,6 +40,7 @@ from engine import fast, hardware, options, sources  # noqa: E402
 from engine.job import TrainingJob  # noqa: E402
 from engine.labels import relabel  # noqa: E402
 from engine.record import Record  # noqa: E402
+from gradsplit import keep_buffers  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -143,7 +144,7 @@ def flops_of_image(job: TrainingJob) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     x = torch.randn(2, *job.train.images.plain(torch.zeros(1, dtype=torch.int64)).shape[1:], device=DEVICE)
-    with FlopCounterMode(display=False) as counter, fast.keep_buffers(job.module):
+    with FlopCounterMode(display=False) as counter, keep_buffers(job.module):
         job.module(x).sum().backward()
     job.optimizer.zero_grad(set_to_none=True)
     return counter.get_total_flops() / 2

@@ -13,13 +13,14 @@ import data
 import epochwise
 import models
 import optim
-from context import MeasuringContext, MeasuringOptions, MeasuringState, sync_batchnorms
+from context import MeasuringContext, MeasuringOptions, MeasuringState
 from data import Images, TrainSet
 from engine import fast, options
 from engine.course import course
 from engine.examples import Examples
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
+from gradsplit import sync_batchnorms
 from schedules import Course
 
 
@@ -131,7 +132,7 @@ def prepare(
     context = MeasuringContext(
         module,
         device,
-        train,
+        train=train,
         transition=torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
         options=MeasuringOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(MeasuringOptions)}),
         autocast=fabric.autocast,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+import gradsplit
 import measure
-import metrics
 import train
 from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, series, summary, weights
 from engine import options
@@ -95,7 +95,9 @@ ONE_WEIGHT = """
 from types import SimpleNamespace
 import torch
 import train
-from context import Forward, MeasuringContext, MeasuringState
+from context import MeasuringContext, MeasuringState
+from gradsplit import Forward
+import gradsplit
 from engine import hardware
 import measure
 import metrics
@@ -126,21 +128,21 @@ context = MeasuringContext(
     state=MeasuringState(), total_steps=1, steps_per_epoch=1, rank=rank, world_size=2,
 )
 job = SimpleNamespace(args=args, fabric=fabric, context=context, model=model, parameters=context.parameters)
-rows = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
+rows = gradsplit.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
 clean, noisy = (row[0].item() for row in rows)
 assert clean == (-1 / 2 - 4 / 2 + 8 / 2) / 4, clean
 assert noisy == (2 / 2) / 4, noisy
-calls, pull_backs = [], metrics.pull_backs
+calls, pull_backs = [], gradsplit.pull_backs
 def counted(*args):
     calls.append(len(args[3]))
     return pull_backs(*args)
-metrics.pull_backs = counted
-apart = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size, [~batch.noisy, batch.noisy]))
+gradsplit.pull_backs = counted
+apart = gradsplit.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size, [~batch.noisy, batch.noisy]))
 assert [row[0].item() for row in apart] == [clean, noisy]
 assert calls == [1, 1], calls  # on rank 1 as well, which has nothing noisy: SyncBatchNorm would wait for it
 train.plain_gradient(job, batch)
 assert module.w.grad.item() == clean + noisy, module.w.grad  # DDP's mean over ranks is made the global mean
-got = measure.split_values(rows, None, batch, 1.0)
+got = gradsplit.split_values(rows, None, batch, 1.0)
 assert abs(got["grad/norm_clean"].item() - 1.5 / 3) < 1e-15  # g_C: the mean over the three of C
 assert got["grad/norm_noisy"].item() == 1
 assert got["grad/cos_clean_noisy"].item() == 1 and got["grad/clean_fraction"] == 0.75
@@ -279,8 +281,8 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
     scale = float(job.context.loss_scale())
     assert scale == 65536
-    rows, rows_full = (measure.split_rows(j.context, batch, measure.make_forward(j.context, batch)) for j in (job, full))
-    scaled, plain = (torch.cat([t.flatten() for t in metrics.add_rows(r)]) for r in (rows, rows_full))
+    rows, rows_full = (gradsplit.split_rows(j.context, batch, measure.make_forward(j.context, batch)) for j in (job, full))
+    scaled, plain = (torch.cat([t.flatten() for t in gradsplit.add_rows(r)]) for r in (rows, rows_full))
     assert (
         float((scaled / scale - plain).norm() / plain.norm()) < 0.2
     )  # float16's rounding; a lost scale gives 1 or 65535

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+import gradsplit
 import measure
 import metrics
 from conftest import series
@@ -53,7 +54,7 @@ def test_effective_dimension_of_planted_rows(dimension, low, high, draws):
     found = []
     for _ in range(draws):
         rows = torch.randn(16, dimension, generator=gen) * (1 + 0.1 * torch.randn(16, 1, generator=gen))
-        found.append(float(metrics.effective_dimension(metrics.gram([[row] for row in rows]))))
+        found.append(float(metrics.effective_dimension(gradsplit.gram([[row] for row in rows]))))
     assert low < min(found) and max(found) < high, found
     assert sum(found) / len(found) == pytest.approx(dimension, rel=0.1)
 
@@ -62,7 +63,7 @@ def test_participation_mixes_directions_with_the_spread_of_norms():
     """What docs/measurements.md says of it: about 488 directions by 10 % of spread alone, at m = 16."""
     gen = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 16, 20_000, generator=gen) * (1 + 0.1 * torch.randn(20, 16, 1, generator=gen))
-    PR = sum(float(metrics.participation(metrics.gram([[row] for row in some]))) for some in rows) / len(rows)
+    PR = sum(float(metrics.participation(gradsplit.gram([[row] for row in some]))) for some in rows) / len(rows)
     assert 16 * PR / (15 - PR) == pytest.approx(488, rel=0.25)  # PR = 15 R / (R + 16) of R even directions
 
 
@@ -75,7 +76,7 @@ def chunk_sums(mean: torch.Tensor, sizes: torch.Tensor, runs: int, gen: torch.Ge
 
 
 def set_moments(S: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`metrics.chunk_moments` for sums (..., k, d) of parts of `sizes` (..., k): (...) both."""
+    """`gradsplit.chunk_moments` for sums (..., k, d) of parts of `sizes` (..., k): (...) both."""
     n, q = sizes.sum(-1), sizes.square().sum(-1)
     each, whole = S.square().sum((-1, -2)), S.sum(-2).square().sum(-1)
     G2 = (whole - each) / (n * n - q)
@@ -99,16 +100,16 @@ def planted(c: torch.Tensor, n: torch.Tensor, clean: list[int], noisy: list[int]
 
 
 def difference(moments: torch.Tensor, across: torch.Tensor, B: int) -> torch.Tensor:
-    """`metrics.difference_measures` (runs, 2)."""
+    """`gradsplit.difference_measures` (runs, 2)."""
     cc, nn, variance = (moments[:, metrics.MOMENTS.index(name)].tolist() for name in ("cc", "nn", "var_a"))
-    each = (metrics.difference_measures(*m, B) for m in zip(cc, nn, across.tolist(), variance, strict=True))
+    each = (gradsplit.difference_measures(*m, B) for m in zip(cc, nn, across.tolist(), variance, strict=True))
     return torch.tensor([list(v.values()) for v in each], dtype=torch.float64)
 
 
 def test_the_moments_drawn_here_are_those_of_metrics():
     gen = torch.Generator().manual_seed(0)
     S, n = torch.randn(4, 6, generator=gen, dtype=torch.float64), torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64)
-    want = metrics.chunk_moments(S.square().sum(1), [3, 1, 2, 5], S.sum(0).square().sum())
+    want = gradsplit.chunk_moments(S.square().sum(1), [3, 1, 2, 5], S.sum(0).square().sum())
     torch.testing.assert_close(torch.stack(set_moments(S, n)), torch.stack(want))
 
 
@@ -247,6 +248,6 @@ def test_label_cotangent_is_the_gradient_of_the_difference_of_losses():
     given, true, w = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([0, 2, 1, 3, 0]), torch.tensor([1, 0.5, 2, 3, 0]).double()
     loss = F.cross_entropy(logits, given, reduction="none") - F.cross_entropy(logits, true, reduction="none")
     (want,) = torch.autograd.grad((w * loss).sum(), logits)
-    found = metrics.label_cotangent(logits, given, true, w)
+    found = gradsplit.label_cotangent(logits, given, true, w)
     torch.testing.assert_close(found, want)
     assert not found[given == true].any() and not found.requires_grad

@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
+import gradsplit
 import measure
-import metrics
 import train
 from conftest import ROOT, SIXTEEN, TINY, same_weights, series, summary, weights
 from data import InputError
@@ -225,9 +225,9 @@ def test_compiled_steps_give_the_eager_run(go, precision):
 def test_clean_and_noisy_add_up_to_the_compiled_gradient():
     job = job_for("--precision", "64-true", "--compile", "--bs", "48")  # the graph of the test above, from its cache
     batch = job.train.batch(job.train.epoch(0, 0), 0, 48)
-    rows = measure.split_rows(job.context, batch, measure.make_forward(job.context, batch))
+    rows = gradsplit.split_rows(job.context, batch, measure.make_forward(job.context, batch))
     train.plain_gradient(job, batch)
-    assert fast.distance([p.grad for p in job.parameters], metrics.add_rows(rows)) < 1e-12
+    assert fast.distance([p.grad for p in job.parameters], gradsplit.add_rows(rows)) < 1e-12
 
 
 def test_a_profile_is_written_and_changes_nothing(go):

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import epochwise
+import gradsplit
 import measure
-import metrics
 import schedules
 import train
 from conftest import same_weights, series, summary
-from context import batch_gradient, batchnorm_mode
+from context import batch_gradient
 from engine import hardware, identity, options, pace
+from gradsplit import batchnorm_mode
 from study import manyruns, runfolders, runvalues
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
 
@@ -67,8 +68,8 @@ def test_masks_of_the_split_are_those_of_a_full_measurement(mode):
     with batchnorm_mode(job.module, mode):
         ahead = measure.make_forward(job.context, batch)
         own = batch_gradient(job.context, batch)[0] if mode == "separate" else None
-        rows = measure.split_rows(job.context, batch, ahead, free=False)
-        want = measure.permuted_values(job.context, batch, 6, ahead, own or metrics.add_rows(rows))
+        rows = gradsplit.split_rows(job.context, batch, ahead, free=False)
+        want = measure.permuted_values(job.context, batch, 6, ahead, own or gradsplit.add_rows(rows))
         _, got = measure.measure_split(job.context, batch, 6, ahead, own, free=False)
     assert len(want) == 4
     for tag, value in want.items():

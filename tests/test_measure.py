@@ -14,13 +14,14 @@ from torch.func import functional_call, grad, vmap
 
 import data
 import epochwise
+import gradsplit
 import measure
 import metrics
 import stopping
 import train
 from conftest import TINY, same_weights, series, summary, weights
-from context import batchnorm_mode, sync_batchnorms
 from engine.job import JobState, TrainingJob
+from gradsplit import batchnorm_mode, sync_batchnorms
 from test_metrics import job_for, warm
 
 # All families, whenever they can be; a mask costs a backward pass at every measured step.
@@ -108,8 +109,8 @@ def test_every_value_from_brute_force_per_example_gradients():
     want["grad/difference"] = (cc + nn - 2 * across) * B / var_a
     want["grad/difference_norm"] = (cc - nn) * B / var_a
     want["grad/label_share"] = moments(C | N, e)[1] / var_a
-    want |= {tag: v for tag, v in metrics.null_cosines(float(gA @ gA), var_a, f, B).items()}
-    masks = [measure.random_mask(batch, False, data.generator(0, f"permutation{r}", 3)) for r in range(2)]
+    want |= {tag: v for tag, v in gradsplit.null_cosines(float(gA @ gA), var_a, f, B).items()}
+    masks = [gradsplit.random_mask(batch, False, data.generator(0, f"permutation{r}", 3)) for r in range(2)]
     want["null/permuted_cos_clean_all"] = sum(cos(g[~m].mean(0), gA) for m in masks) / 2
     want["null/permuted_cos_clean_noisy"] = sum(cos(g[~m].mean(0), g[m].mean(0)) for m in masks) / 2
     for tag, value in want.items():
@@ -134,14 +135,14 @@ def test_chunk_moments_are_unbiased_and_nulls_are_what_random_masks_give():
     for _ in range(2000):
         order = torch.randperm(B, generator=gen)
         S = torch.stack([part.sum(0) for part in g[order].split(sizes)])
-        found.append(torch.stack(metrics.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())))
+        found.append(torch.stack(gradsplit.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())))
         s, rest = g[order[:48]].mean(0), g[order[48:]].mean(0)
         cosines.append([F.cosine_similarity(s, mean, dim=0), F.cosine_similarity(s, rest, dim=0)])
     found, cosines = torch.stack(found), torch.tensor(cosines)
     error = found.std(0) / math.sqrt(len(found))
     assert abs(float(found[:, 1].mean()) - exact) < 4 * float(error[1])
     assert abs(float(found[:, 0].mean()) - (float(mean @ mean) - exact / B)) < 4 * float(error[0])
-    null = metrics.null_cosines(float(mean @ mean), exact, f, B)
+    null = gradsplit.null_cosines(float(mean @ mean), exact, f, B)
     assert float(cosines[:, 0].mean()) == pytest.approx(null["null/cos_clean_all"], abs=0.005)
     assert float(cosines[:, 1].mean()) == pytest.approx(null["null/cos_clean_noisy"], abs=0.01)
 
@@ -160,7 +161,7 @@ def test_corrected_cosine_recovers_a_planted_one_and_says_when_it_cannot():
             for g in (C, N, torch.cat([C, N])):
                 S = torch.stack([p.sum(0) for p in g.chunk(4)])
                 sizes = [len(p) for p in g.chunk(4)]
-                estimates.append([float(v) for v in metrics.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())])
+                estimates.append([float(v) for v in gradsplit.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())])
             (cc, vc), (nn, vn), (sq, va) = estimates
             cn = float(C.mean(0) @ N.mean(0))
             rows.append([cc, nn, cn, (cc + cn) / 2, (cc + 2 * cn + nn) / 4, vc, vn, va, sq])
@@ -204,11 +205,12 @@ def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
             batch = job.train.batch(plan, number, B)
             with batchnorm_mode(job.module, "eval"):
                 ahead = measure.make_forward(job.context, batch)
-                rows = measure.split_rows(job.context, batch, ahead, free=False)
-                values.append(float(measure.split_values(rows, None, batch, 1.0)["grad/cos_clean_noisy"]))
+                rows = gradsplit.split_rows(job.context, batch, ahead, free=False)
+                values.append(float(gradsplit.split_values(rows, None, batch, 1.0)["grad/cos_clean_noisy"]))
                 if len(rows) == 2:
-                    products = measure.inner_products(job.context, *rows, metrics.add_rows(rows))
-                    job.state.window.append(measure.chunk_estimates(job.context, batch, ahead, products)[0])
+                    products = gradsplit.inner_products(job.context, *rows, gradsplit.add_rows(rows))
+                    found, _ = gradsplit.chunk_estimates(job.context, batch, ahead, products, job.context.options.chunks)
+                    job.state.window.append(list(found.values()))
         raw[B] = sum(values) / len(values)
         corrected[B] = metrics.corrected(job.state.window)[0].get("corrected/cos_clean_noisy", math.nan)
     assert raw[16] + 0.15 < raw[64] < raw[256] - 0.1, raw
@@ -238,12 +240,12 @@ def test_isotropy_rows_are_the_label_noise_gradients():
     job = full_job("--precision", "64-true", "--measure-bn", "eval", "--synthetic-train", "400", "--noise", "1")
     warm(job)
     seen = []
-    gram = metrics.gram
+    gram = gradsplit.gram
     try:
-        metrics.gram = lambda rows: seen.append(rows) or gram(rows)
+        gradsplit.gram = lambda rows: seen.append(rows) or gram(rows)
         got = epochwise.isotropy(job.context)
     finally:
-        metrics.gram = gram
+        gradsplit.gram = gram
     noisy, _ = epochwise.probe_indices(job.context)
     m = epochwise.ISOTROPY_PARTS
     size = min(epochwise.ISOTROPY_EXAMPLES, len(noisy) // m)
@@ -375,7 +377,7 @@ def test_fresh_labels_are_wrong_new_and_follow_the_law():
 def test_stratified_masks_keep_each_labels_count():
     job = full_job("--noise", "0.5")
     batch = job.train.batch(job.train.epoch(0, 0), 0, 128)
-    plain, strict = (measure.random_mask(batch, s, torch.Generator().manual_seed(1)) for s in (False, True))
+    plain, strict = (gradsplit.random_mask(batch, s, torch.Generator().manual_seed(1)) for s in (False, True))
     assert int(plain.sum()) == int(strict.sum()) == batch.n_noisy
     per_label = [torch.bincount(batch.host_y[m], minlength=10).tolist() for m in (plain, strict, batch.host_noisy)]
     assert per_label[1] == per_label[2] != per_label[0]

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 
 import data
-import measure
+import gradsplit
 import metrics
 import models
 import noises
 import train
 from conftest import TINY
-from context import Forward, cut_graph
 from engine import options, sources
 from engine.job import TrainingJob
+from gradsplit import Forward, cut_graph
 
 
 def job_for(*argv: str) -> TrainingJob:
@@ -85,8 +85,8 @@ def test_clean_plus_noisy_is_the_training_gradient(precision, bound):
     batch = warm(job)
     buffers = copy.deepcopy(dict(job.module.named_buffers()))
     ahead = Forward(job.context, batch.x, batch.size)
-    rows, logits = measure.split_rows(job.context, batch, ahead), ahead.logits
-    total = torch.cat([t.flatten() for t in metrics.add_rows(rows)])
+    rows, logits = gradsplit.split_rows(job.context, batch, ahead), ahead.logits
+    total = torch.cat([t.flatten() for t in gradsplit.add_rows(rows)])
     after = copy.deepcopy(dict(job.module.named_buffers()))
     job.module.load_state_dict(buffers, strict=False)
     again = train.plain_gradient(job, batch)
@@ -109,7 +109,7 @@ def test_measured_and_plain_step_update_alike():
 def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
     """Fused SGD walks weight and gradient in memory order; autograd.grad promises no layout. Same values, other
     strides, must give the same update."""
-    split_rows, ends = measure.split_rows, []
+    split_rows, ends = gradsplit.split_rows, []
     for contiguous in (False, True):
         job = job_for("--precision", "64-true")
         batch = warm(job)
@@ -120,7 +120,7 @@ def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
                 [g.contiguous(memory_format=layout) if g.dim() == 4 else g for g in row] for row in split_rows(*a, **k)
             ]
 
-        monkeypatch.setattr(measure, "split_rows", relaid)
+        monkeypatch.setattr(gradsplit, "split_rows", relaid)
         train.train_step(job, batch, 3, measured=True)
         ends.append(torch.cat([p.detach().flatten() for p in job.parameters]))
     assert torch.equal(*ends)
@@ -162,7 +162,7 @@ def test_published_relation_of_the_cosines():
     g = torch.Generator().manual_seed(0)
     clean, noisy = torch.randn(2, 50, generator=g, dtype=torch.float64)
     f, e = 0.3, 0.7
-    got = metrics.split_measures(metrics.set_means(metrics.gram([[f * clean], [e * noisy]]), f))
+    got = gradsplit.split_measures(gradsplit.set_means(gradsplit.gram([[f * clean], [e * noisy]]), f))
     r, c = got["grad/norm_noisy"] / got["grad/norm_clean"], got["grad/cos_clean_noisy"]
     assert float(r) == pytest.approx(float(noisy.norm() / clean.norm()), rel=1e-12)
     want = (f + e * r * c) / (f**2 + e**2 * r**2 + 2 * f * e * r * c).sqrt()
@@ -173,10 +173,10 @@ def test_gram_is_the_same_however_it_is_cut(monkeypatch):
     g = torch.Generator().manual_seed(0)
     rows = [[torch.randn(7, 3, generator=g), torch.randn(11, generator=g)] for _ in range(3)]
     flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
-    torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
-    monkeypatch.setattr(metrics, "CHUNK", 4)
-    monkeypatch.setattr(metrics, "CPU_CHUNK", 4)
-    torch.testing.assert_close(metrics.gram(rows), flat @ flat.T)
+    torch.testing.assert_close(gradsplit.gram(rows), flat @ flat.T)
+    monkeypatch.setattr(gradsplit, "CHUNK", 4)
+    monkeypatch.setattr(gradsplit, "CPU_CHUNK", 4)
+    torch.testing.assert_close(gradsplit.gram(rows), flat @ flat.T)
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 100, 1000])
@@ -186,24 +186,24 @@ def test_gram_in_buckets(monkeypatch, size):
     shapes = [(2, 3, 4, 4), (5,), (3, 2, 2, 2), (), (1, 1, 1, 1), (0, 3)]
     rows = [[torch.randn(shape, generator=g) for shape in shapes] for _ in range(4)]
     flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
-    monkeypatch.setattr(metrics, "CPU_CHUNK", size)
+    monkeypatch.setattr(gradsplit, "CPU_CHUNK", size)
     for last in (1, 2, 4):  # of so many rows the four-dimensional tensors are in channels_last
         mixed = [[t.to(memory_format=torch.channels_last) if t.dim() == 4 and i < last else t for t in row] for i, row in enumerate(rows)]
-        torch.testing.assert_close(metrics.gram(mixed), flat @ flat.T, rtol=1e-12, atol=1e-12)
-        cut = list(metrics.buckets(mixed, size))
+        torch.testing.assert_close(gradsplit.gram(mixed), flat @ flat.T, rtol=1e-12, atol=1e-12)
+        cut = list(gradsplit.buckets(mixed, size))
         assert [sum(len(piece) for piece in bucket[0]) for bucket in cut] == [size] * (127 // size) + [127 % size] * (127 % size > 0)
 
 
-@pytest.mark.parametrize("length", [5, metrics.SLICE, 3 * metrics.SLICE + 7])
+@pytest.mark.parametrize("length", [5, gradsplit.SLICE, 3 * gradsplit.SLICE + 7])
 def test_products_by_slices(length):
     """As on a GPU."""
     M = torch.randn(3, length, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(metrics.sliced_products(M), M @ M.T, rtol=1e-12, atol=1e-12 * length)
+    torch.testing.assert_close(gradsplit.sliced_products(M), M @ M.T, rtol=1e-12, atol=1e-12 * length)
 
 
 def test_gram_sums_in_float64():
     ones = torch.full((20_000_000,), 1.0)
-    assert metrics.gram([[ones]]).item() == 2e7  # float32 would stop counting at 16,777,216
+    assert gradsplit.gram([[ones]]).item() == 2e7  # float32 would stop counting at 16,777,216
 
 
 def test_cotangent_is_the_gradient_of_the_weighted_loss():
@@ -211,7 +211,7 @@ def test_cotangent_is_the_gradient_of_the_weighted_loss():
     labels, weights = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([0.5, 0, 1, 2, 0.25], dtype=torch.float64)
     loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
     (want,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(metrics.cotangent(logits, labels, weights), want)
+    torch.testing.assert_close(gradsplit.cotangent(logits, labels, weights), want)
 
 
 def test_batch_measures_by_hand():
@@ -236,8 +236,8 @@ def test_dropout_mask_is_shared_by_both_rows_and_repeats():
     outs = []
     for step in (1, 1, 2):
         job.context.seed_dropout(step)
-        rows = measure.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
-        outs.append(torch.cat([t.flatten() for t in metrics.add_rows(rows)]))
+        rows = gradsplit.split_rows(job.context, batch, Forward(job.context, batch.x, batch.size))
+        outs.append(torch.cat([t.flatten() for t in gradsplit.add_rows(rows)]))
     assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
 
 
@@ -251,9 +251,9 @@ def pulled(model: str, precision: torch.dtype, cut: bool, watch=None) -> list[li
     modules = net.cuts if cut else ()
     with cut_graph(modules) as (outputs, entries), torch.autocast("cpu", precision, enabled=precision.itemsize < 4):
         logits = net(x).float()
-    U = [metrics.cotangent(logits, y, w) for w in (1 - noisy, noisy)]
+    U = [gradsplit.cotangent(logits, y, w) for w in (1 - noisy, noisy)]
     assert len(outputs) == len(entries) == len(modules) and len(net.cuts) >= 3
-    return metrics.pull_backs([*outputs, logits], entries, list(net.parameters()), U, free=True)
+    return gradsplit.pull_backs([*outputs, logits], entries, list(net.parameters()), U, free=True)
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -291,5 +291,5 @@ def test_a_weight_used_on_both_sides_of_a_cut_gets_both_gradients():
     h = w * 2
     entry = h.detach().requires_grad_()
     z = (entry**2 * w)[None]
-    ((row, none),) = metrics.pull_backs([h, z], [entry], [w, unused], [torch.ones(1, 1)])
+    ((row, none),) = gradsplit.pull_backs([h, z], [entry], [w, unused], [torch.ones(1, 1)])
     assert row == 3 * 4 * 1.5**2 and torch.equal(none, torch.zeros(2))  # d(4 w^3)/dw

@@ -4,6 +4,7 @@ A rule's exceptions are listed beside it with a reason. One that is no longer ne
 """
 
 import ast
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from conftest import ROOT
 
 COMMANDS = {"train", "sweep", "report", "noise"}
 REGISTRIES = {"models", "datasets", "noises", "optim", "schedules"}  # plural: one function and one entry each
-MEASURING = {"data", "metrics", "context", "measure", "epochwise", "stopping"}
-MOST_AT_THE_TOP = 15  # modules: four commands, five registries, six for data and measuring
+MEASURING = {"data", "metrics", "context", "measure", "epochwise", "stopping", "gradsplit"}
+MOST_AT_THE_TOP = 16  # modules: four commands, five registries, six for data and measuring, the meter that is installed
 MOST_LINES = {"module": 400, "function": 60}
 
 # What `study` may know of a run: its options, and how its folder is read.
@@ -26,6 +27,7 @@ REPORTS_ONLY = {"matplotlib", "scipy", "markdown"}  # training works where these
 EXCEPTIONS = {
     "module": {
         "benchmarks.speed": "one part a benchmark, read one at a time",
+        "gradsplit": "one file to be copied or installed",
     },
     "function": {
         "engine.options.parser": "the list of all options in the order of --help",
@@ -149,6 +151,11 @@ def test_registries_and_measurements_need_no_run():
     independent = REGISTRIES | MEASURING
     check("independent of engine", {str(i): 1 for i in OURS if i.by in independent and wing(i.of) == "engine"})
     assert not [str(i) for i in OURS if i.by in independent and (i.of in COMMANDS or wing(i.of) == "study")]
+
+
+def test_the_meter_needs_torch_alone():
+    needed = {i.of.partition(".")[0] for i in IMPORTS if i.by == "gradsplit"}
+    assert "torch" in needed and needed - {"torch"} <= sys.stdlib_module_names
 
 
 def test_the_two_wings_hardly_touch():
