@@ -311,7 +311,7 @@ def entry(name: str) -> Model:
     return Model(lambda C, K, width, norm, size: make(name.removeprefix(TORCHVISION), C, K, size), sized=True)
 
 
-def build(
+def build_model(
     name: str, C: int, K: int, width: int, norm: str, seed: int, size: tuple[int, int] = (32, 32)
 ) -> nn.Module:
     """Model `name` for images of `size` (H, W), on the CPU in float32, its weights drawn from the 32-bit `seed` and nothing else.

@@ -67,7 +67,7 @@ def make(args) -> str:
         noisefile.save(out, index, source.y_train[index], labels, said["dynamic"])
     except OSError as e:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
-    return noisefile.describe(said, source.classes) + f"\n{out}: sha256 {said['noise_npz_sha256']}"
+    return noisefile.describe_labels(said, source.classes) + f"\n{out}: sha256 {said['noise_npz_sha256']}"
 
 
 def idle(args) -> list[str]:

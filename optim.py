@@ -117,7 +117,7 @@ def kept_state(name: str, momentum: float, sched: str) -> tuple[str, ...]:
     return tuple(kept for kept in entry.state if kept not in entry.with_momentum)
 
 
-def build(
+def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter], lr: float, momentum: float, wd: float, sched: str
 ) -> torch.optim.Optimizer:
     """Optimizer `name` over `parameters`, before its first step under schedule `sched`."""

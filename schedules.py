@@ -170,7 +170,7 @@ def span(name: str, sched_steps: int, total_steps: int, steps_per_epoch: int) ->
 BEFORE = {"warmup": "warm-up", "delay": "delay"}
 
 
-def describe(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
+def describe_span(seen: dict, lr: float, last_lr: float) -> tuple[str, str | None]:
     """(line, warning or None) on what `span` found: `lr` is the largest rate, `last_lr` that of the run's last update."""
 
     def length(of: str) -> str:

@@ -258,7 +258,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         start_record(job, record, inputs, claimed)
         summarize(job, record, "running")
         raise_if_fault(job, record)
-        print_plan(job, record, noisefile.describe(ledger, inputs.source.classes))
+        print_plan(job, record, noisefile.describe_labels(ledger, inputs.source.classes))
         fit(job, record, signals)
         record.log(job.state.step, {"test/acc": evaluate(job, *job.test).acc})
         record.flush()

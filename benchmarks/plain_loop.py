@@ -58,7 +58,7 @@ def main() -> None:
     args = options.parse(["--dataset", "synthetic", *rest])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = sources.load(args)
-    net = models.build(args.model, source.x_train.shape[-1], len(source.classes), args.width, args.norm, 0).to(device)
+    net = models.build_model(args.model, source.x_train.shape[-1], len(source.classes), args.width, args.norm, 0).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd)
     batches = loader(source, args.bs, mine.workers, device.type == "cuda")

@@ -28,7 +28,7 @@ from study.findings import FINDINGS, MARGINS, RULED, Finding, Result, evaluate_f
 from study.rules import LEVEL, RULES  # noqa: E402
 from study.runfolders import Cell  # noqa: E402
 from study.stats import holm  # noqa: E402
-from study.units import Row  # noqa: E402
+from study.units import RunRow  # noqa: E402
 
 SIGNS = (-1, 0, 1)
 TOP = 7.0  # log2 of the best batch size without noise
@@ -99,7 +99,7 @@ def planted_values(finding: Finding, spot: Spot, effect: float, slope: float, mi
     return {"val_acc": 0.9 - world.curvature * (x - TOP) ** 2 - lost + slope / 10 * away + noise}
 
 
-def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.Random, world: World = World(), preset: str = "budget") -> list[Row]:  # noqa: B008
+def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.Random, world: World = World(), preset: str = "budget") -> list[RunRow]:  # noqa: B008
     """Rows of one planted sweep for one finding; `effects`: {budget: size}. A/A runs are among them where needed."""
     spots = [s for s in spots_of(finding, preset) if s.budget in (*effects, "any")]
     middle = statistics.fmean(math.log2(B) for B in {s.cell.B for s in spots}) if spots else 0.0
@@ -112,7 +112,7 @@ def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.R
             slope = slopes.setdefault(which, rng.gauss(0, world.slope_sd)) if world.slope_sd else 0.0
             effect = effects["steps" if spot.budget == "any" else spot.budget]
             values = planted_values(finding, spot, effect, slope, middle, world, offset + rng.gauss(0, world.run_sd))
-            rows.append(Row(spot.cell, seed, spot.budget, values, fake=spot.fake))
+            rows.append(RunRow(spot.cell, seed, spot.budget, values, fake=spot.fake))
     return rows
 
 

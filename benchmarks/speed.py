@@ -45,7 +45,7 @@ from gradsplit import keep_buffers  # noqa: E402
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
-MODELS = ("resnet18-64", "resnet18-16", "vgg16", "vgg16-linear")
+SETTINGS_OF_MODELS = ("resnet18-64", "resnet18-16", "vgg16", "vgg16-linear")
 WAYS = {"eager": (), "compile": ("--compile",), "graph": ("--graph",), "both": ("--compile", "--graph")}
 BLOCK = 0.05 if ON_GPU else 0.0  # seconds of a block at least: on a GPU single steps would be timed with their launch
 SOURCES: dict[tuple, data.Source] = {}
@@ -499,7 +499,7 @@ def main() -> None:
     p.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     listed = lambda text: text.split(",")  # noqa: E731
     sizes = lambda text: [options.count(B) for B in text.split(",")]  # noqa: E731
-    p.add_argument("--models", type=listed, default=list(MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
+    p.add_argument("--models", type=listed, default=list(SETTINGS_OF_MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
     p.add_argument("--batches", type=sizes, default=list(BATCHES))
     p.add_argument("--ways", type=listed, default=list(WAYS), help=f"of {', '.join(WAYS)}")
     p.add_argument("--precisions", type=listed)

@@ -121,7 +121,7 @@ def prepare(
             m.register_forward_pre_hook(empty_as_float)
     models.stop_counting(module)
     trained = [p for p in module.parameters() if p.requires_grad]
-    optimizer = optim.build(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
+    optimizer = optim.build_optimizer(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
     rates = course(args, steps_per_epoch)
     total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
@@ -161,7 +161,7 @@ def network(args, source: data.Source, n: int, world_size: int) -> nn.Module:
     examples are trained on."""
     H, W, C = source.x_train.shape[1:]
     start = data.stream_seed(args.seed, "init")
-    module = models.build(args.model, C, len(source.classes), args.width, args.norm, start, (H, W))
+    module = models.build_model(args.model, C, len(source.classes), args.width, args.norm, start, (H, W))
     apart = args.measure != "off" and args.measure_bn == "separate"  # clean and noisy examples, either of which may be one
     if args.model not in models.MODELS and (apart or world_size > 1 or n % args.bs == 1 or args.bs == 1):
         models.try_one(module, C, (H, W), f"--model {args.model}")

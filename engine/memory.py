@@ -55,7 +55,7 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     _, _, H, W, C, K = size or Shape(0, 0, 32, 32, 3, 10)
     try:
         with torch.device("meta"):
-            module = models.build(args.model, C, K, args.width, args.norm, 0, (H, W))
+            module = models.build_model(args.model, C, K, args.width, args.norm, 0, (H, W))
     except Exception:  # not for images of this size, as will be said when they are read
         return parts
     P = sum(p.numel() for p in module.parameters())

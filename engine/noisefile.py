@@ -270,7 +270,7 @@ def ledger(
 SHOWN = 20  # classes up to which a matrix is printed
 
 
-def describe(ledger: dict, classes: tuple[str, ...]) -> str:
+def describe_labels(ledger: dict, classes: tuple[str, ...]) -> str:
     """The ledger as lines for a screen; the matrix in per cent, rows the true classes, for up to 20 of them."""
     lines = [
         f"label noise {ledger['type']}: nominal {ledger['nominal']:.4f}, realised {ledger['realised']:.4f} "
@@ -317,7 +317,7 @@ def show(text: str) -> str:
     K = int(torch.cat([file.true, file.label]).max()) + 1
     rate, seed = file.dynamic or ((file.label != file.true).double().mean().item(), None)
     drawn = ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
-    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe(drawn, tuple(map(str, range(K))))
+    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe_labels(drawn, tuple(map(str, range(K))))
 
 
 def compare(one: str, other: str) -> str:

@@ -264,7 +264,7 @@ class Record:
         self.write("add_custom_scalars", tensorboard_views.chart_layout(given, noisy, plan))
         self.write("add_text", "config", encodable(as_table(self.config["options"] | self.config["resolved"])))
         table = as_table({k: v for k, v in ledger.items() if k != "matrix"})
-        matrix = noisefile.describe(ledger, source.classes)
+        matrix = noisefile.describe_labels(ledger, source.classes)
         self.write("add_text", "noise", encodable(f"{table}\n\n```\n{matrix}\n```"))
         if ledger["matrix"]:
             matrix = tensorboard_views.matrix_picture(ledger["matrix"], source.classes)

@@ -90,7 +90,7 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
         last_lr, _ = job.course.at(job.total_steps - 1)
-        line, cut_short = schedules.describe(record.config["resolved"]["schedule"], args.lr, last_lr)
+        line, cut_short = schedules.describe_span(record.config["resolved"]["schedule"], args.lr, last_lr)
         line += left_out(job)
         print(line, flush=True)
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine

@@ -44,7 +44,7 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, GREY = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "0.35"),
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # of batch sizes 16, 32, ... 1024, then again from the first
-FILLS = ("full", "none", "left", "bottom")  # of markers, by rate or momentum
+MARKER_FILLS = ("full", "none", "left", "bottom")  # of markers, by rate or momentum
 
 
 def colour(B: int):

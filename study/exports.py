@@ -11,7 +11,7 @@ from engine import jsonfiles, options, schema
 from study.outputs import whole_file
 from study.runfolders import Run, Series
 
-FORMAT = "label-noise runs 1"
+EXPORT_FORMAT = "label-noise runs 1"
 EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
 
@@ -43,7 +43,7 @@ def export_runs(runs: list[Run], path: Path) -> None:
             first += len(of_tag)
         about = {k: getattr(run, k) for k in ("name", "options", "resolved", "summary", "versions")}
         listed.append(about | {"series": series})
-    text = json.dumps({"format": FORMAT, "runs": listed}).encode()
+    text = json.dumps({"format": EXPORT_FORMAT, "runs": listed}).encode()
     arrays |= {
         "runs": np.frombuffer(text, np.uint8),
         "values": np.concatenate(values) if values else np.zeros(0, "<f4"),
@@ -66,8 +66,8 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
             listed = jsonfiles.parse_json(z["runs"].tobytes(), path)
             values = z["values"].astype(np.float64)
             grids = {k: schema.check_steps(k, z[k], path) for k in z.files if k.startswith("steps_")}
-        if listed.get("format") != FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
-            raise ValueError(f"format {jsonfiles.describe_value(listed.get('format'))}, not '{FORMAT}'")
+        if listed.get("format") != EXPORT_FORMAT or not isinstance(listed.get("runs"), list) or values.ndim != 1:
+            raise ValueError(f"format {jsonfiles.describe_value(listed.get('format'))}, not '{EXPORT_FORMAT}'")
     except InputError:
         raise
     except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything

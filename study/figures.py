@@ -18,10 +18,10 @@ from schedules import entry
 from study import contrasts, findings, stats
 from study.drawing import (
     BLUE,
-    FILLS,
     GREEN,
     GREY,
     INTERVALS,
+    MARKER_FILLS,
     VERMILION,
     X_LABEL,
     Look,
@@ -51,7 +51,7 @@ from study.settings import group_by
 REPORT_BN = "eval"  # BatchNorm's mode in the report's cosines
 # Options of a run's setting that change neither its training nor the three series that the report has, but for the
 # cosines under another --measure-bn, which are labelled: a run may differ from the report in these.
-TOLERATED = roles.having(roles.TOLERATED)
+TOLERATED_OPTIONS = roles.having(roles.TOLERATED)
 REPORT_SCHEDS = ("onecycle", "cosine", "constant")  # figures 4, 5, 6 and so on
 
 
@@ -107,7 +107,7 @@ def curves(
     line = lambda r: (r.cell.B, (r.cell.lr if by_lr else 0, r.cell.momentum))  # noqa: E731
     variants = sorted({line(r)[1] for r in runs})
     tint = lambda B, variant: shade(colour(B), variants.index(variant), len(variants))  # noqa: E731
-    mark = lambda B, variant: {"marker": marker_of(B), "fill": FILLS[variants.index(variant) % len(FILLS)]}  # noqa: E731
+    mark = lambda B, variant: {"marker": marker_of(B), "fill": MARKER_FILLS[variants.index(variant) % len(MARKER_FILLS)]}  # noqa: E731
     shown = []
     for axis, noise in zip(axes[0], levels, strict=True):
         axis.set_title(noise_title(noise))
@@ -178,11 +178,11 @@ def left_out(
 
 def comparable(ours: Run, reference: Run) -> bool:
     """Whether a run may lie beside a curve of the report: one cell, schedule and weight decay, no A/A run, and a setting
-    that differs in nothing but `TOLERATED`."""
+    that differs in nothing but `TOLERATED_OPTIONS`."""
     if ours.fake or ours.cell != reference.cell or (ours.budget, ours.length) != (reference.budget, reference.length):
         return False
     a, b = (
-        {k: v for k, v in r.setting if k not in TOLERATED} | {"wd": float(r.options["wd"])} for r in (ours, reference)
+        {k: v for k, v in r.setting if k not in TOLERATED_OPTIONS} | {"wd": float(r.options["wd"])} for r in (ours, reference)
     )
     return a == b
 
@@ -276,7 +276,7 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     line = lambda r: (r.cell.B, r.cell.momentum)  # noqa: E731
     momenta = sorted({r.cell.momentum for r in runs})
     tint = lambda B, m: shade(colour(B), momenta.index(m), len(momenta))  # noqa: E731
-    mark = lambda B, m: {"marker": marker_of(B), "fill": FILLS[momenta.index(m) % len(FILLS)]}  # noqa: E731
+    mark = lambda B, m: {"marker": marker_of(B), "fill": MARKER_FILLS[momenta.index(m) % len(MARKER_FILLS)]}  # noqa: E731
     figure, axes = panels(len(levels), title, "", X_LABEL[look.x], rows=3, height=2.2)
     for row, (tag, name) in zip(axes, kinds.items(), strict=True):
         row[0].set_ylabel(f"share {name}")

@@ -29,7 +29,7 @@ from study.contrasts import (
 from study.rules import LEVEL, RULES, Evidence, verdict, verdict_of_one_budget
 from study.runfolders import Cell
 from study.stats import LEAST_SEEDS, Incomplete, Interval, interval, pooled_sd, seeds_needed
-from study.units import Row, poolings, tuned
+from study.units import RunRow, poolings, tuned
 
 BUDGETS = {"steps": "the report's step budget", "epochs": "matched epochs", "examples": "matched examples"}
 RULED = ("steps", "epochs")  # what the rules ask for; examples are shown
@@ -175,7 +175,7 @@ def rate_words(cells: set[Cell]) -> str:
     return f"at lr/B {float(ratios.pop()):.3g}" if len(ratios) == 1 else ""
 
 
-def gather(finding: Finding, rows: list[Row], cells: set[Cell], where: str) -> Gathered:
+def gather(finding: Finding, rows: list[RunRow], cells: set[Cell], where: str) -> Gathered:
     """The rows of one budget by seed, and the finding's statistic; `where` begins what is said to be missing."""
     table: dict[str, Unit] = {}
     lacking = {}
@@ -204,7 +204,7 @@ def gather(finding: Finding, rows: list[Row], cells: set[Cell], where: str) -> G
     return found
 
 
-def subtract_null(finding: Finding, found: Gathered, rows: list[Row], budget: str, sizes: set[int]) -> Interval | None:
+def subtract_null(finding: Finding, found: Gathered, rows: list[RunRow], budget: str, sizes: set[int]) -> Interval | None:
     """Subtract, seed by seed, the mean of the A/A runs at the tested sizes from the estimate; returns their interval.
 
     Those with a schedule count, of this budget where three seeds have them, else of any. Seeds without them are left out of the
@@ -212,7 +212,7 @@ def subtract_null(finding: Finding, found: Gathered, rows: list[Row], budget: st
     """
     name = finding.needs[0]
 
-    def complete(fakes: list[Row]) -> dict[str, float]:
+    def complete(fakes: list[RunRow]) -> dict[str, float]:
         by_seed: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in fakes:
             by_seed[row.seed][row.cell.B].append(row.values[name])
@@ -297,7 +297,7 @@ def needed_seeds(finding: Finding, tables: dict[str, Gathered], result: Result) 
     return max(needed) if needed and all(needed) and max(needed) > there else None
 
 
-def show_beside(result: Result, real: list[Row], rows: list[Row]) -> None:
+def show_beside(result: Result, real: list[RunRow], rows: list[RunRow]) -> None:
     """Values that are shown and not judged, and the same statistic at the other corners."""
     for name, label in result.finding.beside.items():
         by_seed: dict[str, list[float]] = defaultdict(list)
@@ -315,7 +315,7 @@ def show_beside(result: Result, real: list[Row], rows: list[Row]) -> None:
                 result.corners.setdefault(budget, {})[name] = interval(found.estimate.values)
 
 
-def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float] = MARGINS, at_best: bool = False) -> Result:
+def evaluate_finding(finding: Finding, rows: list[RunRow], margins: dict[str, float] = MARGINS, at_best: bool = False) -> Result:
     """The verdict on a finding from all rows of one setting, under every budget that has runs.
 
     `at_best`: with each cell at its best rate and weight decay of the other seeds. Where the rows cross seeds, the verdict is one
@@ -334,7 +334,7 @@ def evaluate_finding(finding: Finding, rows: list[Row], margins: dict[str, float
     return chosen
 
 
-def evaluate_units(finding: Finding, rows: list[Row], margin: float) -> Result:
+def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Result:
     """The verdict on a finding from rows of which each seed is independent of the others."""
     real = [r for r in rows if not r.fake and finding.covers(r.cell)]
     cells = {r.cell for r in real if r.budget in (*RULED, "any")}

@@ -17,7 +17,7 @@ from study.grids import Job
 from study.outputs import whole_file
 from study.processes import LOGS, make_folder, run_state
 
-FORMAT = "label-noise sweep 1"
+JOBS_FORMAT = "label-noise sweep 1"
 
 
 @dataclass
@@ -37,7 +37,7 @@ def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
     make_folder(runs)
     listed = [{"name": job.name, "argv": job.argv, "options": vars(job.args)} for job in jobs]
     which = hashlib.sha256(json.dumps(sorted(job.name for job in jobs)).encode()).hexdigest()[:12]
-    about = {"format": FORMAT, "command": shlex.join(["sweep.py", *argv]), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    about = {"format": JOBS_FORMAT, "command": shlex.join(["sweep.py", *argv]), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
     with whole_file(runs / LOGS / f"jobs-{which}.json", "--runs") as path:
         path.write_text(json.dumps(about | {"jobs": listed}, indent=1) + "\n")
 
@@ -48,7 +48,7 @@ def read_jobs(runs: Path) -> list[Sweep]:
     for path in sorted((runs / LOGS).glob("jobs-*.json"), key=lambda path: path.lstat().st_mtime_ns):  # two may start in one second
         try:
             content = jsonfiles.read_json(path) or {}
-            if content.get("format") != FORMAT:
+            if content.get("format") != JOBS_FORMAT:
                 raise ValueError
             jobs = [checked(**entry) for entry in content["jobs"]]
             sweeps.append(Sweep(str(content["command"]), str(content["started"]), jobs))

@@ -137,7 +137,7 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
             how = ", ".join(
                 f"{k.replace('_', '-')} {v}"
                 for k, v in setting
-                if k in figures.TOLERATED and (k == "measure_bn" or (k, v) not in theirs.setting)
+                if k in figures.TOLERATED_OPTIONS and (k == "measure_bn" or (k, v) not in theirs.setting)
             )
             for tag, label, *_ in KINDS:
                 seeds: dict[str, list[float]] = {}

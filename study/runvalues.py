@@ -4,7 +4,7 @@ import numpy as np
 
 import schedules
 from study.runfolders import Run
-from study.units import Row
+from study.units import RunRow
 
 
 def schedule_shares(run: Run) -> tuple[float, float] | None:
@@ -97,7 +97,7 @@ def finding_values(run: Run) -> dict[str, float]:
     return {k: v for k, v in measured.items() if v is not None}
 
 
-def finding_row(run: Run) -> Row:
+def finding_row(run: Run) -> RunRow:
     """The row of a run for the findings."""
     values = finding_values(run) if run.finished else {}
-    return Row(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)
+    return RunRow(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)

@@ -13,7 +13,7 @@ from study.runfolders import Cell
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """One run: its cell, its seed, the budget its schedule is matched in (`any` without a schedule), and what the findings
     need of it (`values`, without those that it lacks; none of one that did not finish). `fake`: an A/A run's share."""
 
@@ -58,7 +58,7 @@ def partitions(seeds: set[Seed]) -> list[dict[Seed, str]]:
     return [{s: "/".join(min(units[s])) for s in seeds}]
 
 
-def poolings(rows: list[Row]) -> list[list[Row]]:
+def poolings(rows: list[RunRow]) -> list[list[RunRow]]:
     """Rows of independent units, in every way of `partitions`: those of one unit are averaged, cell by cell, and stand under the
     unit's name. The rows themselves where seeds are independent as they are."""
     seeds = {tuple(r.seed.split("/")) for r in rows}
@@ -66,9 +66,9 @@ def poolings(rows: list[Row]) -> list[list[Row]]:
     return [pooled(rows, units) for units in found] or [rows]
 
 
-def pooled(rows: list[Row], units: dict[Seed, str]) -> list[Row]:
+def pooled(rows: list[RunRow], units: dict[Seed, str]) -> list[RunRow]:
     """The mean row of each unit, cell and budget. A cell without a finished run of one of the unit's seeds is not finished."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
+    groups: dict[tuple, list[RunRow]] = defaultdict(list)
     for r in rows:
         groups[units[tuple(r.seed.split("/"))], bool(r.fake), r.cell, r.budget, r.fake, r.wd].append(r)
     size: dict[tuple, int] = defaultdict(int)
@@ -83,13 +83,13 @@ def pooled(rows: list[Row], units: dict[Seed, str]) -> list[Row]:
     return means
 
 
-def tuned(rows: list[Row]) -> list[Row]:
+def tuned(rows: list[RunRow]) -> list[RunRow]:
     """One row for each cell, budget and seed: the learning rate and weight decay that did best on the *other* seeds.
 
     Best by mean validation accuracy. The cell keeps no trace of what was chosen, so that cells can be compared; seeds
     without any other seed to choose on are left out. Where no run of a cell finished, one that did not stands for it.
     """
-    candidates: dict[tuple, dict[tuple, dict[str, Row]]] = defaultdict(lambda: defaultdict(dict))
+    candidates: dict[tuple, dict[tuple, dict[str, RunRow]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if "val_acc" in row.values:
             where = (row.cell._replace(lr=0.0), row.budget, row.fake)
@@ -109,5 +109,5 @@ def tuned(rows: list[Row]) -> list[Row]:
             best = max(scores, key=scores.get, default=None)
             if best is not None and seed in choices[best]:
                 row = choices[best][seed]
-                chosen.append(Row(cell, seed, row.budget, row.values, row.name, row.fake))
+                chosen.append(RunRow(cell, seed, row.budget, row.values, row.name, row.fake))
     return chosen

@@ -14,7 +14,7 @@ from study.page import Page
 from study.rules import RULES, Evidence, verdict, verdict_of_one_budget
 from study.runfolders import Cell
 from study.stats import Interval, interval, t_cdf, t_quantile
-from study.units import Row
+from study.units import RunRow
 
 T_TABLE = {  # Student's t, 97.5 % (two-sided 95 %), and 95 %: any printed table
     **{(0.975, 1): 12.706, (0.975, 2): 4.303, (0.975, 3): 3.182, (0.975, 4): 2.776, (0.975, 9): 2.262},
@@ -255,13 +255,13 @@ def two() -> findings.Finding:
     return FINDINGS["2"]
 
 
-def rows_of(id: str, steps: float, epochs: float, seeds: int = 3, seed: int = 0, preset: str = "budget", **world) -> list[Row]:
+def rows_of(id: str, steps: float, epochs: float, seeds: int = 3, seed: int = 0, preset: str = "budget", **world) -> list[RunRow]:
     effects = {"steps": steps, "epochs": epochs}
     return planted.plant(FINDINGS[id], effects, seeds, random.Random(seed), planted.World(**world), preset)
 
 
-def with_values(row: Row, **values: float) -> Row:
-    return Row(row.cell, row.seed, row.budget, {**row.values, **values}, fake=row.fake)
+def with_values(row: RunRow, **values: float) -> RunRow:
+    return RunRow(row.cell, row.seed, row.budget, {**row.values, **values}, fake=row.fake)
 
 
 def test_missing_runs_are_named_and_nothing_is_resolved():
@@ -279,16 +279,16 @@ def test_missing_runs_are_named_and_nothing_is_resolved():
 
 def test_a_batch_size_that_failed_everywhere_is_missed():
     """The runs that diverge at every seed are no reason to judge without their cells."""
-    failed = [r if r.cell.B < 512 else Row(r.cell, r.seed, r.budget, {}, finished=False) for r in rows_of("2", 0.03, 0.03)]
+    failed = [r if r.cell.B < 512 else RunRow(r.cell, r.seed, r.budget, {}, finished=False) for r in rows_of("2", 0.03, 0.03)]
     result = evaluate_finding(two(), failed)
     assert result.verdict == "not resolved" and result.needed is None
     assert "matched epochs: cosine, noise 0.5, B 512, lr 0.1, seed 1: no finished run" in result.missing
-    scored = [Row(r.cell, r.seed, r.budget, {**r.values, "val_acc": 0.5}) if r.finished else r for r in failed]
+    scored = [RunRow(r.cell, r.seed, r.budget, {**r.values, "val_acc": 0.5}) if r.finished else r for r in failed]
     assert evaluate_finding(two(), units.tuned(scored)).missing
 
 
 def test_a_missing_series_is_named():
-    rows = [Row(r.cell, r.seed, r.budget, {"memorized": r.values["memorized"]}) for r in rows_of("2", 0.03, 0.03)]
+    rows = [RunRow(r.cell, r.seed, r.budget, {"memorized": r.values["memorized"]}) for r in rows_of("2", 0.03, 0.03)]
     result = evaluate_finding(two(), rows)
     assert result.verdict == "not resolved" and "has no probe/memorized_excess" in result.missing[0]
 
@@ -383,9 +383,9 @@ def test_everything_memorized_resolves_nothing():
 
 def test_sizes_that_rise_and_fall_are_no_claim_and_are_named():
     """From 16 to 64 more is memorized, from 64 to 256 less: the mean alone, or last minus first, would hide it."""
-    def row(seed: int, B: int, budget: str, up: float, down: float) -> Row:
+    def row(seed: int, B: int, budget: str, up: float, down: float) -> RunRow:
         excess = {16: 0.3, 64: 0.3 + 2 * up, 256: 0.3 + 2 * up - 2 * down}[B] + 0.001 * (seed * (B // 16) % 5)
-        return Row(Cell("onecycle", 0.5, B), str(seed), budget, {"memorized_excess": excess, "memorized": excess + 0.05})
+        return RunRow(Cell("onecycle", 0.5, B), str(seed), budget, {"memorized_excess": excess, "memorized": excess + 0.05})
 
     grid = [(s, B, budget) for s in range(3) for B in (16, 64, 256) for budget in ("steps", "epochs")]
     mixed = evaluate_finding(two(), [row(*spot, 0.2, 0.1) for spot in grid])
@@ -405,7 +405,7 @@ def test_budgets_are_compared_on_what_both_have():
         for budget, values in (("steps", (0.3, 0.92, 0.94)), ("epochs", (0.3, 0.5, 0.9))):
             for B, v in zip((16, 64, 256), values, strict=True):
                 v += 0.001 * seed
-                rows.append(Row(Cell("cosine", 0.5, B), str(seed), budget, {"memorized_excess": v, "memorized": v + 0.05}))
+                rows.append(RunRow(Cell("cosine", 0.5, B), str(seed), budget, {"memorized_excess": v, "memorized": v + 0.05}))
     result = evaluate_finding(two(), rows)
     assert result.difference.mean == pytest.approx(0.31 - 0.1)
     assert result.intervals["epochs"].mean == pytest.approx((0.1 + 0.2) / 2)
@@ -447,9 +447,9 @@ def test_a_best_batch_size_at_an_end_is_a_bound(clean, noisy, at_least, at_most)
 def test_bounds_that_can_only_underestimate_the_shift_stand():
     three = FINDINGS["3"]
 
-    def rows(clean: float, noisy: float) -> list[Row]:
+    def rows(clean: float, noisy: float) -> list[RunRow]:
         made = curves(clean, noisy, scatter=0.004)
-        return [Row(c, str(s), b, {"val_acc": v}) for s, u in enumerate(made) for c, v in u["val_acc"].items() for b in ("steps", "epochs")]
+        return [RunRow(c, str(s), b, {"val_acc": v}) for s, u in enumerate(made) for c, v in u["val_acc"].items() for b in ("steps", "epochs")]
 
     result = evaluate_finding(three, rows(7, 3.5))  # the best with noise lies below 16, which is 4
     assert result.verdict == "supported" and "below 16: the shift is at least what is estimated" in result.notes[0]
@@ -527,7 +527,7 @@ def test_crossed_seeds_are_pooled_into_independent_units():
 
 def test_pooled_rows_are_means_and_a_missing_run_is_missed():
     rows = [
-        Row(Cell("constant", 0.5, B), f"{a}/{b}/0", "any", {"val_acc": a + 10 * b + B}) for a in range(3) for b in range(2) for B in (16, 64)
+        RunRow(Cell("constant", 0.5, B), f"{a}/{b}/0", "any", {"val_acc": a + 10 * b + B}) for a in range(3) for b in range(2) for B in (16, 64)
     ]
     pooled, other = units.poolings(rows)
     assert {r.seed for r in other} == {"0", "1"} and len(other) == 4
@@ -550,10 +550,10 @@ def test_pooling_keeps_false_alarms_rare_whichever_draw_dominates(whose):
                 for B in (16, 64):
                     for noise in (0.0, 0.5):
                         lost = (0.2 + draws[(a, b)[whose]] * math.log2(B)) * (noise > 0)
-                        rows.append(Row(Cell("constant", noise, B), f"{a}/{b}/0", "any", {"val_acc": 0.9 - lost + rng.gauss(0, 0.005)}))
+                        rows.append(RunRow(Cell("constant", noise, B), f"{a}/{b}/0", "any", {"val_acc": 0.9 - lost + rng.gauss(0, 0.005)}))
         result = evaluate_finding(FINDINGS["5c"], rows)
         assert result.intervals["steps"].n == (3, 4)[whose] and "by 3 units and" in result.notes[-1]
-        naive = evaluate_finding(FINDINGS["5c"], [Row(r.cell, r.seed.replace("/", "-"), "any", r.values) for r in rows])
+        naive = evaluate_finding(FINDINGS["5c"], [RunRow(r.cell, r.seed.replace("/", "-"), "any", r.values) for r in rows])
         assert naive.intervals["steps"].n == 12
         wrong += result.verdict == "supported"
         naive_wrong += naive.verdict == "supported"
@@ -570,7 +570,7 @@ def test_a_verdict_holds_by_every_way_of_pooling():
                 slope = mean + (0.05 * (a - 1) if budget == "steps" else 0.03 * (b - 1)) + 0.001 * ((a + 2 * b) % 3)
                 for B in (16, 64):
                     excess = 0.1 + slope * (math.log2(B) - 4) / 2
-                    rows.append(Row(Cell("cosine", 0.5, B), f"{a}/{b}/0", budget, {"memorized_excess": excess, "memorized": excess}))
+                    rows.append(RunRow(Cell("cosine", 0.5, B), f"{a}/{b}/0", budget, {"memorized_excess": excess, "memorized": excess}))
     ways = [findings.evaluate_units(two(), way, 0.01).verdict for way in units.poolings(rows)]
     assert ways == ["supported", "not resolved"]
     result = evaluate_finding(two(), rows)
@@ -582,7 +582,7 @@ def test_tuning_chooses_on_other_seeds():
     """Rate 0.2 is best on average; seed 0's own best is 0.1, by luck, and must not be chosen by itself."""
     acc = {("0", 0.1): 0.95, ("1", 0.1): 0.5, ("2", 0.1): 0.5, ("0", 0.2): 0.7, ("1", 0.2): 0.7, ("2", 0.2): 0.7}
     rows = [
-        Row(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}") for (seed, lr), v in acc.items()
+        RunRow(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}") for (seed, lr), v in acc.items()
     ]
     chosen = {r.seed: r.name for r in units.tuned(rows)}
     assert chosen["0"] == "0-0.2"

@@ -157,16 +157,16 @@ def test_what_a_run_sees_of_its_schedule():
         **{"fraction_seen": 0.512, "share_at_end": 0},
     }
     last = schedules.schedule("onecycle", 2559, 5000, 0.1, 0.9)[0]
-    line, warning = schedules.describe(headline, 0.1, last)
+    line, warning = schedules.describe_span(headline, 0.1, last)
     assert line == "schedule: onecycle over 5,000 steps (125 epochs); the run makes 2,560 steps (64 epochs): 51% of the schedule"
     assert "cut short" in warning and "--sched-epochs 64 fits" in warning and f"lr {last:.3g}" in warning
     held = schedules.span("cosine", 5000, 20_000, 313)
     assert (held["fraction_seen"], held["share_at_end"]) == (1, 0.75)
-    line, warning = schedules.describe(held, 0.1, 0.0)
+    line, warning = schedules.describe_span(held, 0.1, 0.0)
     assert "then 75% of the run at its last lr, 0" in line and warning is None
-    assert "--sched-steps 100 fits" in schedules.describe(schedules.span("cosine", 400, 100, 70), 0.1, 0.08)[1]
-    assert schedules.describe(schedules.span("cosine", 400, 400, 70), 0.1, 0.0)[0].endswith("exactly the schedule")
-    line, warning = schedules.describe(schedules.span("constant", 5000, 100, 50), 0.1, 0.1)
+    assert "--sched-steps 100 fits" in schedules.describe_span(schedules.span("cosine", 400, 100, 70), 0.1, 0.08)[1]
+    assert schedules.describe_span(schedules.span("cosine", 400, 400, 70), 0.1, 0.0)[0].endswith("exactly the schedule")
+    line, warning = schedules.describe_span(schedules.span("constant", 5000, 100, 50), 0.1, 0.1)
     assert line == "schedule: constant, lr 0.1 for all 100 steps (2 epochs)" and warning is None
 
 

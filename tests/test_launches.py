@@ -69,7 +69,7 @@ def test_of_a_step(job):
 @pytest.mark.parametrize("V", [2, 3])
 def test_of_a_gram_matrix_on_a_gpu(V):
     """ResNet-18 of width 64: 62 tensors, 11 million entries. Tensors without values take the path of a GPU."""
-    module = models.build("resnet18", 3, 10, 64, "bn", 0).to("meta", memory_format=torch.channels_last)
+    module = models.build_model("resnet18", 3, 10, 64, "bn", 0).to("meta", memory_format=torch.channels_last)
     rows = [[torch.empty_like(p) for p in module.parameters()] for _ in range(V)]
     with Count() as count:
         assert gradsplit.gram(rows).shape == (V, V)
@@ -79,7 +79,7 @@ def test_of_a_gram_matrix_on_a_gpu(V):
 
 def test_a_network_of_torchs_names_is_saved_and_read(job):
     """With the counters of batches that training goes without."""
-    usual = models.build("resnet18", 3, 10, 8, "bn", 0)
+    usual = models.build_model("resnet18", 3, 10, 8, "bn", 0)
     saved = models.counted_state(job.module, 7)
     assert list(saved) == list(usual.state_dict()) and not any(name.endswith(models.COUNTER) for name in job.module.state_dict())
     assert usual.load_state_dict(saved) and int(usual.bn1.num_batches_tracked) == 7

@@ -243,7 +243,7 @@ def test_dropout_mask_is_shared_by_both_rows_and_repeats():
 
 def pulled(model: str, precision: torch.dtype, cut: bool, watch=None) -> list[list[torch.Tensor]]:
     """Rows of C and of N of a small batch, made whole or part by part."""
-    net = models.build(model, 1, 10, 8, "bn", 0)
+    net = models.build_model(model, 1, 10, 8, "bn", 0)
     g = torch.Generator().manual_seed(0)
     x, y, noisy = torch.randn(4, 1, 32, 32, generator=g), torch.arange(4), torch.tensor([1.0, 0.0, 1.0, 0.0])
     if watch:

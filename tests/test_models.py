@@ -21,7 +21,7 @@ def test_parameter_counts():
 
 
 def test_resnet_has_the_tensors_and_names_of_common_cifar_resnets():
-    names = list(models.build("resnet18", 3, 10, 16, "bn", 0).state_dict())
+    names = list(models.build_model("resnet18", 3, 10, 16, "bn", 0).state_dict())
     for name in ("conv1.weight", "bn1.running_var", "layer2.0.shortcut.0.weight", "layer4.1.bn2.bias", "linear.bias"):
         assert name in names
     assert sum(1 for _ in models.ResNet18(3, 10, 16).parameters()) == 62
@@ -39,10 +39,10 @@ def test_vgg_is_torchvisions_but_for_the_stem():
 @pytest.mark.parametrize("name", ["resnet18", "vgg16-linear"])
 def test_weights_come_from_the_seed_alone(name):
     torch.manual_seed(5)
-    first = models.build(name, 1, 10, 8, "bn", 1)
+    first = models.build_model(name, 1, 10, 8, "bn", 1)
     after = torch.rand(1)
     torch.manual_seed(6)
-    second, third = (models.build(name, 1, 10, 8, "bn", seed) for seed in (1, 2))
+    second, third = (models.build_model(name, 1, 10, 8, "bn", seed) for seed in (1, 2))
     torch.manual_seed(5)
     assert torch.rand(1) == after  # the global generator was left alone
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
@@ -51,10 +51,10 @@ def test_weights_come_from_the_seed_alone(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg16-linear"])
 def test_double_precision_starts_from_the_same_weights(name):
-    want = models.build(name, 1, 10, 8, "bn", 1)
+    want = models.build_model(name, 1, 10, 8, "bn", 1)
     torch.set_default_dtype(torch.float64)
     try:
-        got = models.build(name, 1, 10, 8, "bn", 1)
+        got = models.build_model(name, 1, 10, 8, "bn", 1)
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
@@ -62,7 +62,7 @@ def test_double_precision_starts_from_the_same_weights(name):
 
 
 def test_groupnorm_has_groups_of_eight_and_no_statistics():
-    model = models.build("resnet18", 3, 10, 16, "gn", 0)
+    model = models.build_model("resnet18", 3, 10, 16, "gn", 0)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
     assert len(norms) == 20 and all(m.num_channels // m.num_groups == 8 for m in norms)
     assert not list(model.buffers())
@@ -88,11 +88,11 @@ for width in (4, 8, 12):
         exact = [want, *torch.autograd.grad(want, [theirs.weight, plain], upper.double())]
         for a, b in zip(got, exact, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm(), (width, B)
-    net = models.build("resnet18", 3, 10, width, "bn", 0).to(memory_format=torch.channels_last)
+    net = models.build_model("resnet18", 3, 10, width, "bn", 0).to(memory_format=torch.channels_last)
     for B in (2, 3, 31):  # the whole network, through every other convolution it has
         x = torch.randn(B, 3, 32, 32, generator=g)
         labels = torch.randint(10, (B,), generator=g)
-        other = models.build("resnet18", 3, 10, width, "bn", 0).double()
+        other = models.build_model("resnet18", 3, 10, width, "bn", 0).double()
         grads = []
         for model, images in ((net, x.contiguous(memory_format=torch.channels_last)), (other, x.double())):
             loss = torch.nn.functional.cross_entropy(model(images), labels)

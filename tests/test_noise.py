@@ -273,7 +273,7 @@ def test_ledger_counts_by_class():
     ledger = noisefile.ledger("file", 0.5, None, torch.arange(6), true, label, K=4)
     assert ledger["per_class"] == [0.5, None, 0.5, None]
     assert ledger["matrix"] == [[0.5, 0.25, 0.25, 0], [0, 0, 0, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 0]]
-    result = noisefile.describe(ledger, ("a", "b", "c", "d"))
+    result = noisefile.describe_labels(ledger, ("a", "b", "c", "d"))
     assert "realised 0.5000 (3 of 6 labels changed), no seed" in result.splitlines()[0]
     assert result.splitlines()[3].split() == ["a", "50.0", "50.0", "25.0", "25.0", "."]
     assert result.splitlines()[4].split() == ["b", "-", ".", ".", ".", "."]

@@ -15,7 +15,7 @@ from engine.tensorboard_views import will_log
 
 def made(momentum: float = 0.9, sched: str = "constant", wd: float = 0.0):
     p = torch.nn.Parameter(torch.tensor([2.0]))
-    return p, optim.build("sgd", [p], 0.1, momentum, wd, sched)
+    return p, optim.build_optimizer("sgd", [p], 0.1, momentum, wd, sched)
 
 
 def test_sgd_on_one_weight():
@@ -49,7 +49,7 @@ def by_formula(name: str, w: float, gradients: list[float], lr: float, m: float,
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_each_follows_its_formula(name):
     p = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-    optimizer, gradients = optim.build(name, [p], 0.1, 0.8, 0.05, "constant"), [1.0, -0.3, 0.7, 0.0, 2.0]
+    optimizer, gradients = optim.build_optimizer(name, [p], 0.1, 0.8, 0.05, "constant"), [1.0, -0.3, 0.7, 0.0, 2.0]
     for g in gradients:
         p.grad = torch.full_like(p, g)
         optimizer.step()
@@ -70,7 +70,7 @@ def test_each_is_torchs_own_on_the_same_gradients(name):
     """With torch's cycled one-cycle rate and momentum; unfused to rounding, and bit for bit in the form that it is used in."""
     g = torch.Generator().manual_seed(0)
     mine, plain, same = ([torch.nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (3, 40)] for _ in range(3))
-    ours = optim.build(name, mine, 0.1, 0.8, 0.05, "onecycle")
+    ours = optim.build_optimizer(name, mine, 0.1, 0.8, 0.05, "onecycle")
     theirs = TORCHS[name](plain)
     fused = TORCHS[name](same, **({} if name == "rmsprop" else {"fused": True}))
     cycles = [torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=40) for o in (theirs, fused)]
@@ -99,7 +99,7 @@ def test_kept_state_is_what_a_step_leaves(name, momentum):
     if not momentum and optim.OPTIMIZERS[name].needs_momentum:
         pytest.skip("never without a momentum")
     p = torch.nn.Parameter(torch.ones(2))
-    optimizer = optim.build(name, [p], 0.1, momentum, 0, "constant")
+    optimizer = optim.build_optimizer(name, [p], 0.1, momentum, 0, "constant")
     p.grad = torch.ones(2)
     optimizer.step()
     kept = {key for key, value in optimizer.state_dict()["state"].get(0, {}).items() if value is not None}

@@ -18,7 +18,7 @@ SHORT = "--width 64 --bs 16 --max-steps 3 --epochs 1 --measure-every 1 --noise 0
 
 def count(name: str, C: int, K: int, size: tuple[int, int]) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in models.build(name, C, K, 64, "bn", 0, size).parameters())
+        return sum(p.numel() for p in models.build_model(name, C, K, 64, "bn", 0, size).parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------------ ViT
@@ -31,7 +31,7 @@ def test_vit_has_the_published_size():
     assert count("vit-small", 3, 10, (32, 32)) == 21_342_346
     assert count("vit-small", 1, 10, (32, 32)) == 21_342_346 - 2 * 16 * 384
     assert count("vit-small", 3, 10, (28, 48)) == 21_342_346 + (7 * 12 - 64) * 384
-    assert not list(models.build("vit-small", 3, 10, 64, "bn", 0).buffers())
+    assert not list(models.build_model("vit-small", 3, 10, 64, "bn", 0).buffers())
 
 
 def test_attention_is_torchs():
@@ -102,7 +102,7 @@ def test_torchvisions_have_the_published_sizes(name, published):
 
 
 def test_one_channel_takes_the_first_of_three():
-    one, three = (models.build("torchvision:resnet18", C, 10, 64, "bn", 3) for C in (1, 3))
+    one, three = (models.build_model("torchvision:resnet18", C, 10, 64, "bn", 3) for C in (1, 3))
     assert torch.equal(one.conv1.weight, three.conv1.weight[:, :1]) and one.conv1.in_channels == 1
     assert torch.equal(one.fc.weight, three.fc.weight)
     assert not one.bn1.running_mean.any() and one.bn1.num_batches_tracked == 0  # the trial has left no trace
@@ -111,7 +111,7 @@ def test_one_channel_takes_the_first_of_three():
 
 def test_random_depth_counts_as_dropout():
     """Without a layer of class Dropout that is on: found by trying."""
-    assert models.has_dropout(models.build("torchvision:swin_t", 3, 10, 64, "bn", 0))
+    assert models.has_dropout(models.build_model("torchvision:swin_t", 3, 10, 64, "bn", 0))
 
 
 def test_torchvision_trains_and_resumes(go):
@@ -232,8 +232,8 @@ def test_all_measures_of_an_own_function(go, own, monkeypatch):
 
 @pytest.mark.parametrize("function", ["dropping", "frozen"])
 def test_what_torch_allows(go, own, function):
-    model = models.build(f"{own}:{function}", 3, 10, 64, "bn", 1)
-    again = models.build(f"{own}:{function}", 3, 10, 64, "bn", 1)
+    model = models.build_model(f"{own}:{function}", 3, 10, 64, "bn", 1)
+    again = models.build_model(f"{own}:{function}", 3, 10, 64, "bn", 1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert models.has_dropout(model) == (function == "dropping")
     whole = go(*SHORT, "--model", f"{own}:{function}", name="whole")
@@ -278,7 +278,7 @@ def test_refused(go, own, capsys, given, result):
 
 def test_idle_parameters_are_named(own):
     with pytest.raises(models.InputError, match="not logits|do not depend on the parameter"):
-        models.build(f"{own}:idle", 3, 10, 64, "bn", 0)
+        models.build_model(f"{own}:idle", 3, 10, 64, "bn", 0)
 
 
 # ----------------------------------------------------------------------------------------------------------- own images
@@ -335,4 +335,4 @@ def test_what_does_not_fit_is_refused_from_the_headers(go, tmp_path, monkeypatch
 
 def parameters(name: str, width: int) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in models.build(name, 3, 7, width, "bn", 0).parameters())
+        return sum(p.numel() for p in models.build_model(name, 3, 7, width, "bn", 0).parameters())

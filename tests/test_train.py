@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import schedules
 import train
 from conftest import ROOT, SIXTEEN, TINY, fabric_run, same_weights, series, summary, weights
 from engine import hardware
@@ -37,7 +38,7 @@ def test_a_run_leaves_what_the_contract_says(go):
     assert [step for step, _ in actual["val/acc"]] == [step for step, _ in actual["val/loss"]] == [0, 5, 10]
     assert [step for step, _ in actual["test/acc"]] == [10]
     assert actual["optim/lr"] == [
-        (s, pytest.approx(train.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)
+        (s, pytest.approx(schedules.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)
     ]
     ledger = json.loads((folder / "config.json").read_text())["noise"]
     assert actual["noise/nominal"] == [(0, 0.5)] and actual["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
@@ -133,10 +134,8 @@ def test_the_short_last_batch_is_kept(go):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(go, monkeypatch, capsys):
-    schedule = train.schedule
-    monkeypatch.setattr(
-        train, "schedule", lambda name, step, *rest: schedule(name, step, *rest) if step < 5 else (1e30, 0.9)
-    )
+    at = schedules.Course.at
+    monkeypatch.setattr(schedules.Course, "at", lambda course, step: at(course, step) if step < 5 else (1e30, 0.9))
     folder = go("--noise", "0.5", "--epochs", "4", "--checkpoint-minutes", "0", status=1)
     outcome = summary(folder)
     assert outcome["status"] == "failed" and "not finite" in outcome["reason"] or "is nan" in outcome["reason"]
