@@ -44,17 +44,30 @@ def test_more_processes_change_only_rounding(zygote, alone, tmp_path, bs, ranks)
     and 10 % noise most ranks have no noisy example in most batches."""
     argv = [*GN, "--bs", bs, "--epochs", "13", "--max-steps", STEPS, "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run(argv, ranks=ranks) == [0] * ranks, zygote.output()
-    want, got = series(alone[bs]), series(tmp_path / "r")
+    assert_equal_to_rounding(alone[bs], tmp_path / "r")
+
+
+@pytest.mark.slow
+def test_processes_are_still_the_same_run_after_50_steps(zygote, tmp_path):
+    argv = [*GN, "--bs", "53", "--epochs", "13", "--max-steps", "50", "--runs", str(tmp_path)]
+    for ranks in (1, 2):
+        assert zygote.run([*argv, "--name", str(ranks)], ranks=ranks) == [0] * ranks, zygote.output()
+    assert_equal_to_rounding(tmp_path / "1", tmp_path / "2")
+
+
+def assert_equal_to_rounding(one: Path, several: Path) -> None:
+    """That runs of one and of several processes have the same series, weights and accuracies."""
+    want, got = series(one), series(several)
     assert want.keys() == got.keys() and "grad/cos_clean_noisy" in want
     for tag, points in want.items():
         assert [step for step, _ in got[tag]] == [step for step, _ in points], tag
         # Event files hold float32, so the last bit may differ; the weights below are compared to 1e-8.
         assert [v for _, v in got[tag]] == pytest.approx([v for _, v in points], rel=2e-7, abs=1e-8), tag
-    a, b = weights(alone[bs]), weights(tmp_path / "r")
+    a, b = weights(one), weights(several)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-8)
-    assert summary(tmp_path / "r")["test_acc"] == summary(alone[bs])["test_acc"]
-    assert summary(tmp_path / "r")["val_acc"] == summary(alone[bs])["val_acc"]
+    assert summary(several)["test_acc"] == summary(one)["test_acc"]
+    assert summary(several)["val_acc"] == summary(one)["val_acc"]
 
 
 COMPILED = """
@@ -67,6 +80,7 @@ assert train.main({argv!r}) == 0
 """
 
 
+@pytest.mark.slow
 def test_compiled_processes_are_the_same_run(zygote, alone, tmp_path):
     """Compiled plain steps through DDP; the single example of the last batch takes the eager network on one rank."""
     argv = [

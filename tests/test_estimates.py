@@ -153,6 +153,7 @@ def test_difference_of_random_masks_over_one_batch_is_0():
     assert len(found) > 0.98 * runs and (z.abs() < 4).all() and (found.std(0) > 0.1).all(), (z, found.mean(0), found.std(0))
 
 
+@pytest.mark.slow
 def test_difference_of_a_fake_mask_on_real_training_is_0(go):
     """The A/A run: labels are true and the mask is drawn, so the mean over the run is 0 within its standard error."""
     argv = "--fake-mask 0.4 --synthetic-train 500 --epochs 3 --permutations 0 --measure-every 1 --measure full --measure-budget 30"

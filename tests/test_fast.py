@@ -153,7 +153,7 @@ def test_full_batches_are_replayed_and_only_plain_ones():
     assert replayed == [48, 48]  # not the measured one, not the last of 16
 
 
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("16-mixed", marks=pytest.mark.slow)])
 def test_the_graph_around_its_replay(monkeypatch, precision):
     """Without a GPU: what surrounds a captured graph, with a stand-in whose replay computes again, in place, what was
     captured. Batches get in, gradients get out, running statistics and the short batch are right: the same bits."""

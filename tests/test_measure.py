@@ -460,6 +460,7 @@ def test_memorization_is_noticed(go):
     assert memorized[-1][1] > 0.9 and found["probe/recovered"][-1][1] < 0.1
 
 
+@pytest.mark.slow
 def test_a_fake_mask_over_clean_labels_gives_the_null(go):
     """The A/A run, on real training: the cosines differ from their random masks by no more than those among themselves."""
     argv = (
@@ -593,6 +594,7 @@ def test_the_state_is_saved_and_restored_as_one():
     assert after.saved() == saved | {"plan": {"steps": 4}}
 
 
+@pytest.mark.slow
 def test_accumulators_survive_a_kill(zygote, tmp_path):
     argv = [
         *TINY,
@@ -624,6 +626,7 @@ def test_accumulators_survive_a_kill(zygote, tmp_path):
     assert summary(tmp_path / "whole")["not_resolved"] == summary(tmp_path / "cut")["not_resolved"]
 
 
+@pytest.mark.slow
 def test_full_measurements_on_two_processes(zygote, tmp_path):
     argv = [
         *TINY,

@@ -111,6 +111,7 @@ def test_a_run_repeats_from_its_noise_npz(argv, go):
     assert result[0] == result[1]
 
 
+@pytest.mark.slow
 def test_dynamic_noise_on_two_processes_and_resumed(zygote, go, tmp_path):
     """Labels are a function of seed and epoch: two processes and a run in two parts see what one run sees."""
     argv = ["--norm", "gn", "--precision", "64-true", "--noise-type", "dynamic", "--noise", "0.5"]

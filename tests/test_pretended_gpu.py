@@ -121,7 +121,7 @@ def test_steps_do_not_wait_for_the_device(gpu, words):
     assert steps(job, gpu, measured=True) == []
 
 
-FULL = ["--precision 64-true --stratify", "--measure-bn separate"]
+FULL = ["--precision 64-true --stratify", pytest.param("--measure-bn separate", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("words", FULL)

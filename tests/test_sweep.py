@@ -631,6 +631,7 @@ def test_a_lost_node_s_run_goes_on_elsewhere(cluster, fake, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_a_real_run_and_a_real_failure(tmp_path, capsys):
     """train.py itself: one run that finishes, one that its data cannot start."""
     tiny = [w for w in TINY if w not in ("--bs", "32", "--threads", "1")]

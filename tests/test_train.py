@@ -165,6 +165,7 @@ def test_checkpoint_loads_as_plain_data(go):
     assert {"model", "optimizer"} <= state.keys()
 
 
+@pytest.mark.slow
 def test_fabric_run_is_the_same_run(go, tmp_path):
     """`fabric run` with one process, with nothing but the accelerator given: the same bits, precision resolved alike."""
     argv = [*TINY, "--noise", "0.5"]
