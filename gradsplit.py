@@ -172,8 +172,10 @@ def buckets(rows: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]
     """V gradients cut alike into buckets of `size` entries each (the last holds fewer): of every gradient the 1-d pieces that
     follow each other there, however many tensors they are of. One bucket takes a handful of launches, as one tensor would.
     """
-    bucket, room = [[] for _ in rows], size
-    for same in zip(*rows, strict=True):  # one parameter's part of every row
+    bucket: list[list[Tensor]] = [[] for _ in rows]
+    room = size
+    for parts in zip(*rows, strict=True):  # one parameter's part of every row
+        same = list(parts)
         if all(part.is_contiguous(memory_format=torch.channels_last) for part in same if part.dim() == 4):
             same = [part.permute(0, 2, 3, 1) if part.dim() == 4 else part for part in same]  # as they lie in memory
         flat = [part.reshape(-1) for part in same]

@@ -6,10 +6,11 @@ python examples/plain_loop.py
 import sys
 
 import torch
-from gradsplit import Meter  # pip install ., or copy the file
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from gradsplit import Meter  # pip install ., or copy the file
 
 torch.manual_seed(0)
 x = torch.randn(2048, 20)

@@ -7,8 +7,9 @@ The two groups are those of the meter: its mask need not mean wrong labels.
 """
 
 import torch
-from gradsplit import Meter
 from torch import Tensor, nn
+
+from gradsplit import Meter
 
 CLASSES, LENGTH, STEPS, BATCH = 4, 12, 150, 64
 
