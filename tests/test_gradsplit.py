@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -398,3 +399,35 @@ def test_it_is_installed_alone(tmp_path):
     assert (
         Path(ended.stdout.splitlines()[0]) == there / "gradsplit.py" and "null/permuted_cos_clean_noisy" in ended.stdout
     )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/meter.md"])
+def test_the_lines_of_the_documentation_run(page, capsys):
+    """As they stand, with a network, an optimizer and a loader of the reader's."""
+    lines = (ROOT / page).read_text().splitlines()
+    first = lines.index("    from gradsplit import Meter")
+    block = []
+    for line in lines[first:]:
+        if line and not line.startswith("    "):
+            break
+        block.append(line.removeprefix("    "))
+    model, _, _, _, _, _ = case("conv", torch.float32)
+    x, y, noisy = torch.randn(12, 3, 8, 8), torch.arange(12) % 4, torch.arange(12) % 2 == 0
+    scope = {"model": model, "x": x, "y": y, "noisy": noisy, "loader": [(x, y, noisy)] * 2}
+    scope["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec("\n".join(block), scope)
+    assert {"grad/cos_clean_noisy", "null/permuted_cos_clean_noisy"} <= scope["values"].keys()
+    assert scope["meter"].steps == (1 if page == "README.md" else 2) and all(
+        p.grad is not None for p in model.parameters()
+    )
+
+
+def test_every_series_of_the_meter_has_its_row():
+    """In the table of docs/meter.md, no other, and by what the table says."""
+    net, x, y, noisy, _, _ = case("conv")
+    true = torch.where(noisy, (y + 1) % 4, y)
+    written = set(Meter(net, masks=2, chunks=2).step(x, y, noisy, true))
+    text = (ROOT / "docs" / "meter.md").read_text()
+    table = text[text.index("| series | when |") : text.index("[Measurements]")]
+    described = set(re.findall(r"`((?:grad|null|truth|train)/\w+)`", table))
+    assert {tag.removesuffix("_std") for tag in written} == described
