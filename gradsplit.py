@@ -109,7 +109,9 @@ def loss_cotangents(loss: Loss | None, output: Tensor, labels: Tensor, weights: 
     with torch.enable_grad():
         each = example_losses(loss, z, labels)
     if not each.requires_grad:
-        raise ValueError("loss= returned values that do not depend on the network's output: was the output detached in it?")
+        raise ValueError(
+            "loss= returned values that do not depend on the network's output: was the output detached in it?"
+        )
     return [torch.autograd.grad(each, z, w.to(each.dtype), retain_graph=True)[0] for w in weights]
 
 
@@ -170,8 +172,10 @@ def buckets(rows: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]
     """V gradients cut alike into buckets of `size` entries each (the last holds fewer): of every gradient the 1-d pieces that
     follow each other there, however many tensors they are of. One bucket takes a handful of launches, as one tensor would.
     """
-    bucket, room = [[] for _ in rows], size
-    for same in zip(*rows, strict=True):  # one parameter's part of every row
+    bucket: list[list[Tensor]] = [[] for _ in rows]
+    room = size
+    for parts in zip(*rows, strict=True):  # one parameter's part of every row
+        same = list(parts)
         if all(part.is_contiguous(memory_format=torch.channels_last) for part in same if part.dim() == 4):
             same = [part.permute(0, 2, 3, 1) if part.dim() == 4 else part for part in same]  # as they lie in memory
         flat = [part.reshape(-1) for part in same]
@@ -372,7 +376,9 @@ class Context:
         else:
             output = self.module(*x) if isinstance(x, (tuple, list)) else self.module(x)
         if not isinstance(output, Tensor):
-            raise TypeError(f"the network returned {type(output).__name__}: wrap it in a module that returns one tensor")
+            raise TypeError(
+                f"the network returned {type(output).__name__}: wrap it in a module that returns one tensor"
+            )
         return output
 
     def logits(self, x: Any) -> Tensor:
@@ -518,7 +524,9 @@ class Forward:
                 used = context.sum_over_ranks(torch.stack([w.any() for w in own]).float()).tolist()
                 wanted = [i for i in wanted if used[i]]
             if len(logits) != len(y):
-                raise ValueError(f"the network's output of shape {tuple(logits.shape)} is not of {len(y)} examples, as the labels are")
+                raise ValueError(
+                    f"the network's output of shape {tuple(logits.shape)} is not of {len(y)} examples, as the labels are"
+                )
             U = output_cotangents(context.loss, logits, y, [own[i] for i in wanted], t)
             for i, row in zip(wanted, pull_backs(*graph, context.parameters, U, free), strict=True):
                 of_pieces[i].append(row)
@@ -549,9 +557,7 @@ def inner_products(context: Context, *rows: Row) -> list[list[float]]:
     return gram(list(rows)).div(float(context.loss_scale()) ** 2).tolist()
 
 
-def summed_row(
-    context: Context, forward: Forward, labels: Tensor, weights: Tensor, true: Tensor | None = None
-) -> Row:
+def summed_row(context: Context, forward: Forward, labels: Tensor, weights: Tensor, true: Tensor | None = None) -> Row:
     """`Forward.row`, summed over all processes."""
     return sum_rows(context, [forward.row(labels, weights, true=true)])[0]
 
@@ -639,7 +645,9 @@ def random_mask(batch: Batch, stratify: bool, g: torch.Generator) -> Tensor:
     return torch.empty_like(batch.host_noisy).scatter(0, plain, batch.host_noisy[mixed])
 
 
-def permuted_values(context: Context, batch: Batch, forward: Forward, g: Row, masks: Sequence[Tensor]) -> dict[str, float]:
+def permuted_values(
+    context: Context, batch: Batch, forward: Forward, g: Row, masks: Sequence[Tensor]
+) -> dict[str, float]:
     """`null/permuted_*`: mean and standard deviation of both cosines over R `masks` as of `draw_masks`, one at a time; `g` is
     the batch's gradient. The host waits for the device. On a separate `forward` each takes two forwards of its own."""
     cosines: dict[str, list[float]] = {"null/permuted_cos_clean_all": [], "null/permuted_cos_clean_noisy": []}
@@ -708,7 +716,17 @@ def chunk_estimates(
     cn = products[0][1] / (f * (1 - f))
     ca, aa = f * cc + (1 - f) * cn, f * f * cc + 2 * f * (1 - f) * cn + (1 - f) ** 2 * nn
     across = (products[0][1] - within) * B**2 / pairs if pairs else math.nan
-    moments = {"cc": cc, "nn": nn, "cn": cn, "ca": ca, "aa": aa, "var_c": var_c, "var_n": var_n, "var_a": var_a, "sq_a": sq_a}
+    moments = {
+        "cc": cc,
+        "nn": nn,
+        "cn": cn,
+        "ca": ca,
+        "aa": aa,
+        "var_c": var_c,
+        "var_n": var_n,
+        "var_a": var_a,
+        "sq_a": sq_a,
+    }
     return moments, across
 
 
@@ -738,7 +756,12 @@ def truth_values(context: Context, batch: Batch, forward: Forward, g: Row) -> di
 
 
 def part_values(
-    context: Context, batch: Batch, products: list[list[float]], own: Row | None, moments: dict[str, float], across: float
+    context: Context,
+    batch: Batch,
+    products: list[list[float]],
+    own: Row | None,
+    moments: dict[str, float],
+    across: float,
 ) -> dict[str, float]:
     """`null/cos_*` and `grad/difference*` from `chunk_estimates` and the `products` it took; `own` is a g that is not the
     sum of the rows of C and of N, or None."""
@@ -807,7 +830,9 @@ class Meter:
         if chunks == 1:
             raise ValueError("chunks=1: estimates take at least 2 parts; 0 for none")
         if not (autocast is None or isinstance(autocast, torch.dtype) or callable(autocast)):
-            raise TypeError(f"autocast is {type(autocast).__name__}, neither a dtype nor a function that returns a context manager")
+            raise TypeError(
+                f"autocast is {type(autocast).__name__}, neither a dtype nor a function that returns a context manager"
+            )
         model = getattr(model, "_orig_mod", model)  # of torch.compile, whose backward may be called only once
         if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for a backward of its own
             model = model.module
@@ -817,7 +842,9 @@ class Meter:
         self.steps = 0  # calls of `step`, which key the masks
         self.logits: Tensor | None = None  # output of the last `step`, (b, ...), detached
 
-    def step(self, x: Any, y: Tensor, noisy: Tensor, true: Tensor | None = None, *, scale: Any = 1.0, step: int | None = None) -> dict:
+    def step(
+        self, x: Any, y: Tensor, noisy: Tensor, true: Tensor | None = None, *, scale: Any = 1.0, step: int | None = None
+    ) -> dict:
         """Instead of forward and backward: adds the gradient of the batch's mean loss to `.grad`; returns values by tag.
 
         Arguments as of `measure`. Also `train/loss`, the batch's mean loss; the output stands in `meter.logits`. A GPU is
@@ -897,6 +924,8 @@ class Meter:
         device, autocast = y.device, self.autocast
         if callable(scale):
             scale = scale(torch.ones((), device=device))
+        if isinstance(scale, Tensor):  # else a float32 factor would be rounded into float64 gradients
+            scale = scale.double()
         if isinstance(autocast, torch.dtype):
             enter = lambda: torch.autocast(device.type, autocast)  # noqa: E731
         else:
@@ -907,9 +936,13 @@ class Meter:
         """The global batch, of which these are this process's share; here the host waits for a `noisy` on a GPU."""
         if not isinstance(noisy, Tensor) or noisy.dtype != torch.bool:
             found = str(noisy.dtype) if isinstance(noisy, Tensor) else type(noisy).__name__
-            raise TypeError(f"noisy is {found}; it must be a tensor of torch.bool with one entry for each example, (B,)")
+            raise TypeError(
+                f"noisy is {found}; it must be a tensor of torch.bool with one entry for each example, (B,)"
+            )
         if noisy.dim() != 1 or y.dim() < 1 or len(noisy) != len(y):
-            raise ValueError(f"noisy of shape {tuple(noisy.shape)} for y of shape {tuple(y.shape)}: it must have one entry for each example, (B,)")
+            raise ValueError(
+                f"noisy of shape {tuple(noisy.shape)} for y of shape {tuple(y.shape)}: it must have one entry for each example, (B,)"
+            )
         if true is not None and true.shape != y.shape:
             raise ValueError(f"true of shape {tuple(true.shape)} for y of shape {tuple(y.shape)}: both must be alike")
         here, first, (rank, world_size) = noisy.cpu(), 0, process()

@@ -1,0 +1,433 @@
+"""The meter against plain backward passes, against a run's own series, alone and under two processes, and from elsewhere."""
+
+import copy
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import gradsplit
+import train
+from conftest import ROOT
+from gradsplit import Meter
+from test_metrics import job_for, warm
+
+
+@pytest.fixture(autouse=True)
+def default_dtype():
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+class Transformer(nn.Module):
+    """Logits (B, 3), or (B, T, 3) one for each token, of tokens (B, T) and a mask of those to be left out."""
+
+    def __init__(self, each_token: bool = False) -> None:
+        super().__init__()
+        self.each_token = each_token
+        self.embed = nn.Embedding(11, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens, padding):
+        h = self.head(self.layer(self.embed(tokens), src_key_padding_mask=padding))
+        return h if self.each_token else h.mean(1)
+
+
+def squared(output, y):
+    return (output - y).square().sum(1)
+
+
+def conv_net(norm) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        norm(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        norm(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 4),
+    )
+
+
+def case(name: str, dtype=torch.float64):
+    """(network, x, y, noisy, loss= of the meter, the same loss (b,) written out) in `dtype`."""
+    torch.manual_seed(0)
+    noisy = torch.arange(24) % 3 == 1
+    entropy = lambda z, y: F.cross_entropy(z, y, reduction="none")  # noqa: E731
+    if name in ("conv", "batchnorm"):
+        net = conv_net(nn.BatchNorm2d if name == "batchnorm" else lambda C: nn.GroupNorm(2, C)).to(dtype)
+        return net, torch.randn(24, 3, 8, 8, dtype=dtype), torch.arange(24) % 4, noisy, None, entropy
+    if name == "regression":
+        net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2)).to(dtype)
+        return net, torch.randn(24, 5, dtype=dtype), torch.randn(24, 2, dtype=dtype), noisy, squared, squared
+    x = torch.randint(11, (24, 6)), torch.zeros(24, 6, dtype=torch.bool)
+    if name == "tokens":
+        mean = lambda z, y: F.cross_entropy(z.transpose(1, 2), y, reduction="none").mean(1)  # noqa: E731
+        return Transformer(True).to(dtype), x, torch.randint(3, (24, 6)), noisy, None, mean
+    return Transformer().to(dtype), x, torch.arange(24) % 3, noisy, None, entropy
+
+
+CASES = ["conv", "batchnorm", "transformer", "tokens", "regression"]
+
+
+def forward(net, x):
+    return net(*x) if isinstance(x, tuple) else net(x)
+
+
+def flat(grads) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in grads]).double()
+
+
+def three_passes(net, x, y, noisy, each, mode="train"):
+    """g_C, g_N and g by three forward and backward passes of a copy."""
+    found = []
+    for keep in (~noisy, noisy, noisy | True):
+        own = copy.deepcopy(net).train(mode != "eval")
+        if mode == "separate" and not keep.all():
+            index = keep.nonzero().squeeze(1)
+            each(forward(own, gradsplit.select(x, index)), y[index]).mean().backward()
+        else:
+            each(forward(own, x), y)[keep].mean().backward()
+        found.append(flat(p.grad for p in own.parameters()))
+    return found
+
+
+def expected(gC, gN, g) -> dict[str, float]:
+    cos = lambda a, b: float(a @ b / (a.norm() * b.norm()))  # noqa: E731
+    want = {"cos_clean_all": cos(gC, g), "cos_clean_noisy": cos(gC, gN)}
+    want |= {"norm_clean": float(gC.norm()), "norm_noisy": float(gN.norm()), "norm_all": float(g.norm())}
+    return {f"grad/{tag}": value for tag, value in want.items()}
+
+
+# ------------------------------------------------------------------------------------------------ against plain passes
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
+def test_the_meter_equals_three_backward_passes(name, mode, dtype, bound):
+    net, x, y, noisy, loss, each = case(name, dtype)
+    want = expected(*three_passes(net, x, y, noisy, each, mode))
+    plain = copy.deepcopy(net)
+    mean = each(forward(plain, x), y).mean()
+    mean.backward()
+    meter = Meter(net, loss=loss, masks=2, batchnorm=mode)
+    ahead = meter.measure(x, y, noisy)
+    assert all(p.grad is None for p in net.parameters())
+    got = meter.step(x, y, noisy)
+    for tag, value in want.items():
+        assert float(got[tag]) == pytest.approx(value, rel=bound, abs=bound), tag
+    assert float(got["train/loss"]) == pytest.approx(float(mean.detach()), rel=1e-6)
+    assert {tag: float(v) for tag, v in ahead.items()} == {tag: float(v) for tag, v in got.items() if tag in ahead}
+    assert ahead.keys() == got.keys() - {"train/loss"} and len([t for t in ahead if t.startswith("null/permuted")]) == 4
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(
+            p.grad,
+            q.grad,
+            rtol=1e-4 if dtype == torch.float32 else 1e-10,
+            atol=1e-6 if dtype == torch.float32 else 1e-14,
+        )
+    for b, c in zip(net.buffers(), plain.buffers(), strict=True):  # running statistics moved once
+        torch.testing.assert_close(b, c)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_mask_stands_for_the_clean_examples(name):
+    """`null/permuted_*` of one mask are the cosines that the same mask gives as `noisy`."""
+    net, x, y, noisy, loss, _ = case(name)
+    meter = Meter(net, loss=loss)
+    null = meter.measure(x, y, noisy, step=5)
+    mask = ~gradsplit.draw_masks(meter._batch(x, y, noisy, None), 1, 0, 5)[0]
+    assert mask.sum() == noisy.sum() and not torch.equal(mask, noisy)
+    as_noisy = meter.measure(x, y, mask)
+    for tag in ("cos_clean_all", "cos_clean_noisy"):
+        assert float(null[f"null/permuted_{tag}"]) == pytest.approx(float(as_noisy[f"grad/{tag}"]), rel=1e-10)
+    again = meter.measure(x, y, noisy, step=5), meter.measure(x, y, noisy, step=6)
+    assert [float(a["null/permuted_cos_clean_all"]) == float(null["null/permuted_cos_clean_all"]) for a in again] == [
+        True,
+        False,
+    ]
+
+
+def test_parts_give_the_exact_within_batch_variance():
+    """With as many chunks as examples tr Sigma is that of the gradients of single examples, one by one."""
+    net, x, y, noisy, loss, each = case("regression")
+    rows = torch.stack(
+        [
+            flat(torch.autograd.grad(each(net(x[i : i + 1]), y[i : i + 1]).sum(), list(net.parameters())))
+            for i in range(24)
+        ]
+    )
+    variance, g, f = float(rows.var(0).sum()), rows.mean(0), float((~noisy).double().mean())
+    got = Meter(net, loss=loss, chunks=24, masks=0).measure(x, y, noisy)
+    want = math.sqrt(float(g @ g) / (float(g @ g) + variance * (1 - f) / (f * 24)))
+    assert got["null/cos_clean_all"] == pytest.approx(want, rel=1e-10)
+    C, N = rows[~noisy], rows[noisy]
+    off = lambda A: (float(A.sum(0).square().sum()) - float(A.square().sum())) / (len(A) * (len(A) - 1))  # noqa: E731
+    assert got["grad/difference_norm"] == pytest.approx((off(C) - off(N)) * 24 / variance, rel=1e-9)
+    cross = float(C.mean(0) @ N.mean(0))
+    assert got["grad/difference"] == pytest.approx((off(C) + off(N) - 2 * cross) * 24 / variance, rel=1e-9)
+
+
+def test_true_labels_by_a_loss_of_ones_own_are_those_of_the_closed_form():
+    net, x, y, noisy, _, each = case("conv")
+    true = torch.where(noisy, (y + 1) % 4, y)
+    a, b = (Meter(net, loss=loss, chunks=3).measure(x, y, noisy, true) for loss in (None, each))
+    assert a.keys() == b.keys() and {"truth/cos", "truth/shift", "grad/label_share"} <= a.keys()
+    for tag in a:
+        assert float(a[tag]) == pytest.approx(float(b[tag]), rel=1e-9), tag
+    shift = [flat(torch.autograd.grad(F.cross_entropy(net(x), t), list(net.parameters()))) for t in (y, true)]
+    assert a["truth/shift"] == pytest.approx(float((shift[0] - shift[1]).norm() / shift[1].norm()), rel=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------- against a run's own
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-6), ("64-true", 1e-12)])
+def test_the_meter_equals_a_runs_series(mode, precision, bound):
+    job = job_for("--precision", precision, "--measure-bn", mode, "--permutations", "3")
+    batch = warm(job)
+    meter = Meter(copy.deepcopy(job.module), masks=3, batchnorm=mode)
+    got = meter.step(batch.x, batch.y, batch.noisy, step=4)
+    want = train.train_step(job, batch, 4, measured=True)
+    shared = [tag for tag in want if tag.startswith(("grad/", "null/")) or tag == "train/loss"]
+    assert len(shared) == 11 and set(shared) == set(got)
+    for tag in shared:
+        assert float(got[tag]) == pytest.approx(float(want[tag]), rel=bound, abs=bound), tag
+
+
+# --------------------------------------------------------------------------------------------------------------- traces
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+def test_measuring_leaves_no_trace(mode):
+    torch.manual_seed(0)
+    net = nn.Sequential(conv_net(nn.BatchNorm2d), nn.Dropout(0.5), nn.Linear(4, 4))
+    net[0][1].eval()  # frozen by its owner
+    x, y, noisy = torch.randn(16, 3, 8, 8), torch.arange(16) % 4, torch.arange(16) < 5
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    tensors = lambda: [*net.state_dict().values(), *(p.grad for p in net.parameters()), torch.get_rng_state()]  # noqa: E731
+    before, modes = [t.clone() for t in tensors()], [m.training for m in net.modules()]
+    with torch.no_grad():  # as in a validation loop
+        values = Meter(net, masks=2, chunks=2, batchnorm=mode).measure(x, y, noisy, (y + 1) % 4)
+    assert len(values) > 12
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(), strict=True))
+    assert modes == [m.training for m in net.modules()]
+
+
+def test_gradients_accumulate():
+    net, x, y, noisy, _, each = case("conv")
+    meter, want = Meter(net), copy.deepcopy(net)
+    for part in (slice(0, 12), slice(12, 24)):
+        meter.step(x[part], y[part], noisy[part], scale=0.5)
+        (each(want(x[part]), y[part]).mean() / 2).backward()
+    for p, q in zip(net.parameters(), want.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
+    assert meter.steps == 2
+
+
+@pytest.mark.parametrize("given", ["number", "tensor", "function"])
+def test_a_loss_scale_is_on_the_gradient_and_not_on_the_values(given):
+    net, x, y, noisy, _, _ = case("conv")
+    scale = {"number": 64.0, "tensor": torch.tensor(64.0), "function": lambda t: t * 64}[given]
+    plain, scaled = copy.deepcopy(net), net
+    a = Meter(plain, chunks=2).step(x, y, noisy)
+    b = Meter(scaled, chunks=2).step(x, y, noisy, scale=scale)
+    assert a.keys() == b.keys() and all(float(a[t]) == pytest.approx(float(b[t]), rel=1e-9) for t in a)
+    torch.testing.assert_close(flat(p.grad for p in scaled.parameters()), 64 * flat(p.grad for p in plain.parameters()))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_autocast_is_that_of_the_meter_or_around_it(autocast):
+    net, x, y, noisy, _, _ = case("transformer", torch.float32)
+    within = Meter(net, autocast=autocast).measure(x, y, noisy)
+    with torch.autocast("cpu", torch.bfloat16):
+        around = Meter(net).measure(x, y, noisy)
+    full = Meter(net).measure(x, y, noisy)
+    assert {t: float(v) for t, v in within.items()} == {t: float(v) for t, v in around.items()}
+    assert 0 < abs(float(within["grad/norm_all"]) - float(full["grad/norm_all"])) < 0.05 * float(full["grad/norm_all"])
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_what_does_not_fit_is_said():
+    net, x, y, noisy, _, each = case("conv")
+    measure, frozen = Meter(net).measure, copy.deepcopy(net).requires_grad_(False)
+    wrong = [
+        (TypeError, "noisy is torch.int64; it must be a tensor of torch.bool", lambda: measure(x, y, noisy.long())),
+        (TypeError, "noisy is list", lambda: measure(x, y, noisy.tolist())),
+        (ValueError, r"noisy of shape \(23,\) for y of shape \(24,\)", lambda: measure(x, y, noisy[1:])),
+        (ValueError, "is not of 20 examples", lambda: measure(x, y[4:], noisy[4:])),
+        (ValueError, r"true of shape \(23,\)", lambda: measure(x, y, noisy, y[1:])),
+        (
+            ValueError,
+            r"loss= returned shape \(\);.*reduction=\"none\"",
+            lambda: Meter(net, loss=F.cross_entropy).measure(x, y, noisy),
+        ),
+        (
+            ValueError,
+            "do not depend on the network's output",
+            lambda: Meter(net, loss=lambda z, y: each(z.detach(), y)).measure(x, y, noisy),
+        ),
+        (ValueError, "give loss=", lambda: measure(x, y.double(), noisy)),
+        (ValueError, "depends on no parameter", lambda: Meter(frozen).step(x, y, noisy)),
+        (TypeError, "the network returned tuple", lambda: Meter(nn.LSTM(3, 4)).step(torch.randn(24, 2, 3), y, noisy)),
+        (ValueError, "batchnorm='batch'", lambda: Meter(net, batchnorm="batch")),
+        (ValueError, "masks=-1", lambda: Meter(net, masks=-1)),
+        (ValueError, "chunks=1", lambda: Meter(net, chunks=1)),
+        (TypeError, "autocast is str", lambda: Meter(net, autocast="bf16")),
+        (TypeError, "model is function", lambda: Meter(forward)),
+        (ValueError, "no example", lambda: measure(x[:0], y[:0], noisy[:0])),
+    ]
+    for kind, said, act in wrong:
+        with pytest.raises(kind, match=said):
+            act()
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+def test_of_a_batch_all_noisy_or_all_clean_the_norms_alone_are_given(mode, value):
+    net, x, y, noisy, _, _ = case("batchnorm")
+    got = Meter(net, chunks=2, batchnorm=mode).step(x, y, torch.full_like(noisy, value), y)
+    assert set(got) == {
+        "grad/clean_fraction",
+        "grad/norm_noisy" if value else "grad/norm_clean",
+        "grad/norm_all",
+        "train/loss",
+    }
+
+
+# -------------------------------------------------------------------------------------------------------- two processes
+
+TWO = """
+import sys
+sys.path[:0] = {paths!r}
+import torch, torch.distributed as dist
+import test_gradsplit
+from gradsplit import Meter
+torch.set_num_threads(1)
+if {ranks} > 1:
+    dist.init_process_group("gloo")
+values = {{}}
+for name in ("conv", "regression"):
+    net, x, y, noisy, loss, _ = test_gradsplit.case(name)
+    share = slice(None) if {ranks} == 1 else (slice(0, 15), slice(15, 24))[rank]
+    model = torch.nn.parallel.DistributedDataParallel(net) if {ranks} > 1 else net
+    meter = Meter(model, loss=loss, masks=2, chunks=3)
+    for part, mask in (("some", noisy), ("one process", torch.arange(24) < 4)):
+        values[name, part] = {{k: float(v) for k, v in meter.step(x[share], y[share], mask[share]).items()}}
+    values[name, "grad"] = {{str(i): p.grad for i, p in enumerate(net.parameters())}}
+torch.save(values, {file!r} + str(rank))
+if {ranks} > 1:
+    dist.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one(zygote, tmp_path):
+    paths, found = [str(ROOT), str(ROOT / "tests")], {}
+    for ranks in (1, 2):
+        file = str(tmp_path / f"{ranks}-")
+        code = TWO.format(paths=paths, file=file, ranks=ranks)
+        assert zygote.run(code=code, ranks=ranks) == [0] * ranks, zygote.said()
+        found[ranks] = [torch.load(f"{file}{rank}") for rank in range(ranks)]
+    (want,) = found[1]
+    for got in found[2]:
+        assert got.keys() == want.keys() and len(want) == 6
+        for key, values in want.items():
+            assert values.keys() == got[key].keys()
+            for tag, value in values.items():
+                torch.testing.assert_close(
+                    torch.as_tensor(got[key][tag]), torch.as_tensor(value), rtol=1e-10, atol=1e-12
+                )
+
+
+# ------------------------------------------------------------------------------------------------------------ elsewhere
+
+
+def test_it_is_installed_alone(tmp_path):
+    pytest.importorskip("setuptools", reason="pip install . without a network needs setuptools in this environment")
+    source, there = tmp_path / "source", tmp_path / "site"
+    source.mkdir()
+    for path in [
+        *ROOT.glob("*.py"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("requirements*.txt"),
+        ROOT / "pyproject.toml",
+        ROOT / "LICENSE",
+    ]:
+        shutil.copy(path, source)
+    for folder in ("engine", "study", "benchmarks", "examples"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+    ]
+    ended = subprocess.run([*pip, str(there), str(source)], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    names = {p.name for p in there.iterdir() if p.suffix != ".dist-info"} - {"__pycache__"}
+    assert names == {"gradsplit.py"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code = "import gradsplit, torch; print(gradsplit.__file__); m = torch.nn.Linear(2, 3); x = torch.randn(4, 2)\n"
+    code += "print(sorted(gradsplit.Meter(m).step(x, torch.arange(4) % 3, torch.arange(4) < 2)))"
+    environment = {"PYTHONPATH": str(there), "PATH": ""}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (
+        Path(ended.stdout.splitlines()[0]) == there / "gradsplit.py" and "null/permuted_cos_clean_noisy" in ended.stdout
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/meter.md"])
+def test_the_lines_of_the_documentation_run(page, capsys):
+    """As they stand, with a network, an optimizer and a loader of the reader's."""
+    lines = (ROOT / page).read_text().splitlines()
+    first = lines.index("    from gradsplit import Meter")
+    block = []
+    for line in lines[first:]:
+        if line and not line.startswith("    "):
+            break
+        block.append(line.removeprefix("    "))
+    model, _, _, _, _, _ = case("conv", torch.float32)
+    x, y, noisy = torch.randn(12, 3, 8, 8), torch.arange(12) % 4, torch.arange(12) % 2 == 0
+    scope = {"model": model, "x": x, "y": y, "noisy": noisy, "loader": [(x, y, noisy)] * 2}
+    scope["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec("\n".join(block), scope)
+    assert {"grad/cos_clean_noisy", "null/permuted_cos_clean_noisy"} <= scope["values"].keys()
+    assert scope["meter"].steps == (1 if page == "README.md" else 2) and all(
+        p.grad is not None for p in model.parameters()
+    )
+
+
+def test_every_series_of_the_meter_has_its_row():
+    """In the table of docs/meter.md, no other, and by what the table says."""
+    net, x, y, noisy, _, _ = case("conv")
+    true = torch.where(noisy, (y + 1) % 4, y)
+    written = set(Meter(net, masks=2, chunks=2).step(x, y, noisy, true))
+    text = (ROOT / "docs" / "meter.md").read_text()
+    table = text[text.index("| series | when |") : text.index("[Measurements]")]
+    described = set(re.findall(r"`((?:grad|null|truth|train)/\w+)`", table))
+    assert {tag.removesuffix("_std") for tag in written} == described
