@@ -8,6 +8,7 @@ Shapes: m examples or parts, n examples of a probe, K classes, P parameters.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import data
 import gradsplit
 import metrics
-import stopping
-from context import MeasuringContext, MeasuringOptions
 from gradsplit import Forward, batchnorm_mode
-from measure import is_due
+from measure import MeasuringContext, MeasuringOptions, is_due
 
 EVAL_BATCH = 1000  # examples of a forward without gradients
 PROBE = 2000  # noisy and as many clean training examples
@@ -34,6 +33,20 @@ TRACE_PROBES = 8
 ISOTROPY_PARTS = 16  # fewer where the network is so large that they would take more than ISOTROPY_BYTES
 ISOTROPY_EXAMPLES = 64  # of a part
 ISOTROPY_BYTES = 2 << 30
+SUSCEPTIBILITY_EXAMPLES = 64  # held-out images that are given random labels
+DISPARITY_BATCHES = 5  # as in the paper
+DISPARITY_EXAMPLES = 32  # of a batch
+SIGNALS_COST = 4.0 * SUSCEPTIBILITY_EXAMPLES + 3.0 * DISPARITY_BATCHES * DISPARITY_EXAMPLES  # of one time, in F
+
+
+@contextmanager
+def undisturbed(context: MeasuringContext):
+    """For forwards of the same examples on all processes: BatchNorm's mode as the run measures in, no dropout."""
+    with batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True):
+        for m in context.module.modules():
+            if isinstance(m, nn.Dropout):
+                m.eval()
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------------- probe
@@ -108,10 +121,7 @@ def isotropy(context: MeasuringContext) -> dict:
         return {}
     size, rows = min(ISOTROPY_EXAMPLES, len(noisy) // m), []
     mixed = noisy[torch.randperm(len(noisy), generator=data.generator(context.noise_seed, "isotropy"))]
-    dropout = [d for d in context.module.modules() if isinstance(d, nn.Dropout)]
-    with batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True):
-        for d in dropout:
-            d.eval()
+    with undisturbed(context):
         for part in mixed[: m * size].view(m, size):
             x = context.train.images.plain(part)
             true, given = (t[part].to(x.device) for t in (context.train.true, context.train.labels))
@@ -142,19 +152,16 @@ def curvature(context: MeasuringContext) -> dict:
     g = data.generator(context.seed, "curvature")
     index = torch.randperm(len(context.train), generator=g)[:CURVATURE_EXAMPLES]
     sizes = [p.numel() for p in context.parameters]
-    dropout = [d for d in context.module.modules() if isinstance(d, nn.Dropout)]
 
     def vectors(sign: bool) -> Tensor:
         v = torch.randn(sum(sizes), generator=g, dtype=torch.float32).to(context.device, torch.get_default_dtype())
         return v.sign() if sign else v
 
     with (
-        batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True),
+        undisturbed(context),
         torch.autocast(context.device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
     ):
-        for d in dropout:
-            d.eval()
         logits = context.module(context.train.images.plain(index))
         loss = F.cross_entropy(logits, context.train.labels[index].to(logits.device))
         gradient = torch.autograd.grad(loss, context.parameters, create_graph=True)
@@ -180,6 +187,68 @@ def curvature_cost() -> float:
     return CURVATURE_EXAMPLES * (3.0 + PRODUCT_COST * (CURVATURE_PRODUCTS + TRACE_PROBES))
 
 
+# -------------------------------------------------------------------------------------------------- stopping signals
+
+
+def signals(context: MeasuringContext) -> dict:
+    """`probe/susceptibility` and `probe/disparity`; weights, running statistics and random streams stay as they are.
+
+    Every process computes the same; waits for the device.
+    """
+    with undisturbed(context):
+        return susceptibility(context) | disparity(context)
+
+
+def susceptibility(context: MeasuringContext) -> dict:
+    """How far one step on randomly labelled held-out images lowers their own loss: L(w) - L(w - lr dL/dw).
+
+    The mean of these values up to an epoch is the paper's susceptibility of that epoch (Forouzesh, Sedghi & Thiran, ICLR
+    2023, 2212.04461). The step is of plain SGD at the rate of the last update, without momentum or weight decay. Labels are
+    uniform over the classes, drawn once. Empty without held-out images or at a learning rate of 0.
+    """
+    held, lr, K = context.held_out, context.learning_rate(), len(context.transition)
+    if held is None or not lr > 0:
+        return {}
+    g = data.generator(context.seed, "susceptibility")
+    index = torch.randperm(held.n, generator=g)[:SUSCEPTIBILITY_EXAMPLES]
+    labels = torch.randint(K, index.shape, generator=g).to(context.device)
+    x, everyone = held.plain(index), torch.ones_like(labels, dtype=torch.bool)
+    forward = Forward(context, x, len(index))
+    before = F.cross_entropy(forward.logits, labels)
+    row = forward.row(labels, everyone, free=True)
+    weights = [p.detach() for p in context.parameters]
+    kept = [w.clone() for w in weights]
+    try:
+        torch._foreach_add_(weights, row, alpha=-lr / float(context.loss_scale()))
+        with torch.no_grad():
+            after = F.cross_entropy(context.logits(x), labels)
+    finally:
+        torch._foreach_copy_(weights, kept)
+    return {"probe/susceptibility": float(before - after)}
+
+
+def disparity(context: MeasuringContext) -> dict:
+    """Mean distance of the gradients of five fixed batches of training examples under their given labels, each that of the
+    batch's mean loss over the standard deviation of its losses (Forouzesh & Thiran 2021, 2107.06665).
+
+    Empty with too few examples, undefined where all losses of a batch are alike.
+    """
+    size = min(DISPARITY_EXAMPLES, len(context.train) // DISPARITY_BATCHES)
+    if size < 2:
+        return {}
+    index = torch.randperm(len(context.train), generator=data.generator(context.seed, "disparity"))
+    rows = []
+    for part in index[: DISPARITY_BATCHES * size].view(DISPARITY_BATCHES, size):
+        forward, y = (
+            Forward(context, context.train.images.plain(part), 1),
+            context.train.labels[part].to(context.device),
+        )
+        losses = F.cross_entropy(forward.logits, y, reduction="none")
+        rows.append(forward.row(y, metrics.rescaled_weights(losses), free=True))
+    distance = float(metrics.mean_distance(gradsplit.gram(rows))) / float(context.loss_scale())
+    return {"probe/disparity": distance if math.isfinite(distance) else math.nan}
+
+
 # ---------------------------------------------------------------------------------------------------------- registry
 
 
@@ -199,7 +268,7 @@ MEASURES = {  # name, which also begins its tags, but for the signals, which sta
     "probe": EpochMeasure(probe, lambda P, n_probe: float(n_probe), 0.65, first=True),
     "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 3.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
     "curvature": EpochMeasure(curvature, lambda P, n_probe: curvature_cost(), 0.25),
-    "signals": EpochMeasure(stopping.signals, lambda P, n_probe: stopping.SIGNALS_COST, 0.0, spare=True),
+    "signals": EpochMeasure(signals, lambda P, n_probe: SIGNALS_COST, 0.0, spare=True),
 }
 STEPS_SHARE = 0.60  # of what is left: measured steps with the controls
 

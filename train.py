@@ -29,7 +29,6 @@ from tqdm import tqdm
 import epochwise
 import measure
 import metrics
-from context import batch_gradient
 from data import Batch, InputError
 from engine import examples, fast, identity, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
@@ -43,6 +42,7 @@ from engine.record import NotFinite, Record, check_folder, first_config
 from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
 from gradsplit import add_rows, set_grads
+from measure import batch_gradient
 from optim import OPTIMIZERS, adjust
 
 WARMUP = 10  # steps not counted in images_per_second

@@ -50,7 +50,7 @@ def make(name: str, B: int) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
     y, noisy = torch.arange(B) % 10, torch.arange(B) % 2 == 0
     if name == "resnet18":
         net, x = (
-            models.build("resnet18", 3, 10, 16, "bn", 0).to(memory_format=torch.channels_last),
+            models.build_model("resnet18", 3, 10, 16, "bn", 0).to(memory_format=torch.channels_last),
             torch.randn(B, 3, 32, 32),
         )
         x = x.to(memory_format=torch.channels_last)

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from context import batch_gradient
 from data import Batch, InputError
 from engine import files
 from engine.hardware import reset_peak_memory
 from gradsplit import keep_buffers
+from measure import batch_gradient
 
 # When `--compile auto` compiles on a CPU: measured, see benchmarks/RESULTS.md. Elsewhere nothing has been measured yet.
 COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16

@@ -13,7 +13,6 @@ import data
 import epochwise
 import models
 import optim
-from context import MeasuringContext, MeasuringOptions, MeasuringState
 from data import Images, TrainSet
 from engine import fast, options
 from engine.course import course
@@ -21,6 +20,7 @@ from engine.examples import Examples
 from engine.hardware import sum_over_ranks
 from engine.labels import fake_mask
 from gradsplit import sync_batchnorms
+from measure import MeasuringContext, MeasuringOptions, MeasuringState
 from schedules import Course
 
 
@@ -114,12 +114,7 @@ def prepare(
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
     val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
-    module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
-    if fabric.world_size > 1 and args.sync_bn == "on" and device.type == "cuda":
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        for m in sync_batchnorms(module):
-            m.register_forward_pre_hook(empty_as_float)
-    models.stop_counting(module)
+    module = on_device(module, device, synchronize=fabric.world_size > 1 and args.sync_bn == "on")
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = optim.build_optimizer(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
     steps_per_epoch = math.ceil(len(train) / args.bs)
@@ -148,12 +143,23 @@ def prepare(
         noise_seed=args.noise_seed,
         fake_mask=args.fake_mask is not None,
         has_dropout=dropout,
-        momentum=lambda: optimizer.param_groups[0]["momentum"],
+        momentum=lambda: optimizer.param_groups[0].get("momentum", math.nan),
         held_out=val[0],
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
     return TrainingJob(args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto)
+
+
+def on_device(module: nn.Module, device: torch.device, synchronize: bool) -> nn.Module:
+    """The network on its device, its BatchNorms over all processes with `synchronize`, on a GPU."""
+    module = module.to(device, torch.get_default_dtype(), memory_format=torch.channels_last)
+    if synchronize and device.type == "cuda":
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        for m in sync_batchnorms(module):
+            m.register_forward_pre_hook(empty_as_float)
+    models.stop_counting(module)
+    return module
 
 
 def network(args, source: data.Source, n: int, world_size: int) -> nn.Module:

@@ -109,7 +109,7 @@ ONE_WEIGHT = """
 from types import SimpleNamespace
 import torch
 import train
-from context import MeasuringContext, MeasuringState
+from measure import MeasuringContext, MeasuringState
 from gradsplit import Forward
 import gradsplit
 from engine import hardware

@@ -13,9 +13,9 @@ import measure
 import schedules
 import train
 from conftest import same_weights, series, summary
-from context import batch_gradient
 from engine import hardware, identity, options, pace
 from gradsplit import batchnorm_mode
+from measure import batch_gradient
 from study import manyruns, runfolders, runvalues
 from test_metrics import default_dtype, job_for, warm  # noqa: F401
 

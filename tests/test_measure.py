@@ -17,7 +17,6 @@ import epochwise
 import gradsplit
 import measure
 import metrics
-import stopping
 import train
 from conftest import TINY, same_weights, series, summary, weights
 from engine.job import JobState, TrainingJob
@@ -47,8 +46,8 @@ def quick_curvature(request, monkeypatch):
             ("CURVATURE_EXAMPLES", 16),
         ):
             monkeypatch.setattr(epochwise, name, value)
-    monkeypatch.setattr(stopping, "SUSCEPTIBILITY_EXAMPLES", 8)
-    monkeypatch.setattr(stopping, "DISPARITY_EXAMPLES", 4)
+    monkeypatch.setattr(epochwise, "SUSCEPTIBILITY_EXAMPLES", 8)
+    monkeypatch.setattr(epochwise, "DISPARITY_EXAMPLES", 4)
 
 
 def full_job(*argv: str) -> TrainingJob:

@@ -15,8 +15,8 @@ from conftest import ROOT
 
 COMMANDS = {"train", "sweep", "report", "noise"}
 REGISTRIES = {"models", "datasets", "noises", "optim", "schedules"}  # plural: one function and one entry each
-MEASURING = {"data", "metrics", "context", "measure", "epochwise", "stopping", "gradsplit"}
-MOST_AT_THE_TOP = 16  # modules: four commands, five registries, six for data and measuring, the meter that is installed
+MEASURING = {"data", "metrics", "measure", "epochwise", "gradsplit"}
+MOST_AT_THE_TOP = 14  # modules: four commands, five registries, four for data and measuring, the meter that is installed
 MOST_LINES = {"module": 400, "function": 60}
 
 # What `study` may know of a run: its options, and how its folder is read.

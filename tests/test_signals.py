@@ -13,7 +13,6 @@ import epochwise
 import metrics
 import noises
 import report
-import stopping
 import train
 from conftest import TINY, same_weights, series
 from engine import labels, noisefile, options, sources
@@ -28,8 +27,8 @@ EXACT = ("--precision", "64-true", "--norm", "gn", "--measure", "full")
 
 @pytest.fixture(autouse=True)
 def few_examples(monkeypatch):
-    monkeypatch.setattr(stopping, "SUSCEPTIBILITY_EXAMPLES", 12)
-    monkeypatch.setattr(stopping, "DISPARITY_EXAMPLES", 6)
+    monkeypatch.setattr(epochwise, "SUSCEPTIBILITY_EXAMPLES", 12)
+    monkeypatch.setattr(epochwise, "DISPARITY_EXAMPLES", 6)
 
 
 # ------------------------------------------------------------------------------------------- excess of memorization
@@ -106,10 +105,10 @@ def test_signals_by_plain_steps_of_a_copy(mode):
     warm(job)
     before = copy.deepcopy(job.module.state_dict())
     chance, gradients = torch.get_rng_state(), [p.grad for p in job.parameters]
-    got = stopping.signals(job.context)
+    got = epochwise.signals(job.context)
     assert all(torch.equal(job.module.state_dict()[k], v) for k, v in before.items())
     assert torch.equal(torch.get_rng_state(), chance) and all(p.grad is g for p, g in zip(job.parameters, gradients))
-    assert got == stopping.signals(job.context)  # the same examples every time
+    assert got == epochwise.signals(job.context)  # the same examples every time
 
     net = copy.deepcopy(job.module).train(mode == "train")
     optimizer = torch.optim.SGD(net.parameters(), lr=job.optimizer.param_groups[0]["lr"])
