@@ -4,12 +4,11 @@
     python benchmarks/meter.py --bs 32 --pairs 5     # smaller
 
 Kinds of steps are timed in turn, so that their ratios survive a busy machine; memory is the highest resident size of a
-process that makes nothing else, less that of one that makes no step (on a GPU the allocator's own peak).
+process of its own (on Linux; on a GPU the allocator's own peak), less what it holds before its steps.
 """
 
 import argparse
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -106,14 +105,23 @@ def times(name: str, B: int, pairs: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak(kind: str | None, name: str, B: int) -> float:
-    """MiB at the most in this process, after three steps of `kind`, or none."""
+def resident(name: str) -> float:
+    """MiB of this process by Linux: VmRSS now, VmHWM at the most."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 2**10
+
+
+def peak(kind: str, name: str, B: int) -> float:
+    """MiB that three steps of `kind` take at the most, beyond the network and its batch."""
     made = make(name, B)
-    for _ in range(3 if kind else 0):
-        once(kind, made)
     if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        before = torch.cuda.memory_allocated() / 2**20
+    else:  # imports peak above what is left of them
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS")
+    for _ in range(3):
+        once(kind, made)
+    return (torch.cuda.max_memory_allocated() / 2**20 if DEVICE.type == "cuda" else resident("VmHWM")) - before
 
 
 def peak_elsewhere(kind: str, name: str, B: int) -> float:
@@ -131,20 +139,19 @@ def main() -> None:
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
-        print(peak(None if args.memory == "none" else args.memory, args.network, args.bs))
+        print(peak(args.memory, args.network, args.bs))
         return
     print(
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {DEVICE}, {args.threads} threads, B = {args.bs}"
     )
     for name in [args.network] if args.network else ["resnet18", "transformer"]:
         seconds = times(name, args.bs, args.pairs)
-        empty = peak_elsewhere("none", name, args.bs)
-        base = peak_elsewhere("plain", name, args.bs) - empty
+        base = peak_elsewhere("plain", name, args.bs)
         print(f"{name}: a plain step {1000 * statistics.median(seconds['plain']):.1f} ms, {base:.0f} MiB")
         for kind, taken in seconds.items():
             ratios = [a / b for a, b in zip(taken, seconds["plain"], strict=True)]
             low, high = min(ratios), max(ratios)
-            memory = (peak_elsewhere(kind, name, args.bs) - empty) / base
+            memory = peak_elsewhere(kind, name, args.bs) / base
             print(f"  {kind}: {statistics.median(ratios):.2f} plain steps ({low:.2f}-{high:.2f}), memory {memory:.2f}")
 
 
