@@ -1,6 +1,6 @@
 """Many runs of train.py from one command: grids of options, this machine's cores and GPUs, other machines through Ray.
 
-    python sweep.py --preset quick                                          # about 15 minutes on two CPU cores
+    python sweep.py --preset quick                                          # within an hour on two CPU cores
     python sweep.py --preset report --jobs 1 --seeds 0,1,2                  # the report's whole study
     python sweep.py --grid "noise=0,0.2,0.5 bs=16,64,256 sched=onecycle seed=0,1,2" --epochs 10
     python sweep.py --status --runs runs                                    # every sweep that was started in runs/

@@ -71,11 +71,11 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     full, split = given["measure"] == "full", given["measure"] != "off"
     controls = full and bool(plan.get("steps", True))
     if tag == "optim/lr":
-        warm = given["warmup_steps"] or given["warmup_epochs"]
+        warm = given.get("warmup_steps") or given.get("warmup_epochs")
         return bool(warm) or "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
     if tag == "optim/momentum":
         return "momentum" in SCHEDULES[given["sched"]].moves
-    if tag == "curvature/two_over_lr" and not OPTIMIZERS[given["optimizer"]].heavy_ball:
+    if tag.startswith("curvature/(edge") and not OPTIMIZERS[given.get("optimizer", "sgd")].heavy_ball:
         return False
     if group == "train":
         return noisy or name != "acc_noisy"

@@ -166,8 +166,8 @@ def test_the_edge_of_stability_is_that_of_sgd_alone(go, monkeypatch):
     for name, there in (("sgd", True), ("adamw", False)):
         written = series(go(*given, "--optimizer", name, name=name))
         assert "curvature/trace" in written
-        assert ("curvature/two_over_lr" in written) == there
-        assert will_log("curvature/two_over_lr", vars(options.parse(["--optimizer", name])) | {"measure": "full"}, True, {}) == there
+        assert ("curvature/edge" in written) == there
+        assert will_log("curvature/(edge|two_over_lr)", vars(options.parse(["--optimizer", name])) | {"measure": "full"}, True, {}) == there
 
 
 @pytest.mark.parametrize(
