@@ -208,6 +208,7 @@ def own_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Module:
     if folder not in sys.path:
         sys.path.append(folder)  # behind ours
     spec = importlib.util.spec_from_file_location(f"own_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}", path)
+    assert spec and spec.loader  # there are, for a name that ends in .py
     file = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = file
     with one_line(f"{where}: the file"):

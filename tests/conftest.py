@@ -65,7 +65,8 @@ def series(folder: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.util import tensor_util
 
     points: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(folder.glob("events.out.tfevents.*")):
+    numbers = lambda path: [int(part) if part.isdigit() else part for part in path.name.split(".")]  # noqa: E731 # 9 before 10
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=numbers):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name == "scalars":
