@@ -67,11 +67,15 @@ class Command:
         whole = min(whole, self.value("max_steps", whole))
         if self.value("end", "epochs") == "epochs" or self.value("sched", "constant") == "constant":
             return whole
-        if epochs := self.value("sched_epochs"):
-            return min(whole, epochs * per_epoch)
-        if examples := self.value("sched_examples"):
-            return min(whole, math.ceil(examples / self.value("bs", 128)))
-        return min(whole, self.value("sched_steps", 5000))
+        in_steps = {
+            "steps": lambda n: n,
+            "epochs": lambda n: n * per_epoch,
+            "examples": lambda n: math.ceil(n / self.value("bs", 128)),
+        }
+        unit = next((unit for unit in ("epochs", "examples") if self.value(f"sched_{unit}")), "steps")
+        before = self.value("warmup_steps") or in_steps["epochs"](self.value("warmup_epochs", 0))
+        before += in_steps[unit](self.value("sched_delay", 0))
+        return min(whole, before + in_steps[unit](self.value(f"sched_{unit}", 5000)))
 
     def argv(self) -> list[str]:
         """The words of the command line, in random order and either spelling."""
