@@ -648,7 +648,7 @@ def test_a_real_run_and_a_real_failure(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
     """Killed in its second run and started again: the same series as never killed, and the first run untouched."""
-    own = [*TINY, "--epochs", "25"]
+    own = [*TINY, "--epochs", "25", "--checkpoint-minutes", "0"]
     argv = ["--grid", "noise=0.5 seed=0,1", *own]
     names = [job.name for job in grids.expand(["noise=0.5 seed=0,1"], own, "--grid")]
     process = subprocess.Popen(
