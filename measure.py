@@ -89,7 +89,9 @@ class MeasuringContext(Context):
     has_dropout: bool = False
     momentum: Callable[[], float] = lambda: 0.0
     held_out: data.Images | None = None  # images that are never trained on: those of the validation split
-    confusion: Tensor | None = None  # (K, K) float64 on the CPU: counts of (true, predicted) class on these, at these weights
+    confusion: Tensor | None = (
+        None  # (K, K) float64 on the CPU: counts of (true, predicted) class on these, at these weights
+    )
 
     def seed_dropout(self, step: int) -> None:
         """Give dropout, which draws from the device's global generator, a mask that depends on seed, step and rank."""

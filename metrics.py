@@ -106,7 +106,9 @@ def student_quantile(degrees: int) -> float:
         ((-15, 17, 19, 3), 384),
         ((-945, -1920, 1482, 776, 79), 92160),
     )
-    series = (sum(c * z ** (2 * i + 1) for i, c in enumerate(cs)) / by / degrees**k for k, (cs, by) in enumerate(terms, 1))
+    series = (
+        sum(c * z ** (2 * i + 1) for i, c in enumerate(cs)) / by / degrees**k for k, (cs, by) in enumerate(terms, 1)
+    )
     return z + sum(series)
 
 

@@ -128,7 +128,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # each (B, heads, T, D / heads)
+        q, k, v = (
+            self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # each (B, heads, T, D / heads)
         weights = (q @ k.transpose(-2, -1) * (D // self.heads) ** -0.5).softmax(-1)
         return self.out((weights @ v).transpose(1, 2).reshape(B, T, D))
 
@@ -139,7 +141,10 @@ class EncoderBlock(nn.Module):
     def __init__(self, D: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.attention = nn.LayerNorm(D, eps=1e-6), Attention(D, heads)
-        self.norm2, self.hidden = nn.LayerNorm(D, eps=1e-6), nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D))
+        self.norm2, self.hidden = (
+            nn.LayerNorm(D, eps=1e-6),
+            nn.Sequential(nn.Linear(D, 4 * D), nn.GELU(), nn.Linear(4 * D, D)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -184,7 +189,9 @@ def torchvision_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Mo
     from torchvision.models import get_model
 
     where = f"--model {TORCHVISION}{name}"
-    given: dict = {"image_size": size[0]} if name.startswith("vit_") else {"input_size": size} if name == "maxvit_t" else {}
+    given: dict = (
+        {"image_size": size[0]} if name.startswith("vit_") else {"input_size": size} if name == "maxvit_t" else {}
+    )
     if name in ("googlenet", "inception_v3"):
         given = {"aux_logits": False, "init_weights": True}
     with one_line(f"{where}: torchvision, for images of {size[0]} x {size[1]} pixels,"):

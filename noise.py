@@ -1,8 +1,8 @@
 """Make, inspect and compare label noise without training.
 
-    python noise.py make pair.npz --dataset cifar10 --noise-type pair --noise 0.4     # what train.py would draw
-    python noise.py inspect CIFAR-10_human.pt                                         # rates, or one set's matrix
-    python noise.py compare pair.npz CIFAR-10_human.pt:worse_label                    # agreement of two files
+python noise.py make pair.npz --dataset cifar10 --noise-type pair --noise 0.4     # what train.py would draw
+python noise.py inspect CIFAR-10_human.pt                                         # rates, or one set's matrix
+python noise.py compare pair.npz CIFAR-10_human.pt:worse_label                    # agreement of two files
 """
 
 import os
@@ -13,28 +13,28 @@ import torch
 
 import data
 from data import InputError, Source
-from engine import checks, noisefile, options, sources
+from engine import checks, cmdline, noisefile, options, sources
 from engine.labels import relabel
 from noises import NOISES
 
 
 def command_line():
     """The parser of `python noise.py`; its data and noise options are train.py's own."""
-    p = options.Parser(prog="noise.py", description="Make, inspect and compare label noise.", allow_abbrev=False)
-    sub = p.add_subparsers(dest="command", required=True, parser_class=options.Parser)
+    p = cmdline.Parser(prog="noise.py", description="Make, inspect and compare label noise.", allow_abbrev=False)
+    sub = p.add_subparsers(dest="command", required=True, parser_class=cmdline.Parser)
     m = sub.add_parser("make", help="write the noise.npz that train.py would", allow_abbrev=False)
-    m.add_argument("out", type=options.path, metavar="OUT.npz")
+    m.add_argument("out", type=cmdline.path, metavar="OUT.npz")
     m.add_argument(
-        "--true", type=options.path, metavar="FILE.npy", help="true labels (N,) of any data set, in place of --dataset"
+        "--true", type=cmdline.path, metavar="FILE.npy", help="true labels (N,) of any data set, in place of --dataset"
     )
     options.data_options(m)
     options.noise_options(m)
-    m.add_argument("--noise-seed", type=options.seed, default=0, help="label noise")
-    m.add_argument("--split-seed", type=options.seed, default=0, help="validation split (and --subset)")
+    m.add_argument("--noise-seed", type=cmdline.seed, default=0, help="label noise")
+    m.add_argument("--split-seed", type=cmdline.seed, default=0, help="validation split (and --subset)")
     i = sub.add_parser("inspect", help="rate, matrix, hash of a file", allow_abbrev=False)
-    i.add_argument("file", type=options.path, metavar="FILE", help="a noise.npz, or FILE.pt[:LABELS]")
+    i.add_argument("file", type=cmdline.path, metavar="FILE", help="a noise.npz, or FILE.pt[:LABELS]")
     c = sub.add_parser("compare", help="agreement of two files", allow_abbrev=False)
-    c.add_argument("files", type=options.path, nargs=2, metavar="FILE", help="a noise.npz, or FILE.pt:LABELS")
+    c.add_argument("files", type=cmdline.path, nargs=2, metavar="FILE", help="a noise.npz, or FILE.pt:LABELS")
     return p
 
 
@@ -72,7 +72,7 @@ def make(args) -> str:
 
 def idle(args) -> list[str]:
     """What is wrong with data options beside `--true`: they would do nothing."""
-    p = options.Parser()
+    p = cmdline.Parser()
     options.data_options(p)
     unset = vars(p.parse_args([])) | {"split_seed": 0}
     given = [f"--{name.replace('_', '-')}" for name, value in unset.items() if getattr(args, name) != value]
@@ -89,7 +89,7 @@ def bare(args) -> Source:
 
 def main(argv: list[str] | None = None) -> int:
     """Make, inspect or compare; bad input is one line and status 2."""
-    options.show_anything()
+    cmdline.show_anything()
     try:
         args = command_line().parse_args(argv)
         if args.command == "make":
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(noisefile.show(args.file) if args.command == "inspect" else noisefile.compare(*args.files))
     except InputError as e:
-        options.complain(e, "noise.py")
+        cmdline.complain(e, "noise.py")
         return 2
     return 0
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from data import InputError
-from engine import options
+from engine import cmdline
 from study import exports, findings, results, runfolders, tables
 from study.drawing import X_LABEL, Look, formats_of
 from study.manyruns import write_full_report
@@ -42,12 +42,16 @@ def formats(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(e)) from e
 
 
-def parser() -> options.Parser:
-    p = options.Parser(prog="report.py", description="Figures, tables and verdicts from runs.", allow_abbrev=False)
+def parser() -> cmdline.Parser:
+    p = cmdline.Parser(prog="report.py", description="Figures, tables and verdicts from runs.", allow_abbrev=False)
     p.add_argument(
         "paths", nargs="+", metavar="RUNS", help="folder of runs, one run's folder, exported .npz, or curves .csv"
     )
-    p.add_argument("--out", metavar="DIR", help="where report.md, report.html and the figures go; for one run's folder RUNS/NAME/report by default")
+    p.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where report.md, report.html and the figures go; for one run's folder RUNS/NAME/report by default",
+    )
     p.add_argument("--reference", metavar="CSV", help="the report's own curves, drawn and tabled beside ours")
     p.add_argument(
         "--x",
@@ -76,7 +80,9 @@ def parser() -> options.Parser:
     p.add_argument("--export", metavar="FILE", help="write the series of all runs into one .npz")
     for name, what in MARGIN_WORDS.items():
         text = f"smallest effect of interest, {what}"
-        p.add_argument(f"--margin-{name}", type=options.positive, default=findings.MARGINS[name], metavar="X", help=text)
+        p.add_argument(
+            f"--margin-{name}", type=cmdline.positive, default=findings.MARGINS[name], metavar="X", help=text
+        )
     return p
 
 
@@ -92,7 +98,9 @@ def check_report_options(args) -> None:
     if args.export and Path(args.export).suffix != ".npz":
         raise InputError(f"--export {args.export}: the name must end in .npz")
     if args.csv:
-        tables.check_targets(Path(args.csv), [Path(p) for p in (*args.paths, *([args.reference] * bool(args.reference)))])
+        tables.check_targets(
+            Path(args.csv), [Path(p) for p in (*args.paths, *([args.reference] * bool(args.reference)))]
+        )
 
 
 def look_of(args, reference: list[Run]) -> Look:
@@ -154,7 +162,7 @@ def make_report(args) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Bad input becomes one line and status 2, results that cannot be written one line and status 1."""
-    options.show_anything()
+    cmdline.show_anything()
     try:
         return make_report(parser().parse_args(argv))
     except (InputError, CannotWrite) as e:

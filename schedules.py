@@ -185,7 +185,9 @@ def describe_span(seen: dict, lr: float, last_lr: float) -> tuple[str, str | Non
     if seen["fraction_seen"] < 1:
         line += f"{percent(seen['fraction_seen'])} of the schedule"
         epochs, steps = seen["run_epochs"], seen["run_steps"] - sum(seen.get(f"{what}_steps", 0) for what in BEFORE)
-        fits = f"--sched-epochs {epochs:g}" if epochs == int(epochs) and not before else f"--sched-steps {max(1, steps)}"
+        fits = (
+            f"--sched-epochs {epochs:g}" if epochs == int(epochs) and not before else f"--sched-steps {max(1, steps)}"
+        )
         warning = (
             f"warning: --sched {seen['name']} is cut short: the run ends after {percent(seen['fraction_seen'])} of the "
             f"schedule, at lr {last_lr:.3g} ({percent(last_lr / lr)} of the largest); {fits} fits the run"

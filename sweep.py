@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import InputError
-from engine import options
+from engine import cmdline, options
 from engine.hardware import cores
 from study import exports
 from study.cluster import RayTasks, Request
@@ -44,13 +44,20 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
     grids = [
         g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids
     ]
-    axes = axis_names((g for grids in parts.values() for g in grids), several=True)  # whatever the part: one run, one name
+    axes = axis_names(
+        (g for grids in parts.values() for g in grids), several=True
+    )  # whatever the part: one run, one name
     return expand(grids, extra, f"--preset {args.preset}", seeds, axes)
 
 
 def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> list[Job]:
     """The jobs of every sweep that was started in RUNS, for --status without a grid; says which. Raises `InputError`."""
-    given = {"--part": args.part, "--seeds": args.seeds, "--with-1024": args.with_1024, **dict.fromkeys(extra[:1], True)}
+    given = {
+        "--part": args.part,
+        "--seeds": args.seeds,
+        "--with-1024": args.with_1024,
+        **dict.fromkeys(extra[:1], True),
+    }
     for option in (name for name, value in given.items() if value or value == ""):
         raise InputError(f"{option}: goes with --grid or --preset")
     if not sweeps:
@@ -96,8 +103,8 @@ def processes_of(place) -> int:
     return place.devices if isinstance(place.devices, int) else 1
 
 
-def parser() -> options.Parser:
-    p = options.Parser(
+def parser() -> cmdline.Parser:
+    p = cmdline.Parser(
         prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False
     )
     g = p.add_argument_group("what to run")
@@ -121,19 +128,19 @@ def parser() -> options.Parser:
     )
     g.add_argument("--retry-failed", action="store_true", help="start failed runs again, from their last checkpoint")
     g = p.add_argument_group("where to run")
-    g.add_argument("--jobs", type=options.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
-    g.add_argument("--per-gpu", type=options.count, default=1, metavar="K", help="runs at a time on one GPU")
-    g.add_argument("--threads", type=options.count, metavar="N", help="CPU threads of a run's process (cores / jobs)")
+    g.add_argument("--jobs", type=cmdline.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
+    g.add_argument("--per-gpu", type=cmdline.count, default=1, metavar="K", help="runs at a time on one GPU")
+    g.add_argument("--threads", type=cmdline.count, metavar="N", help="CPU threads of a run's process (cores / jobs)")
     g.add_argument(
         "--minutes",
-        type=options.number(0, 1e6, "a number above 0", open_low=True),
+        type=cmdline.number(0, 1e6, "a number above 0", open_low=True),
         metavar="M",
         help="end within this time: what runs then saves, and the same command goes on",
     )
     g.add_argument("--ray", metavar="ADDRESS", help="run on a Ray cluster: auto, HOST:PORT, or local to start one here")
     g.add_argument(
         "--retries",
-        type=options.number(0, 1000, "a whole number from 0", int),
+        type=cmdline.number(0, 1000, "a whole number from 0", int),
         default=3,
         metavar="N",
         help="of a Ray task whose machine is lost",

@@ -30,7 +30,7 @@ import epochwise
 import measure
 import metrics
 from data import Batch, InputError
-from engine import examples, fast, identity, memory, noisefile, options, pace, roles
+from engine import cmdline, examples, fast, identity, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
 from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
 from engine.evaluation import evaluate
@@ -226,7 +226,9 @@ def run(args, signals: Signals) -> int:
 
     fabric, scaler = make_fabric(args)
     with memory.explain_out_of_memory(args, inputs.source):
-        job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch, inputs.val_given)
+        job = prepare(
+            args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch, inputs.val_given
+        )
     record = Record(folder, active=fabric.is_global_zero, began=began)
     signals.hold()  # from here on there is a folder, and a run that can be saved
     claimed = claim_folder(job, record, inputs.ledger)
@@ -274,9 +276,11 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
     except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
         checkpoint(job, record, "failed.ckpt")
-        options.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
+        cmdline.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        expected = memory.message(job.args, e, inputs.source) if memory.requested_bytes(e) is not None else lost_process(e)
+        expected = (
+            memory.message(job.args, e, inputs.source) if memory.requested_bytes(e) is not None else lost_process(e)
+        )
         reason = expected or f"{type(e).__name__}: {e}"
         if job.fabric.is_global_zero and not expected:
             raise
@@ -289,7 +293,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         late = fault_on_any_rank(job, record) if status != "failed" else None  # in the last that was written
         if late:
             status = "failed"
-            options.complain(late)
+            cmdline.complain(late)
             summarize(job, record, status, late)
         record.close()
     if record.active and status == "finished":
@@ -330,14 +334,14 @@ def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Clai
 def main(argv: list[str] | None = None) -> int:
     """Parse, run, and turn bad input into one line and status 2."""
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    options.show_anything()
+    cmdline.show_anything()
     before, signals = torch.get_default_dtype(), Signals()
     try:
         with signals.caught():
             args = options.parse(argv)
             return run(args, signals)
     except InputError as e:
-        options.complain(options.shortened(str(e), argv or ()))
+        cmdline.complain(cmdline.shortened(str(e), argv or ()))
         return 2
     except Interrupted as e:
         print_ended(str(e))

@@ -22,7 +22,7 @@ from torchvision import transforms  # noqa: E402
 
 import models  # noqa: E402
 from data import InputError, synchronize  # noqa: E402
-from engine import options, sources  # noqa: E402
+from engine import cmdline, options, sources  # noqa: E402
 from engine.hardware import peak_memory_mb  # noqa: E402
 
 WARMUP = 10  # steps not timed
@@ -51,14 +51,16 @@ def loader(source, B: int, workers: int, pin: bool) -> DataLoader:
 
 def main() -> None:
     own = argparse.ArgumentParser(allow_abbrev=False)
-    own.add_argument("--steps", type=options.count, default=60)
+    own.add_argument("--steps", type=cmdline.count, default=60)
     own.add_argument("--workers", type=int, default=2)
     own.add_argument("--autocast", action="store_true", help="bf16, to compare memory in the same precision")
     mine, rest = own.parse_known_args()
     args = options.parse(["--dataset", "synthetic", *rest])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = sources.load(args)
-    net = models.build_model(args.model, source.x_train.shape[-1], len(source.classes), args.width, args.norm, 0).to(device)
+    net = models.build_model(args.model, source.x_train.shape[-1], len(source.classes), args.width, args.norm, 0).to(
+        device
+    )
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=args.momentum, weight_decay=args.wd)
     batches = loader(source, args.bs, mine.workers, device.type == "cuda")
@@ -87,12 +89,14 @@ def main() -> None:
     synchronize(device)
     ended = time.perf_counter()
     result = {"images_per_second": images / (ended - clock), "seconds": ended - began}
-    print(json.dumps(result | {"peak_memory_mb": peak_memory_mb(device), "loss": loss_sum / step, "acc": correct / seen}))
+    print(
+        json.dumps(result | {"peak_memory_mb": peak_memory_mb(device), "loss": loss_sum / step, "acc": correct / seen})
+    )
 
 
 if __name__ == "__main__":
     try:
         main()
     except InputError as e:
-        options.complain(e, "plain_loop.py")
+        cmdline.complain(e, "plain_loop.py")
         sys.exit(2)

@@ -77,11 +77,17 @@ def grid(preset: str) -> tuple[Spot, ...]:
 @functools.cache
 def spots_of(finding: Finding, preset: str) -> tuple[Spot, ...]:
     """The places that a finding is about, with those that its statistic or its corners need beside them."""
-    whole = [Spot(s.cell, s.budget.removeprefix("ratio "), s.fake) for s in grid(preset) if s.budget.startswith("ratio") == bool(finding.corners)]
+    whole = [
+        Spot(s.cell, s.budget.removeprefix("ratio "), s.fake)
+        for s in grid(preset)
+        if s.budget.startswith("ratio") == bool(finding.corners)
+    ]
     return tuple(s for s in whole if (finding.null if s.fake else finding.covers(s.cell) or bool(finding.corners)))
 
 
-def planted_values(finding: Finding, spot: Spot, effect: float, slope: float, middle: float, world: World, noise: float) -> dict[str, float]:
+def planted_values(
+    finding: Finding, spot: Spot, effect: float, slope: float, middle: float, world: World, noise: float
+) -> dict[str, float]:
     """What a run would give if the finding's statistic were exactly `effect`, but for `slope` and `noise` (in its own units)."""
     cell, x = spot.cell, math.log2(spot.cell.B)
     if finding.id.startswith("1"):
@@ -99,7 +105,14 @@ def planted_values(finding: Finding, spot: Spot, effect: float, slope: float, mi
     return {"val_acc": 0.9 - world.curvature * (x - TOP) ** 2 - lost + slope / 10 * away + noise}
 
 
-def plant(finding: Finding, effects: dict[str, float], seeds: int, rng: random.Random, world: World = World(), preset: str = "budget") -> list[RunRow]:  # noqa: B008
+def plant(
+    finding: Finding,
+    effects: dict[str, float],
+    seeds: int,
+    rng: random.Random,
+    world: World = World(),
+    preset: str = "budget",
+) -> list[RunRow]:  # noqa: B008
     """Rows of one planted sweep for one finding; `effects`: {budget: size}. A/A runs are among them where needed."""
     spots = [s for s in spots_of(finding, preset) if s.budget in (*effects, "any")]
     middle = statistics.fmean(math.log2(B) for B in {s.cell.B for s in spots}) if spots else 0.0
@@ -131,7 +144,13 @@ def right_verdicts(finding: Finding, steps: float, epochs: float) -> tuple[str, 
 
 
 def judge_planted(
-    finding: Finding, steps: float, epochs: float, sweeps: int, seeds: int, world: World = World(), preset: str = "budget"  # noqa: B008
+    finding: Finding,
+    steps: float,
+    epochs: float,
+    sweeps: int,
+    seeds: int,
+    world: World = World(),
+    preset: str = "budget",  # noqa: B008
 ) -> list[Result]:
     """The results of planted sweeps with effects of so many margins in the claimed direction under either budget."""
     rng = random.Random(f"{finding.id} {steps} {epochs}")
@@ -182,7 +201,13 @@ class Rates(NamedTuple):
 def every_rate(finding: Finding, sweeps: int, seeds: int, effect: float, world: World, preset: str) -> Rates:
     """Every combination of signs under the two budgets; one budget where the claim is about runs without a schedule."""
     pairs = [(a, a) for a in SIGNS] if finding.id == "5c" else [(a, b) for a in SIGNS for b in SIGNS]
-    return Rates(finding, {(a * effect, b * effect): judge_planted(finding, a * effect, b * effect, sweeps, seeds, world, preset) for a, b in pairs})
+    return Rates(
+        finding,
+        {
+            (a * effect, b * effect): judge_planted(finding, a * effect, b * effect, sweeps, seeds, world, preset)
+            for a, b in pairs
+        },
+    )
 
 
 def family(rates: list[Rates], at: tuple[float, float], verdicts: tuple[str, ...]) -> tuple[list[int], list[int]]:
@@ -200,7 +225,11 @@ def summary_table(rates: list[Rates], effect: float) -> str:
     """A line for each finding: power by the verdict that is right, the largest share of wrong verdicts, coverage; then what holds
     of all findings of a report at once."""
     names = {"supported": "S", "confounded": "C", "masked by the budget": "M", "not supported": "NS"}
-    lines = ["| finding | " + " | ".join(f"{n} right" for n in names.values()) + " | wrong, at most (steps, epochs) | coverage |"]
+    lines = [
+        "| finding | "
+        + " | ".join(f"{n} right" for n in names.values())
+        + " | wrong, at most (steps, epochs) | coverage |"
+    ]
     lines.append("|" + "---|" * (len(names) + 3))
     for r in rates:
         shares = (r.share(lambda right, name=name: right == name) for name in names)
@@ -227,7 +256,11 @@ def verdict_table(rates: list[Rates]) -> str:
     for r in rates:
         for at, results in r.results.items():
             counts = Counter(x.verdict for x in results)
-            lines.append(f"| {r.finding.id} | {at[0]:+g}, {at[1]:+g} | " + " | ".join(f"{counts[v] / len(results):.3f}" for v in RULES) + " |")
+            lines.append(
+                f"| {r.finding.id} | {at[0]:+g}, {at[1]:+g} | "
+                + " | ".join(f"{counts[v] / len(results):.3f}" for v in RULES)
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -236,14 +269,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sweeps", type=int, default=200, metavar="N", help="planted sweeps of each kind")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each sweep")
     p.add_argument("--preset", choices=["budget", "quick"], default="budget", help="whose grid")
-    p.add_argument("--effect", type=float, default=3.0, metavar="X", help="size of effects, in margins; every sign and none under each budget")
+    p.add_argument(
+        "--effect",
+        type=float,
+        default=3.0,
+        metavar="X",
+        help="size of effects, in margins; every sign and none under each budget",
+    )
     for name, what in (
         ("run_sd", "deviation of one run, as a share"),
-        ("slope_sd", "deviation between seeds of the share memorized per doubling; of accuracies a tenth (the quick study: 0.08)"),
+        (
+            "slope_sd",
+            "deviation between seeds of the share memorized per doubling; of accuracies a tenth (the quick study: 0.08)",
+        ),
         ("curvature", "of accuracy on log2 B"),
         ("level", "share memorized at the middle size, above chance"),
     ):
-        p.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(World(), name), metavar="X", help=what)
+        p.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=getattr(World(), name), metavar="X", help=what
+        )
     ids = [f.id for f in FINDINGS]
     p.add_argument("--finding", action="append", choices=ids, help="only this finding (may be repeated)")
     p.add_argument("--all", action="store_true", help="the share of every verdict in every combination of signs, too")
@@ -255,8 +299,12 @@ def main() -> None:
     world = World(run_sd=args.run_sd, slope_sd=args.slope_sd, curvature=args.curvature, level=args.level)
     wanted = [f for f in FINDINGS if f.id in (args.finding or (f.id,))]
     chosen = [f for f in wanted if any(f.covers(s.cell) for s in spots_of(f, args.preset) if not s.fake)]
-    rates = [every_rate(f, args.sweeps, args.seeds, args.effect, world, args.preset) for f in tqdm(chosen, unit="finding")]
-    print(f"{args.sweeps} sweeps of the grid of --preset {args.preset}, {args.seeds} seeds, effects of {args.effect:g} margins, {world}\n")
+    rates = [
+        every_rate(f, args.sweeps, args.seeds, args.effect, world, args.preset) for f in tqdm(chosen, unit="finding")
+    ]
+    print(
+        f"{args.sweeps} sweeps of the grid of --preset {args.preset}, {args.seeds} seeds, effects of {args.effect:g} margins, {world}\n"
+    )
     print(summary_table(rates, args.effect))
     if args.all:
         print("\n" + verdict_table(rates))

@@ -36,7 +36,7 @@ from plain_loop import loader  # noqa: E402
 import data  # noqa: E402
 import epochwise  # noqa: E402
 import train  # noqa: E402
-from engine import fast, hardware, options, sources  # noqa: E402
+from engine import cmdline, fast, hardware, options, sources  # noqa: E402
 from engine.job import TrainingJob  # noqa: E402
 from engine.labels import relabel  # noqa: E402
 from engine.record import Record  # noqa: E402
@@ -159,7 +159,9 @@ COLUMNS = {  # of the table of steps: what `cell` prints
 
 def part_steps(mine) -> str:
     """Plain and measured step by model, batch size, precision and way; each model and precision in its own process."""
-    precisions = mine.precisions or (["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_prefers_bf16() else ["32-true"])
+    precisions = mine.precisions or (
+        ["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_prefers_bf16() else ["32-true"]
+    )
     cells = []
     for model in mine.models:
         for precision in precisions:
@@ -498,8 +500,10 @@ def main() -> None:
     p = argparse.ArgumentParser(description="Measure how fast it is.", allow_abbrev=False)
     p.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     listed = lambda text: text.split(",")  # noqa: E731
-    sizes = lambda text: [options.count(B) for B in text.split(",")]  # noqa: E731
-    p.add_argument("--models", type=listed, default=list(SETTINGS_OF_MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear")
+    sizes = lambda text: [cmdline.count(B) for B in text.split(",")]  # noqa: E731
+    p.add_argument(
+        "--models", type=listed, default=list(SETTINGS_OF_MODELS), help="resnet18-WIDTH, vgg16, vgg16-linear"
+    )
     p.add_argument("--batches", type=sizes, default=list(BATCHES))
     p.add_argument("--ways", type=listed, default=list(WAYS), help=f"of {', '.join(WAYS)}")
     p.add_argument("--precisions", type=listed)
@@ -540,5 +544,5 @@ if __name__ == "__main__":
     try:
         main()
     except data.InputError as e:
-        options.complain(e, "speed.py")
+        cmdline.complain(e, "speed.py")
         sys.exit(2)

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from engine import options
+from engine import cmdline
 from engine.checkpoints import checkpoint
 from engine.hardware import sum_over_ranks
 from engine.interrupts import Signals
@@ -68,8 +68,8 @@ def raise_if_fault(job: TrainingJob, record: Record) -> None:
 
 def complain_on_any_rank(line: str) -> None:
     """The error's line, with the rank before it unless that is 0."""
-    if options.rank_zero():
-        options.complain(line)
+    if cmdline.rank_zero():
+        cmdline.complain(line)
     else:
         rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
         print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)

@@ -17,14 +17,18 @@ def model(text: str) -> str:
     """An argparse type: a name of a network, whose file or function need not be there."""
     if text in MODELS or re.fullmatch(r"torchvision:\w+|[^\0\n]+\.py:\w+", text):
         return os.path.expanduser(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(MODELS)}, torchvision:NAME or FILE.py:FUNCTION")
+    raise argparse.ArgumentTypeError(
+        f"'{text}' is not one of {', '.join(MODELS)}, torchvision:NAME or FILE.py:FUNCTION"
+    )
 
 
 def image_size(text: str) -> int | str:
     """An argparse type: pixels a side, or HEIGHTxWIDTH."""
     sides = text.split("x")
     if not (len(sides) <= 2 and all(re.fullmatch("[0-9]{2,3}", s) and SIDES[0] <= int(s) <= SIDES[1] for s in sides)):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of pixels from {SIDES[0]} to {SIDES[1]}, or two as in 48x64")
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a number of pixels from {SIDES[0]} to {SIDES[1]}, or two as in 48x64"
+        )
     return int(sides[0]) if len(set(sides)) == 1 else text
 
 

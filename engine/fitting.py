@@ -11,7 +11,9 @@ from data import InputError
 from engine.jsonfiles import describe_value, wrong_value
 from engine.schema import BELOW_ONE, NOT_NEGATIVE, OBJECT, Kind, check_fields, real, whole
 
-BETAS = Kind("two numbers from 0 to below 1", lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(BELOW_ONE.holds, v)))
+BETAS = Kind(
+    "two numbers from 0 to below 1", lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(BELOW_ONE.holds, v))
+)
 
 
 def check_tensor(given: object, like: Tensor, where: object, field: str) -> None:

@@ -48,6 +48,8 @@ def read_inputs(args) -> Inputs:
             f"--fake-mask {args.fake_mask}: only over clean labels, and {ledger['changed']} are changed here"
         )
     if args.examples and by_epoch:
-        raise InputError(f"--examples: the labels of --noise-type {args.noise_type} are drawn anew each epoch: none to rank")
+        raise InputError(
+            f"--examples: the labels of --noise-type {args.noise_type} are drawn anew each epoch: none to rank"
+        )
     val_given = relabel_held_out(args, source, (index, held), labels)
     return Inputs(source, (index, held), labels, ledger, by_epoch, val_given)

@@ -148,7 +148,9 @@ def prepare(
     )
     length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
     context.state.plan = epochwise.make_plan(context, length)
-    return TrainingJob(args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto)
+    return TrainingJob(
+        args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto
+    )
 
 
 def on_device(module: nn.Module, device: torch.device, synchronize: bool) -> nn.Module:
@@ -168,7 +170,9 @@ def network(args, source: data.Source, n: int, world_size: int) -> nn.Module:
     H, W, C = source.x_train.shape[1:]
     start = data.stream_seed(args.seed, "init")
     module = models.build_model(args.model, C, len(source.classes), args.width, args.norm, start, (H, W))
-    apart = args.measure != "off" and args.measure_bn == "separate"  # clean and noisy examples, either of which may be one
+    apart = (
+        args.measure != "off" and args.measure_bn == "separate"
+    )  # clean and noisy examples, either of which may be one
     if args.model not in models.MODELS and (apart or world_size > 1 or n % args.bs == 1 or args.bs == 1):
         models.try_one(module, C, (H, W), f"--model {args.model}")
     return module

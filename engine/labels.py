@@ -104,7 +104,12 @@ def drawn_anew(
 
 def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch | None]:
     """`relabel` for the types that come from a file, whose true labels must be the data set's."""
-    where, kind, K, true = f"--noise-file {args.noise_file}", args.noise_type, len(source.classes), source.y_train[index]
+    where, kind, K, true = (
+        f"--noise-file {args.noise_file}",
+        args.noise_type,
+        len(source.classes),
+        source.y_train[index],
+    )
     shuffle = NOISES[kind].draw
     file = noisefile.read(args.noise_file, args.noise_labels)
     at = locate(file, source, index, args.dataset, where)

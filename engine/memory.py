@@ -111,7 +111,9 @@ def total() -> float:
 def listed(args) -> str:
     """What the run needs at least, in words."""
     parts = needed(args)
-    return f"{format_bytes(sum(parts.values()))} ({', '.join(f'{what} {format_bytes(n)}' for what, n in parts.items())})"
+    return (
+        f"{format_bytes(sum(parts.values()))} ({', '.join(f'{what} {format_bytes(n)}' for what, n in parts.items())})"
+    )
 
 
 def require_memory(args, on_gpu: bool) -> None:

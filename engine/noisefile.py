@@ -317,7 +317,9 @@ def show(text: str) -> str:
     K = int(torch.cat([file.true, file.label]).max()) + 1
     rate, seed = file.dynamic or ((file.label != file.true).double().mean().item(), None)
     drawn = ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
-    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe_labels(drawn, tuple(map(str, range(K))))
+    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe_labels(
+        drawn, tuple(map(str, range(K)))
+    )
 
 
 def compare(one: str, other: str) -> str:

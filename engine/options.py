@@ -15,6 +15,21 @@ from pathlib import Path
 from data import InputError
 from datasets import DATASETS, DataSet, default_model
 from engine import checks, course, roles, startfrom
+from engine.cmdline import (
+    Parser,
+    below_one,
+    count,
+    devices,
+    few,
+    not_negative,
+    number,
+    part,
+    path,
+    positive,
+    seed,
+    share,
+    shortened,
+)
 from models import MODELS, is_own
 from noises import NOISES
 from optim import OPTIMIZERS
@@ -36,88 +51,6 @@ MEASURE_DEFAULTS = {
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
-class Help(argparse.HelpFormatter):
-    """Adds each option's default to its help, where the help does not say it itself."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if not action.option_strings or action.required or action.default is argparse.SUPPRESS or "default:" in text:
-            return action.help
-        default = "off" if action.default is False else "none" if action.default is None else "%(default)s"
-        return f"{text} (default: {default})".lstrip()
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and an exception: no usage text, no exit. Its help shows the defaults."""
-
-    def __init__(self, **settings) -> None:
-        super().__init__(**{"formatter_class": Help} | settings)
-
-    def parse_known_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else list(args)
-        try:
-            for word in given:
-                if re.fullmatch(r"--[a-z-]+=--", word):  # argparse drops the value
-                    self.error(f"{word[:-3]}: '--' is not a value")
-            return super().parse_known_args(given, namespace)
-        except InputError as e:
-            raise InputError(shortened(str(e), given)) from None
-
-    def error(self, message: str):
-        raise InputError(message.removeprefix("argument "))
-
-
-QUOTED = 200  # characters of what was given that a message repeats
-
-
-def shortened(message: str, given: list[str] = ()) -> str:
-    """`message` with the middle left out of each of the `given` words, and of whatever else has no space in it, that is
-    longer than QUOTED characters."""
-
-    def short(text: str) -> str:
-        return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[3 - QUOTED // 2 :]}"
-
-    for word in given:
-        value = word.partition("=")[2] if word.startswith("--") else word
-        for text in (value, repr(value)[1:-1]):  # argparse quotes by repr
-            if len(text) > QUOTED:
-                message = message.replace(text, short(text))
-    return re.sub(rf"\S{{{QUOTED + 1},}}", lambda m: short(m[0]), message)
-
-
-NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-
-
-def number(low: float, high: float, what: str, kind=float, open_low: bool = False):
-    """An argparse type: a finite number of `kind` in low..high (above `low` with `open_low`), or a clear message."""
-
-    def convert(text: str):
-        try:
-            value = kind(text) if NUMBER.fullmatch(text) else math.nan  # Python takes 1_000, spaces and other digits too
-        except ValueError:
-            value = math.nan
-        if not (low < value <= high if open_low else low <= value <= high) or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"'{text}' is not {what}")
-        return value
-
-    return convert
-
-
-share = number(0, 1, "a number from 0 to 1")
-count = number(1, 2**31, "a whole number from 1 to 2^31", int)
-few = number(1, 1024, "a whole number from 1 to 1024", int)  # more would end in an allocator's or OpenMP's error
-seed = number(0, 2**63 - 1, "a whole number from 0, below 2^63", int)
-positive = number(0, math.inf, "a positive number", open_low=True)
-not_negative = number(0, math.inf, "a number from 0")
-part = number(0, math.nextafter(1, 0), "a number above 0 and below 1", open_low=True)
-below_one = number(0, math.nextafter(1, 0), "a number from 0 to below 1")
-path = os.path.expanduser  # the shell leaves the ~ of --data-dir=~/data alone
-
-
-def devices(text: str):
-    return text if text == "auto" else count(text)
-
-
 def data_options(p: Parser):
     """Add the options that choose a data set; returns their group."""
     g = p.add_argument_group("data")
@@ -129,7 +62,12 @@ def data_options(p: Parser):
         help=f"{', '.join(DATASETS)}, a path to an .npz or a folder",
     )
     g.add_argument("--data-dir", type=path, default="data", metavar="DIR", help="where torchvision's folders lie or go")
-    g.add_argument("--image-size", type=checks.image_size, metavar="PIXELS", help="of a folder's images, 28 to 224, or HxW (default: 32)")
+    g.add_argument(
+        "--image-size",
+        type=checks.image_size,
+        metavar="PIXELS",
+        help="of a folder's images, 28 to 224, or HxW (default: 32)",
+    )
     g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
@@ -140,7 +78,12 @@ def data_options(p: Parser):
 def noise_options(p: Parser) -> None:
     """Add the options that choose the label noise, but for its seed."""
     g = p.add_argument_group("noise")
-    g.add_argument("--noise", type=share, metavar="X", help="share of the training split that is selected (default: 0, or the file's own)")
+    g.add_argument(
+        "--noise",
+        type=share,
+        metavar="X",
+        help="share of the training split that is selected (default: 0, or the file's own)",
+    )
     g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of a selected example's label")
     g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
     g.add_argument(
@@ -158,7 +101,9 @@ def parser() -> Parser:
     others = [f"{entry.model} for {name}" for name, entry in DATASETS.items() if entry.model != DataSet.model]
     defaults = ", ".join([*others, f"else {DataSet.model}"])
     others = "torchvision:NAME, FILE.py:FUNCTION"
-    g.add_argument("--model", type=checks.model, metavar="NET", help=f"{', '.join(MODELS)}, {others}; default: {defaults}")
+    g.add_argument(
+        "--model", type=checks.model, metavar="NET", help=f"{', '.join(MODELS)}, {others}; default: {defaults}"
+    )
     g.add_argument("--width", type=few, default=64, metavar="CHANNELS", help="ResNet-18's first stage")
     g.add_argument("--norm", choices=["bn", "gn"], default="bn", help="BatchNorm or GroupNorm (ResNet-18)")
     g = p.add_argument_group("optimization")
@@ -167,21 +112,43 @@ def parser() -> Parser:
     about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
     g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
-    g.add_argument("--momentum", type=below_one, default=0.9, help="of SGD and RMSprop, beta1 of Adam; onecycle sets its own")
+    g.add_argument(
+        "--momentum", type=below_one, default=0.9, help="of SGD and RMSprop, beta1 of Adam; onecycle sets its own"
+    )
     g.add_argument("--wd", type=not_negative, default=5e-4, help="weight decay")
     g.add_argument("--epochs", type=count, default=64, help="passes over the training split")
     g.add_argument("--max-steps", type=count, metavar="STEPS", help="stop after so many optimizer steps")
     g.add_argument("--sched", choices=list(SCHEDULES), default="constant", help=moved)
-    g.add_argument("--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)")
+    g.add_argument(
+        "--sched-steps", type=count, metavar="STEPS", help="schedule's length, optimizer steps (default: 5000)"
+    )
     g.add_argument("--sched-epochs", type=count, metavar="EPOCHS", help="schedule's length, epochs")
     g.add_argument("--sched-examples", type=count, metavar="N", help="schedule's length, training examples")
     ends = "at its last epoch, or already when its schedule has ended"
     g.add_argument("--end", choices=["epochs", "schedule"], default="epochs", help=f"when the run ends: {ends}")
-    takes = {name: ", ".join(s for s, entry in SCHEDULES.items() if name in entry.takes) for name in ("factor", "cycles")}
-    g.add_argument("--sched-milestones", type=course.milestones, default="0.5,0.75", metavar="X,X", help="step: shares of its length")
-    g.add_argument("--sched-factor", type=part, default=0.1, metavar="X", help=f"{takes['factor']}: of the rate, at a milestone, at least")
-    g.add_argument("--sched-cycles", type=count, default=4, metavar="N", help=f"{takes['cycles']}: triangles in its length")
-    g.add_argument("--sched-delay", type=count, metavar="N", help="hold its first value so long, in the unit of its length")
+    takes = {
+        name: ", ".join(s for s, entry in SCHEDULES.items() if name in entry.takes) for name in ("factor", "cycles")
+    }
+    g.add_argument(
+        "--sched-milestones",
+        type=course.milestones,
+        default="0.5,0.75",
+        metavar="X,X",
+        help="step: shares of its length",
+    )
+    g.add_argument(
+        "--sched-factor",
+        type=part,
+        default=0.1,
+        metavar="X",
+        help=f"{takes['factor']}: of the rate, at a milestone, at least",
+    )
+    g.add_argument(
+        "--sched-cycles", type=count, default=4, metavar="N", help=f"{takes['cycles']}: triangles in its length"
+    )
+    g.add_argument(
+        "--sched-delay", type=count, metavar="N", help="hold its first value so long, in the unit of its length"
+    )
     g.add_argument("--warmup-steps", type=count, metavar="STEPS", help="linear rise before it, optimizer steps")
     g.add_argument("--warmup-epochs", type=count, metavar="EPOCHS", help="linear rise before it, epochs")
     g = p.add_argument_group("measurement")
@@ -247,7 +214,11 @@ def parser() -> Parser:
         help="time between checkpoints; 0: one after each epoch",
     )
     g.add_argument("--best", action="store_true", help="also keep the weights of the best validation, as best.ckpt")
-    g.add_argument("--examples", action="store_true", help="also rank the training examples by how likely their label is wrong, in examples.npz")
+    g.add_argument(
+        "--examples",
+        action="store_true",
+        help="also rank the training examples by how likely their label is wrong, in examples.npz",
+    )
     g.add_argument(
         "--config",
         type=path,
@@ -376,20 +347,3 @@ def run_steps(args: argparse.Namespace, steps_per_epoch: int) -> tuple[int, int]
     the schedule ends before."""
     whole = int(min(args.epochs * steps_per_epoch, args.max_steps or math.inf))
     return min(whole, sched_steps(args, steps_per_epoch)) if args.end == "schedule" else whole, whole
-
-
-def rank_zero() -> bool:
-    """Whether this process is the one that speaks, before Fabric is there to ask."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
-
-
-def show_anything() -> None:
-    """Have standard output spell out what its encoding lacks, a class called ü or a path of odd bytes, and not raise."""
-    if hasattr(sys.stdout, "reconfigure"):  # a test's stand-in may have none
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def complain(message: object, program: str = "train.py") -> None:
-    """One line on standard error, from rank 0."""
-    if rank_zero():
-        print(f"{program}: error: {' '.join(shortened(str(message), sys.argv[1:]).split())}", file=sys.stderr, flush=True)

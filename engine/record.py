@@ -26,7 +26,8 @@ from engine.schema import EVENTS
 from engine.tensorboard_views import encodable
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
-RUN_FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", "examples.npz", *CHECKPOINTS, "failed.ckpt")  # beside events
+# beside the event files
+RUN_FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", "examples.npz", *CHECKPOINTS, "failed.ckpt")
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
 
 

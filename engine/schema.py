@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from data import InputError
-from engine import options
+from engine import cmdline, options
 from engine.jsonfiles import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -208,7 +208,7 @@ def option_problem(action: argparse.Action, value: object) -> str | None:
         return None if isinstance(value, str) and value in known else f"one of {', '.join(known)}"
     if action.dest in options.FABRIC and isinstance(value, str):  # devices, num_nodes
         return None if re.fullmatch(r"auto|[0-9]{1,4}(,[0-9]{1,4})*,?", value) else "a number or a list of devices"
-    if action.type in (None, options.path):
+    if action.type in (None, cmdline.path):
         return None if TEXT.holds(value) else "text"
     try:
         read = action.type(value if isinstance(value, str) else repr(value) if type(value) in (int, float) else "")

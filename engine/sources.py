@@ -135,7 +135,9 @@ def load_npz(path: str) -> Source:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in ("x_train", "y_train", "x_test", "y_test", "y_train_noisy") if k in z.files}
     except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(f"{where}: not a readable .npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})")
+        raise InputError(
+            f"{where}: not a readable .npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        )
     missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]
     if missing:
         raise InputError(f"{where}: lacks the array {', '.join(missing)}")
@@ -196,7 +198,8 @@ def own_shape(path: str, image_size: int | str | None) -> Shape | None:
     try:
         if os.path.isdir(path):
             part = {
-                name: sum(f.suffix.lower() in IMG_EXTENSIONS for f in Path(path, name).glob("*/**/*")) for name in ("train", "test")
+                name: sum(f.suffix.lower() in IMG_EXTENSIONS for f in Path(path, name).glob("*/**/*"))
+                for name in ("train", "test")
             }
             K = sum(entry.is_dir() for entry in os.scandir(Path(path, "train")))
             return Shape(part["train"], part["test"], *height_and_width(image_size or 32), 3, K)

@@ -54,9 +54,7 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
         "steps": state.step,
         "examples": epochs * len(job.train) + rest * job.args.bs,
         "seconds": round(state.seconds + time.perf_counter() - record.began, 2),
-        "images_per_second": round(state.steps_images / state.steps_seconds, 1)
-        if state.steps_seconds
-        else None,
+        "images_per_second": round(state.steps_images / state.steps_seconds, 1) if state.steps_seconds else None,
         "peak_memory_mb": round(peak_memory_mb(job.fabric.device), 1),
     }
     if job.fast_error is not None:
@@ -96,7 +94,11 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
         optimizer, usual = args.optimizer, OPTIMIZERS[args.optimizer].usual_lr
         large = f"warning: --lr {args.lr:g} is large for --optimizer {optimizer}, whose usual rate is about {usual:g}"
-        for warning in (large if args.lr > 30 * usual else None, cut_short, pace.crowded(here) if device.startswith("cpu") else None):
+        for warning in (
+            large if args.lr > 30 * usual else None,
+            cut_short,
+            pace.crowded(here) if device.startswith("cpu") else None,
+        ):
             if warning:
                 record.say(warning)
         if args.measure == "split":

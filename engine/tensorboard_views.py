@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from engine import checks, options, roles
+from engine import checks, cmdline, options, roles
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
 
@@ -164,7 +164,7 @@ def hparam_type(action: argparse.Action) -> int:
 
     if action.nargs == 0:
         return api_pb2.DATA_TYPE_BOOL
-    text = action.choices or isinstance(action.default, str) or action.type in (None, options.path, checks.model)
+    text = action.choices or isinstance(action.default, str) or action.type in (None, cmdline.path, checks.model)
     return api_pb2.DATA_TYPE_STRING if text else api_pb2.DATA_TYPE_FLOAT64
 
 

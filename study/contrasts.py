@@ -18,7 +18,10 @@ from study.runfolders import Cell
 from study.stats import Incomplete, best_log2, jackknife, slope
 
 PEAK_MOMENTUM = 0.85  # one-cycle's at its largest learning rate
-CEILING, BASE_LINE = 0.95, 0.02  # of the share memorized, and of its excess over chance: beyond, an effect would not show
+CEILING, BASE_LINE = (
+    0.95,
+    0.02,
+)  # of the share memorized, and of its excess over chance: beyond, an effect would not show
 
 Values = dict[Cell, float]  # one seed's value in every cell, under one budget
 Unit = dict[str, Values]  # the same for each name of `Finding.needs`
@@ -178,7 +181,9 @@ def best_shift(units: list[Unit]) -> Estimate:
     found = Estimate(jackknife(curves, shift))
     found.at_least = any(clean == high or noisy == low for clean, noisy in pairs)
     found.at_most = any(clean == low or noisy == high for clean, noisy in pairs)
-    if (found.at_least or found.at_most) and len(set(found.values)) == 1:  # an end in every curve: no spread to judge by
+    if (found.at_least or found.at_most) and len(
+        set(found.values)
+    ) == 1:  # an end in every curve: no spread to judge by
         found.at_least = found.at_most = True
     ends = sorted({best for pair in pairs for best in pair if best in (low, high)})
     if ends:

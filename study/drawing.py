@@ -30,7 +30,9 @@ UNSMOOTHED = ("probe/", "optim/", "corrected/", "null/")  # whole sets, no noise
 INTERVALS = "whiskers: 95 % intervals of corrected estimates, by the jackknife"
 LEAST_POINTS = 20  # a series of fewer points is drawn as it is: an average of a few would hide its last value
 SLIVER = 12  # how many times longer than the shortest line the longest may be before the x axis becomes logarithmic
-TAIL = "_tail"  # label, which no legend shows, of a line's flat end: what a run would show that went on after its schedule
+TAIL = (
+    "_tail"  # label, which no legend shows, of a line's flat end: what a run would show that went on after its schedule
+)
 DRAWN = 1500  # most points of one line; more than a figure can show and it makes an SVG slow
 MARKED = 7  # markers along a line of many points
 X_LABEL = {"steps": "optimizer steps", "epochs": "epochs", "examples": "training examples"}
@@ -319,7 +321,10 @@ def bands_text(figure: Figure, look: Look, smoothed: bool) -> list[str]:
         return parts
     if look.bands == "window" and smoothed:
         return [*parts, "bands: standard deviation within the average's window"]
-    return [*parts, "bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window")]
+    return [
+        *parts,
+        "bands: one standard deviation over seeds" + ", nothing is smoothed here" * (look.bands == "window"),
+    ]
 
 
 def footer(figure: Figure, text: str, runs: Iterable[Run] = ()) -> None:

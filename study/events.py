@@ -20,7 +20,6 @@ BLOCK = 64  # most bytes that are summed by one row of table lookups, a power of
 ROWS = 1 << 15  # blocks at a time: 2 MiB
 
 
-
 class Damaged(ValueError):
     """A record that cannot be read; the message says why, `at` is the byte in the file at which it begins."""
 
@@ -149,7 +148,13 @@ def scalar_value(tensor) -> float:
     from tensorboard.compat.proto import types_pb2
     from tensorboard.util import tensor_util
 
-    if tensor.dtype not in (types_pb2.DT_FLOAT, types_pb2.DT_DOUBLE, types_pb2.DT_HALF, types_pb2.DT_INT32, types_pb2.DT_INT64):
+    if tensor.dtype not in (
+        types_pb2.DT_FLOAT,
+        types_pb2.DT_DOUBLE,
+        types_pb2.DT_HALF,
+        types_pb2.DT_INT32,
+        types_pb2.DT_INT64,
+    ):
         raise ValueError("a scalar that is not a number")
     if any(dim.size != 1 for dim in tensor.tensor_shape.dim):  # before it is made: a shape may promise terabytes
         raise ValueError("a scalar of more or less than one value")

@@ -107,7 +107,8 @@ def curves(
     line = lambda r: (r.cell.B, (r.cell.lr if by_lr else 0, r.cell.momentum))  # noqa: E731
     variants = sorted({line(r)[1] for r in runs})
     tint = lambda B, variant: shade(colour(B), variants.index(variant), len(variants))  # noqa: E731
-    mark = lambda B, variant: {"marker": marker_of(B), "fill": MARKER_FILLS[variants.index(variant) % len(MARKER_FILLS)]}  # noqa: E731
+    filled = lambda variant: MARKER_FILLS[variants.index(variant) % len(MARKER_FILLS)]  # noqa: E731
+    mark = lambda B, variant: {"marker": marker_of(B), "fill": filled(variant)}  # noqa: E731
     shown = []
     for axis, noise in zip(axes[0], levels, strict=True):
         axis.set_title(noise_title(noise))
@@ -182,7 +183,8 @@ def comparable(ours: Run, reference: Run) -> bool:
     if ours.fake or ours.cell != reference.cell or (ours.budget, ours.length) != (reference.budget, reference.length):
         return False
     a, b = (
-        {k: v for k, v in r.setting if k not in TOLERATED_OPTIONS} | {"wd": float(r.options["wd"])} for r in (ours, reference)
+        {k: v for k, v in r.setting if k not in TOLERATED_OPTIONS} | {"wd": float(r.options["wd"])}
+        for r in (ours, reference)
     )
     return a == b
 
@@ -217,7 +219,8 @@ def schedule_curves(runs: list[Run]) -> Figure | None:
             axis.plot(steps, values, look.colour, ls=look.line, lw=2, marker="o" * points, label=look.label)
         axis.set_xlim(0, max(ends) or 1)
     axes[0].legend()
-    footer(figure, "one run for each schedule: " + "; ".join(r.name.replace("_", ", ") for r in chosen.values()), chosen.values())
+    names = "; ".join(r.name.replace("_", ", ") for r in chosen.values())
+    footer(figure, f"one run for each schedule: {names}", chosen.values())
     return figure
 
 
@@ -332,9 +335,7 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
                         alpha=0.8,
                     )
     marks = [Line2D([], [], color=colour(B), marker="o", ls="", label=str(B)) for B in sorted({r.cell.B for r in runs})]
-    marks += [
-        Line2D([], [], color="0.4", marker=entry(s).marker, ls="", label=entry(s).label) for s in scheds_of(runs)
-    ]
+    marks += [Line2D([], [], color="0.4", marker=entry(s).marker, ls="", label=entry(s).label) for s in scheds_of(runs)]
     budgets = [b for b in findings.BUDGETS if b in {r.budget for r in runs}]
     marks += [
         Line2D([], [], color="0.4", marker="o", fillstyle=fillings[b], ls="", label=f"schedule in {b}")
@@ -394,5 +395,3 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     text = "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
     footer(figure, text, runs)
     return figure
-
-

@@ -90,7 +90,10 @@ OTHER_CORNERS = {
     "constant rate, noise": corner(False, True),
     "constant rate, no noise": corner(False, False),
 }
-PARTS = {"difference_norm": "its signed part from the norms", "corrected_minus_1": "corrected cosine minus 1, a biased selection"}
+PARTS = {
+    "difference_norm": "its signed part from the norms",
+    "corrected_minus_1": "corrected cosine minus 1, a biased selection",
+}
 RATIO = "accuracy of the smallest minus the largest batch of equal "
 
 FINDINGS = (
@@ -204,7 +207,9 @@ def gather(finding: Finding, rows: list[RunRow], cells: set[Cell], where: str) -
     return found
 
 
-def subtract_null(finding: Finding, found: Gathered, rows: list[RunRow], budget: str, sizes: set[int]) -> Interval | None:
+def subtract_null(
+    finding: Finding, found: Gathered, rows: list[RunRow], budget: str, sizes: set[int]
+) -> Interval | None:
     """Subtract, seed by seed, the mean of the A/A runs at the tested sizes from the estimate; returns their interval.
 
     Those with a schedule count, of this budget where three seeds have them, else of any. Seeds without them are left out of the
@@ -216,8 +221,8 @@ def subtract_null(finding: Finding, found: Gathered, rows: list[RunRow], budget:
         by_seed: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in fakes:
             by_seed[row.seed][row.cell.B].append(row.values[name])
-        full = {s: of for s, of in by_seed.items() if sizes <= of.keys()}
-        return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items() if s in found.units}
+        full = {s: of for s, of in by_seed.items() if sizes <= of.keys() and s in found.units}
+        return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items()}
 
     fakes = [r for r in rows if r.fake and name in r.values and has_schedule(r.cell)]
     own = complete([r for r in fakes if r.budget in (budget, "any")])
@@ -247,8 +252,13 @@ def evidence(found: Gathered | None, margin: float) -> Evidence:
     if found is None or found.estimate is None:
         return Evidence(None)
     e = found.estimate
-    parts = [i for i in part_intervals(e).values() if i.n >= LEAST_SEEDS and len(e.parts) > 1 and not (-margin < i.low and i.high < margin)]
-    return Evidence(interval(e.values), e.at_least, e.at_most, any(i.low > 0 for i in parts), any(i.high < 0 for i in parts))
+    parts = [
+        i
+        for i in part_intervals(e).values()
+        if i.n >= LEAST_SEEDS and len(e.parts) > 1 and not (-margin < i.low and i.high < margin)
+    ]
+    up, down = any(i.low > 0 for i in parts), any(i.high < 0 for i in parts)
+    return Evidence(interval(e.values), e.at_least, e.at_most, up, down)
 
 
 def paired_difference(a: Gathered | None, b: Gathered | None) -> list[float]:
@@ -290,7 +300,9 @@ def needed_seeds(finding: Finding, tables: dict[str, Gathered], result: Result) 
     for found in (tables[b] for b in RULED if b in tables):
         i = interval(found.estimate.values)
         sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, list(found.units.values()))
-        needed.append(None if found.estimate.at_least or found.estimate.at_most else seeds_needed(i.mean, sd, result.margin))
+        needed.append(
+            None if found.estimate.at_least or found.estimate.at_most else seeds_needed(i.mean, sd, result.margin)
+        )
     there = min((len(tables[b].units) for b in RULED if b in tables), default=0)
     if result.difference and all(needed) and max(needed) <= there:  # both are resolved, but not that they differ
         needed.append(seeds_needed(result.difference.mean, result.difference.sd, 0.0))
@@ -315,7 +327,9 @@ def show_beside(result: Result, real: list[RunRow], rows: list[RunRow]) -> None:
                 result.corners.setdefault(budget, {})[name] = interval(found.estimate.values)
 
 
-def evaluate_finding(finding: Finding, rows: list[RunRow], margins: dict[str, float] = MARGINS, at_best: bool = False) -> Result:
+def evaluate_finding(
+    finding: Finding, rows: list[RunRow], margins: dict[str, float] = MARGINS, at_best: bool = False
+) -> Result:
     """The verdict on a finding from all rows of one setting, under every budget that has runs.
 
     `at_best`: with each cell at its best rate and weight decay of the other seeds. Where the rows cross seeds, the verdict is one
@@ -326,11 +340,15 @@ def evaluate_finding(finding: Finding, rows: list[RunRow], margins: dict[str, fl
     width = lambda r: max((i.high - i.low for i in r.intervals.values() if i is not None and i.n > 1), default=0.0)  # noqa: E731
     chosen = max(results, key=width)
     if len(results) > 1:
-        said = " and ".join(f"{r.verdict} by {len({row.seed for row in way})} units" for r, way in zip(results, ways, strict=True))
-        chosen.notes.append(f"the grid crosses seeds, which are pooled over one another: {said}; only what holds by all is given")
+        counts = [len({row.seed for row in way}) for way in ways]
+        each = " and ".join(f"{r.verdict} by {n} units" for r, n in zip(results, counts, strict=True))
+        chosen.notes.append(
+            f"the grid crosses seeds, which are pooled over one another: {each}; only what holds by all is given"
+        )
         if len({r.verdict for r in results}) > 1:
             chosen.verdict, chosen.needed = "not resolved", None
-        chosen.p = max((r.p for r in results if r.p is not None), default=None) if chosen.verdict != "not resolved" else None
+        p = max((r.p for r in results if r.p is not None), default=None)
+        chosen.p = None if chosen.verdict == "not resolved" else p
     return chosen
 
 
@@ -338,7 +356,9 @@ def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Resul
     """The verdict on a finding from rows of which each seed is independent of the others."""
     real = [r for r in rows if not r.fake and finding.covers(r.cell)]
     cells = {r.cell for r in real if r.budget in (*RULED, "any")}
-    result = Result(finding, "not resolved", dict.fromkeys(BUDGETS), margin, rate=rate_words(cells) if finding.sized else "")
+    result = Result(
+        finding, "not resolved", dict.fromkeys(BUDGETS), margin, rate=rate_words(cells) if finding.sized else ""
+    )
     result.one_budget = bool(real) and all(r.budget == "any" for r in real)
     tables: dict[str, Gathered] = {}
     for budget in BUDGETS:

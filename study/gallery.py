@@ -92,7 +92,9 @@ class Gallery:
                 args = ("corrected cosine", own, tag, self.look, False)
                 self.add(f"corrected-{end}", title, f"no run with noise has {tag}", figures.curves, *args)
                 title = f"Noisy training examples: memorized, recovered, other; {where}"
-                self.add(f"probes-{end}", title, "no run with noise has probe/memorized", figures.probes, own, self.look)
+                self.add(
+                    f"probes-{end}", title, "no run with noise has probe/memorized", figures.probes, own, self.look
+                )
 
     def summaries(self, s: Setting, number: str) -> None:
         """Final accuracies against lr/B, and the best batch size against noise."""

@@ -34,11 +34,16 @@ PRESETS = {
         "steps": [MAIN + "bs={sizes} sched=constant,cosine,onecycle sched-steps=5000 end=schedule"],
         "epochs": [MAIN + "bs={sizes} sched=cosine,onecycle sched-epochs=64"],
         "examples": [MAIN + "bs={sizes} sched=cosine,onecycle sched-examples=640000 end=schedule"],  # 5000 steps of 128
-        "ratio": [RATIO + "sched=onecycle,constant sched-steps=25000 end=schedule", RATIO + "sched=onecycle sched-epochs=80"],
+        "ratio": [
+            RATIO + "sched=onecycle,constant sched-steps=25000 end=schedule",
+            RATIO + "sched=onecycle sched-epochs=80",
+        ],
         "aa": [MAIN.replace("noise=0,0.2,0.5", "fake-mask=0.2,0.5") + "bs={sizes} sched=onecycle end=schedule"],
     },
     "quick": {
-        "steps": [QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80 end=schedule"],  # all of the training at 256, a sixteenth at 16
+        "steps": [
+            QUICK + "noise=0,0.5 bs=16,64,256 sched-steps=80 end=schedule"
+        ],  # all of the training at 256, a sixteenth at 16
         "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=20"],
         "aa": [QUICK + "fake-mask=0.5 bs=16,64,256 sched-epochs=20"],
     },

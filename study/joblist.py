@@ -37,7 +37,11 @@ def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
     make_folder(runs)
     listed = [{"name": job.name, "argv": job.argv, "options": vars(job.args)} for job in jobs]
     which = hashlib.sha256(json.dumps(sorted(job.name for job in jobs)).encode()).hexdigest()[:12]
-    about = {"format": JOBS_FORMAT, "command": shlex.join(["sweep.py", *argv]), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+    about = {
+        "format": JOBS_FORMAT,
+        "command": shlex.join(["sweep.py", *argv]),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     with whole_file(runs / LOGS / f"jobs-{which}.json", "--runs") as path:
         path.write_text(json.dumps(about | {"jobs": listed}, indent=1) + "\n")
 
@@ -45,7 +49,9 @@ def write_jobs(runs: Path, jobs: list[Job], argv: list[str]) -> None:
 def read_jobs(runs: Path) -> list[Sweep]:
     """Every sweep written down in RUNS, the oldest first. One that cannot be read is left out with a warning."""
     sweeps = []
-    for path in sorted((runs / LOGS).glob("jobs-*.json"), key=lambda path: path.lstat().st_mtime_ns):  # two may start in one second
+    for path in sorted(
+        (runs / LOGS).glob("jobs-*.json"), key=lambda path: path.lstat().st_mtime_ns
+    ):  # two may start in one second
         try:
             content = jsonfiles.read_json(path) or {}
             if content.get("format") != JOBS_FORMAT:
@@ -62,7 +68,12 @@ def checked(name: str, argv: list[str], options: dict) -> Job:
     known = defaults()
     kinds = {key: (type(v), int) if isinstance(v, float) else type(v) for key, v in known.items() if v is not None}
     same = all(isinstance(options.get(key, known[key]), kind) for key, kind in kinds.items())
-    if not same or not re.fullmatch(r"[^/\\\0]+", name) or name in (".", "..") or not all(isinstance(w, str) for w in argv):
+    if (
+        not same
+        or not re.fullmatch(r"[^/\\\0]+", name)
+        or name in (".", "..")
+        or not all(isinstance(w, str) for w in argv)
+    ):
         raise ValueError
     return Job(argv, Namespace(**known | options | {"name": name}))
 

@@ -16,7 +16,11 @@ def schedule_shares(run: Run) -> tuple[float, float] | None:
     ):  # a run of an older version
         lengths = (run.resolved[name] for name in ("sched_steps", "total_steps", "steps_per_epoch"))
         seen = schedules.span(run.options["sched"], *lengths)
-    return (seen["fraction_seen"], seen["share_at_end"]) if seen and {"fraction_seen", "share_at_end"} <= seen.keys() else None
+    return (
+        (seen["fraction_seen"], seen["share_at_end"])
+        if seen and {"fraction_seen", "share_at_end"} <= seen.keys()
+        else None
+    )
 
 
 def last_value(run: Run, tag: str) -> float | None:

@@ -181,7 +181,9 @@ class Scheduler:
             if asked > passed_on:
                 if not passed_on:
                     why = "" if stop.asked else "the time is up, "
-                    message = f"stopping: {why}{len(self.backend.active)} running runs save and end (again to kill them)"
+                    message = (
+                        f"stopping: {why}{len(self.backend.active)} running runs save and end (again to kill them)"
+                    )
                     tqdm.write(message, file=sys.stderr)
                 self.backend.stop(force=passed_on > 0)
                 passed_on = asked

@@ -72,12 +72,22 @@ def write_findings(page: Page, judged: Judged) -> None:
     judged_here = [(setting, r) for setting, r in judged if has_statistic(r)]
     if judged_here:
         shown = [b for b in findings.BUDGETS if b in findings.RULED or any(r.intervals[b] for _, r in judged_here)]
-        header = ["finding", "setting", "verdict", "after Holm", *(findings.BUDGETS[b] for b in shown), "steps - epochs", "margin"]
+        header = [
+            "finding",
+            "setting",
+            "verdict",
+            "after Holm",
+            *(findings.BUDGETS[b] for b in shown),
+            "steps - epochs",
+            "margin",
+        ]
         rows = []
         for (setting, r), text in zip(judged_here, holm_texts([r for _, r in judged_here]), strict=True):
             intervals = [interval_text(r.intervals[b]) if b == "steps" or not r.one_budget else "" for b in shown]
             apart = interval_text(r.difference) if r.difference else ""
-            rows.append([f"{r.finding.id}. {titled(r)}", setting, verdict_words(r), text, *intervals, apart, f"{r.margin:g}"])
+            rows.append(
+                [f"{r.finding.id}. {titled(r)}", setting, verdict_words(r), text, *intervals, apart, f"{r.margin:g}"]
+            )
         page.table(header, rows)
         page.bullets([explanation(setting, r) for setting, r in judged_here])
     lists = [
@@ -102,9 +112,17 @@ def explanation(setting: str, r: findings.Result) -> str:
     f = r.finding
     text = f"**{f.id}** ({setting}). Claim{f', {r.rate}' if r.rate else ''}: {f.claim}. Statistic: {f.statistic}; "
     text += {1: "claimed above 0", -1: "claimed below 0", 0: "claimed to differ from 0"}[f.direction] + ". "
-    rule = "there is one budget, for no run has a schedule: its interval alone decides" if r.one_budget else RULES[r.verdict]
+    rule = (
+        "there is one budget, for no run has a schedule: its interval alone decides"
+        if r.one_budget
+        else RULES[r.verdict]
+    )
     text += f"Verdict: {verdict_words(r)}, for: {rule}."
-    words = [f"{findings.BUDGETS[b]} {reading(r.intervals[b], f.direction, r.margin)}" for b in findings.RULED if r.intervals[b]]
+    words = [
+        f"{findings.BUDGETS[b]} {reading(r.intervals[b], f.direction, r.margin)}"
+        for b in findings.RULED
+        if r.intervals[b]
+    ]
     text += f" The interval under {'; that under '.join(words)}." if words else ""
     if len(f.gives) < len(RULES) and r.verdict == "not resolved":
         text += " This statistic can support the claim and cannot refute it."
@@ -137,7 +155,11 @@ def reading(i: findings.Interval, direction: int, margin: float) -> str:
     if -margin < i.low and i.high < margin:
         return "lies inside the margin"
     if i.low > 0 or i.high < 0:
-        return "excludes 0" if direction == 0 else f"excludes 0 {'as' if direction * i.mean > 0 else 'against what is'} claimed"
+        return (
+            "excludes 0"
+            if direction == 0
+            else f"excludes 0 {'as' if direction * i.mean > 0 else 'against what is'} claimed"
+        )
     return "contains 0 and reaches beyond the margin"
 
 
@@ -145,8 +167,14 @@ def size_words(budget: str, parts: dict[str, findings.Interval]) -> str:
     """Which neighbouring sizes differ, by intervals that hold for all pairs at once."""
     if any(i.n < findings.LEAST_SEEDS for i in parts.values()):
         return f"Under {budget} there are too few seeds to tell sizes apart."
-    words = (("the larger memorizes more", lambda i: i.low > 0), ("the larger memorizes less", lambda i: i.high < 0), ("not told apart", lambda i: i.low <= 0 <= i.high))
-    listed = [f"{word} ({', '.join(names)})" for word, test in words if (names := [n for n, i in parts.items() if test(i)])]
+    words = (
+        ("the larger memorizes more", lambda i: i.low > 0),
+        ("the larger memorizes less", lambda i: i.high < 0),
+        ("not told apart", lambda i: i.low <= 0 <= i.high),
+    )
+    listed = [
+        f"{word} ({', '.join(names)})" for word, test in words if (names := [n for n, i in parts.items() if test(i)])
+    ]
     return f"Neighbouring sizes under {budget}: {'; '.join(listed)}."
 
 

@@ -151,7 +151,12 @@ class Zygote:
             pytest.skip(f"needs {ranks} GPUs")
         environments = [{}]
         if ranks > 1:
-            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "t", "GROUP_RANK": "0"}
+            shared = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": free_port(),
+                "TORCHELASTIC_RUN_ID": "t",
+                "GROUP_RANK": "0",
+            }
             shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
             environments = [shared | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)]
         ask = {"environments": environments, "log": str(self.log)} | ({"argv": argv} if argv else {"code": code})

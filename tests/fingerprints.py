@@ -80,7 +80,9 @@ def synthetic_labels() -> np.ndarray:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "all.npz")
         make = "make {} --dataset synthetic --synthetic-train 200 --synthetic-test 40 --val-frac 0 --noise 0"
-        subprocess.run([sys.executable, "noise.py", *make.format(path).split()], cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "noise.py", *make.format(path).split()], cwd=ROOT, check=True, capture_output=True
+        )
         return np.load(path)["true"]
 
 
@@ -105,7 +107,9 @@ def fingerprint(folder: Path) -> dict[str, str]:
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 if value.metadata.plugin_data.plugin_name in ("scalars", "histograms"):
-                    points.setdefault(value.tag, []).append((event.step, tensor_util.make_ndarray(value.tensor).tolist()))
+                    points.setdefault(value.tag, []).append(
+                        (event.step, tensor_util.make_ndarray(value.tensor).tolist())
+                    )
     actual |= {f"series {tag}": sha(repr(values).encode()) for tag, values in sorted(points.items())}
     with np.load(folder / "noise.npz") as z:
         actual["labels"] = sha(*(z[k].tobytes() for k in ("index", "true", "label")))
@@ -156,7 +160,9 @@ def record(names: list[str], exported: list[Path]) -> dict[str, dict[str, str]]:
         actual = {}
         for name in names:
             actual[name] = make_run(name, RUNS[name], files, runs)
-            print(f"{name}: {len(actual[name])} hashes" if "failed" not in actual[name] else f"{name}: FAILED", flush=True)
+            print(
+                f"{name}: {len(actual[name])} hashes" if "failed" not in actual[name] else f"{name}: FAILED", flush=True
+            )
         actual["report"] = report_numbers([runs], Path(scratch, "report"))
         for path in exported:
             actual[f"report {path.name}"] = report_numbers([path.resolve()], Path(scratch, f"report-{path.stem}"))
@@ -168,7 +174,9 @@ def main() -> int:
     p.add_argument("what", choices=["record", "compare"])
     p.add_argument("file", type=Path)
     p.add_argument("--only", help="a regular expression for the names of runs")
-    p.add_argument("--exported", type=Path, action="append", default=[], help="exported runs to make a report on as well")
+    p.add_argument(
+        "--exported", type=Path, action="append", default=[], help="exported runs to make a report on as well"
+    )
     args = p.parse_args()
     actual = record([name for name in RUNS if re.search(args.only or "", name)], args.exported)
     if args.what == "record":

@@ -92,7 +92,9 @@ def best_weights(folder: Path, best: float | None) -> list[str]:
         return [f"best.ckpt is {'there' if path.exists() else 'missing'}, the best accuracy being {best}"]
     state = torch.load(path, weights_only=True) if best else {"val_acc": None, "model": {}}
     finite = all(bool(t.isfinite().all()) for t in state["model"].values())
-    return [f"best.ckpt: accuracy {state['val_acc']}, not {best}, or not finite"] * (state["val_acc"] != best or not finite)
+    return [f"best.ckpt: accuracy {state['val_acc']}, not {best}, or not finite"] * (
+        state["val_acc"] != best or not finite
+    )
 
 
 def command_case(world: World, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
@@ -176,7 +178,9 @@ def run_part(
             kinds[kind] += 1
             times.append((seconds, number))
             for problem in problems:
-                again = shlex.join(["python", "tests/fuzz.py", "--part", part, "--seed", str(seed), "--case", str(number)])
+                again = shlex.join(
+                    ["python", "tests/fuzz.py", "--part", part, "--seed", str(seed), "--case", str(number)]
+                )
                 failures.append(f"{problem.encode('utf-8', 'backslashreplace').decode()}\n    again: {again}")
                 print(f"FAILED {failures[-1]}", flush=True)
     listed = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))

@@ -19,7 +19,9 @@ import torch
 import fuzz_resume
 
 GRID = "bs=33,40 measure=split,full"  # the base runs, named as a sweep names them
-COMMON = "--dataset synthetic --synthetic-train 200 --synthetic-test 9 --width 4 --noise 0.5 --epochs 2 --accelerator cpu"
+COMMON = (
+    "--dataset synthetic --synthetic-train 200 --synthetic-test 9 --width 4 --noise 0.5 --epochs 2 --accelerator cpu"
+)
 COMMON += " --threads 1 --precision 32-true --measure-every 2 --measure-budget 1 --chunks 2 --permutations 2"
 LOCK = threading.Lock()
 
@@ -48,7 +50,9 @@ def extend(path: Path, rng: random.Random, outside: Path) -> None:
 
 
 def junk(path: Path, rng: random.Random, outside: Path) -> None:
-    path.write_bytes(rng.choice([b"\0" * 1000, rng.randbytes(500), b"[]", b"null", b"{}", b"\xff\xfe{\0", b"["  * 100_000]))
+    path.write_bytes(
+        rng.choice([b"\0" * 1000, rng.randbytes(500), b"[]", b"null", b"{}", b"\xff\xfe{\0", b"[" * 100_000])
+    )
 
 
 def remove(path: Path, rng: random.Random, outside: Path) -> None:
@@ -79,7 +83,9 @@ def value(rng: random.Random) -> object:
     for _ in range(300):
         deep = [deep]
     odd = ["", "x", "\n| a | b |\n<script>", "../../x", "y" * 10_000, "\ud800"]
-    return rng.choice([None, True, -1, 0, 10**400, 1e308, float("nan"), float("inf"), 2**63, [], {}, deep, {"a": 1}, *odd])
+    return rng.choice(
+        [None, True, -1, 0, 10**400, 1e308, float("nan"), float("inf"), 2**63, [], {}, deep, {"a": 1}, *odd]
+    )
 
 
 def change(content: object, rng: random.Random, make: Callable[[random.Random], object]) -> object:

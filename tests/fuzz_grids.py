@@ -43,12 +43,32 @@ WORDS = ("bs", "bs=", "=1", "bs=1,,2", "bs=x", "nosuch=1", "bs=0", "threads=1,2"
 WORDS += ("stratify=yes", "seed+noise-seed=0:1:2", "seed+noise-seed=:", "bs+bs", "help=on", "sched=linear", "h=1")
 WORDS += ("noise=nan", "noise=0.5,-1", "=", "+", "+=", "a+b=1", "seed=٣", "bs=1_0", "lr=" + "9" * 5000, "\udcff=1")
 WORDS += ("dataset=cifar11", "norm=gn width=7", "model=vgg16 width=8", "sched-steps=1 sched-epochs=2", "val-frac=2")
-WORDS += ("measure=split,full null-every=2", "measure=off null-every=1", "null-every=0", "best=on", "config=a", "config=")
+WORDS += (
+    "measure=split,full null-every=2",
+    "measure=off null-every=1",
+    "null-every=0",
+    "best=on",
+    "config=a",
+    "config=",
+)
 WORDS += ("bs=32,32x", "bs=32:64", "seed=0,,1", "--bs=", "width=1025", "image-size=32", "checkpoint-minutes=1")
 OPTIONS = (["--part", "nosuch"], ["--jobs", "0"], ["--name", "x"], ["--resume"], ["--nosuch", "1"], ["--bs", "x"])
 OPTIONS += (["--seeds", "0,x"], ["--done", "absent.npz"], ["--jobs", "1_0"], ["--retries", "-1"], ["--epochs=0"])
-OPTIONS += (["--config", "absent.json"], ["--config", "."], ["--best=on"], ["--null-every", "0"], ["--permutations", "x"])
-OPTIONS += (["--per-gpu", "0"], ["--seeds", ""], ["--seeds", "0,0.5"], ["--threads", "x"], ["--grid", ""], ["--jobs", "1 "])
+OPTIONS += (
+    ["--config", "absent.json"],
+    ["--config", "."],
+    ["--best=on"],
+    ["--null-every", "0"],
+    ["--permutations", "x"],
+)
+OPTIONS += (
+    ["--per-gpu", "0"],
+    ["--seeds", ""],
+    ["--seeds", "0,0.5"],
+    ["--threads", "x"],
+    ["--grid", ""],
+    ["--jobs", "1 "],
+)
 
 
 def grid(rng: random.Random) -> tuple[str, int]:
@@ -118,4 +138,6 @@ def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     elif not problems and len(result.err[0]) > 1000:
         problems = [f"a line of {len(result.err[0])} characters"]
     problems += [f"created {sorted(p.name for p in cwd.iterdir())}"] * any(cwd.iterdir())
-    return ("valid" if good else "invalid") + " " + what, [p if "sweep.py" in p else f"{p}: {result.shell}" for p in problems]
+    return ("valid" if good else "invalid") + " " + what, [
+        p if "sweep.py" in p else f"{p}: {result.shell}" for p in problems
+    ]

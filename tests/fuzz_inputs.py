@@ -149,7 +149,11 @@ def make_junk_configs(folder: Path) -> list[str]:
     folder.mkdir()
     options = [{"bs": value} for value in (0, -1, "x", 1.5, 10**400, [], {}, True, "3 ", "٣", "9" * 5000)]
     options += [{"nosuch": 1}, {"": 1}, {"\ud800": 1}, {"x" * 5000: 1}, {"best ": True}]
-    options += [{"stratify": value} for value in ("on", 1, [])] + [{"sched": "triangle"}, {"measure": ""}, {"lr": "nan"}]
+    options += [{"stratify": value} for value in ("on", 1, [])] + [
+        {"sched": "triangle"},
+        {"measure": ""},
+        {"lr": "nan"},
+    ]
     options += [{"sched_steps": 3, "sched_epochs": 3}, {"noise_type": "file", "noise": 0.5}]
     options += [{"null_every": 2, "measure": "off"}, [], "x", 3, None]
     odd = ("a\0b", "\ud800", "\udcff", "")

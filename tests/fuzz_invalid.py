@@ -3,7 +3,7 @@
 import random
 import string
 
-from engine import options
+from engine import cmdline
 from fuzz_inputs import Inputs
 from fuzz_options import Command, known_options, valid
 
@@ -16,7 +16,7 @@ STRINGS = ("precision", "accelerator", "strategy")  # checked by train.py and no
 
 
 def is_number(action) -> bool:
-    return action.type not in (None, str, options.path) and action.nargs != 0
+    return action.type not in (None, str, cmdline.path) and action.nargs != 0
 
 
 def refused(action, text: str) -> bool:

@@ -130,7 +130,9 @@ def dataset(c: Command) -> str:
 
 def precision(c: Command) -> object:
     half = ["bf16-mixed", "16-mixed", "16", "bf16"]
-    return c.rng.choice(half if c.chance(0.15) else ["auto", "32-true", "64-true", "32", "64"]) if c.chance(0.8) else None
+    return (
+        c.rng.choice(half if c.chance(0.15) else ["auto", "32-true", "64-true", "32", "64"]) if c.chance(0.8) else None
+    )
 
 
 def val_frac(c: Command) -> object:
@@ -270,7 +272,9 @@ GENERATORS: dict[str, Generator] = {
     "dataset": dataset,
     "data_dir": lambda c: c.set.data_dir or ("nowhere" if c.chance(0.1) else None),
     "image_size": lambda c: c.rng.choice([28, 32, 33, 40]) if c.set.folder and c.chance(0.6) else None,
-    "synthetic_train": lambda c: c.rng.choice([64] if c.half else [200, 200, 200, 101, 64]) if c.set.name == "synthetic" else None,
+    "synthetic_train": lambda c: (
+        c.rng.choice([64] if c.half else [200, 200, 200, 101, 64]) if c.set.name == "synthetic" else None
+    ),
     "synthetic_test": lambda c: c.rng.choice([1, 20, 33]) if c.set.name == "synthetic" else None,
     "subset": lambda c: (
         c.rng.randint(50, min(64, c.set.size)) if c.set.grown or c.half or c.chance(0.15) and c.set.size > 64 else None
@@ -330,7 +334,11 @@ GENERATORS: dict[str, Generator] = {
     "resume": switch(0.1),
     "checkpoint_minutes": sometimes(0.3, 0, 0.001, "1e9"),
     "best": switch(0.3),
-    "examples": lambda c: c.value("noise_type") != "dynamic" and not str(c.value("noise_file", "")).endswith("dynamic.npz") and c.chance(0.2),
+    "examples": lambda c: (
+        c.value("noise_type") != "dynamic"
+        and not str(c.value("noise_file", "")).endswith("dynamic.npz")
+        and c.chance(0.2)
+    ),
     "name": name,
     "config": config,  # last, for it may hold any of the others
 }

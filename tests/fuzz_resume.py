@@ -58,7 +58,9 @@ def options_of(world, rng: random.Random) -> tuple[list[str], dict]:
     argv += ["--sched", rng.choice(["constant", "cosine", "onecycle"]), "--sched-steps", rng.choice(["3", "8", "20"])]
     argv += ["--checkpoint-minutes", rng.choice(["0", "0.001", "10"]), "--lr", rng.choice(["0.1", "0.02"])]
     argv += ["--momentum", rng.choice(["0", "0.9"]), "--seed", str(rng.randint(0, 99))]
-    argv += ["--norm", rng.choice(["bn", "gn"]), "--width", "8"] if rng.random() < 0.5 else ["--width", rng.choice("345")]
+    argv += (
+        ["--norm", rng.choice(["bn", "gn"]), "--width", "8"] if rng.random() < 0.5 else ["--width", rng.choice("345")]
+    )
     argv += ["--subset", "50" if half else "100"]
     if kind in ("human", "file", "matched"):
         argv += ["--noise-type", kind, "--noise-file", s.file("human.pt"), "--noise-labels", "worse_label"]
@@ -136,7 +138,9 @@ def differences(whole: Path, cut: Path, grown: bool, damaged: bool) -> list[str]
     wrong += [f"series {tag}" for tag in sorted(a.keys() | b.keys()) if a.get(tag) != b.get(tag)]
     a, b = (json.loads((folder / "summary.json").read_text()) for folder in (whole, cut))
     left_out = {*TIMES, *(OF_LENGTH if grown else ())}
-    wrong += [f"{key} of the summary" for key in a.keys() | b.keys() if key not in left_out and a.get(key) != b.get(key)]
+    wrong += [
+        f"{key} of the summary" for key in a.keys() | b.keys() if key not in left_out and a.get(key) != b.get(key)
+    ]
     if (whole / "noise.npz").read_bytes() != (cut / "noise.npz").read_bytes():
         wrong.append("noise.npz")
     return wrong

@@ -22,7 +22,9 @@ import numpy as np  # noqa: E402
 
 import train  # noqa: E402
 
-TINY = "--dataset synthetic --synthetic-train 200 --synthetic-test 20 --width 4 --noise 0.5 --accelerator cpu --threads 1"
+TINY = (
+    "--dataset synthetic --synthetic-train 200 --synthetic-test 20 --width 4 --noise 0.5 --accelerator cpu --threads 1"
+)
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096  # bytes
 
 
@@ -71,7 +73,18 @@ def over_steps(steps: int, folder: Path, measure: str = "split", every: int = 50
         return step(job, batch, at, measured)
 
     argv = [*TINY.split(), "--bs", "8", "--epochs", str(steps), "--max-steps", str(steps), "--measure-every", "1"]
-    argv += ["--measure", measure, "--measure-budget", "1", "--chunks", "2", "--permutations", "2", "--runs", str(folder)]
+    argv += [
+        "--measure",
+        measure,
+        "--measure-budget",
+        "1",
+        "--chunks",
+        "2",
+        "--permutations",
+        "2",
+        "--runs",
+        str(folder),
+    ]
     train.train_step = sampled
     try:
         quietly(argv)

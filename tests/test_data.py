@@ -204,7 +204,9 @@ def test_torchvision_does_not_check_again_what_has_been_checked(real_data, monke
     import torchvision
 
     original, summed = torchvision.datasets.cifar.check_integrity, []
-    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda path, md5: (summed.append(path), original(path, md5))[1])
+    monkeypatch.setattr(
+        torchvision.datasets.cifar, "check_integrity", lambda path, md5: (summed.append(path), original(path, md5))[1]
+    )
     args = options.parse(["--data-dir", str(real_data)])
     assert len(sources.load(args).y_test) == 10_000
     assert {path.rpartition("/")[2] for path in summed} == {"batches.meta"}

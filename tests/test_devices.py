@@ -295,7 +295,9 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)
     scale = float(job.context.loss_scale())
     assert scale == 65536
-    rows, rows_full = (gradsplit.split_rows(j.context, batch, measure.make_forward(j.context, batch)) for j in (job, full))
+    rows, rows_full = (
+        gradsplit.split_rows(j.context, batch, measure.make_forward(j.context, batch)) for j in (job, full)
+    )
     scaled, plain = (torch.cat([t.flatten() for t in gradsplit.add_rows(r)]) for r in (rows, rows_full))
     assert (
         float((scaled / scale - plain).norm() / plain.norm()) < 0.2

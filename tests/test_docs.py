@@ -109,7 +109,13 @@ def tags_of(folder: Path) -> set[str]:
     return {tag for tag, plugin in plugins.items() if plugin in ("scalars", "histograms")}
 
 
-LONG_RUNS_ONLY = ("curvature/", "corrected/cos_", "noise_scale/", "probe/half_memorized_step", "train/prediction_changes")
+LONG_RUNS_ONLY = (
+    "curvature/",
+    "corrected/cos_",
+    "noise_scale/",
+    "probe/half_memorized_step",
+    "train/prediction_changes",
+)
 
 
 def test_the_table_of_series_is_what_a_run_writes(go):

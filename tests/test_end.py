@@ -42,7 +42,9 @@ def test_the_weights_are_those_of_the_whole_run(capsys, pair):
     assert (resolved["total_steps"], resolved["whole_steps"]) == (7, 20)
     result = capsys.readouterr().out.splitlines()
     told = [line for line in result if line.startswith("schedule: ")]
-    assert told[0].endswith("exactly the schedule; --end schedule leaves out the 13 steps (2.6 epochs) that would follow, at lr 0")
+    assert told[0].endswith(
+        "exactly the schedule; --end schedule leaves out the 13 steps (2.6 epochs) that would follow, at lr 0"
+    )
     assert "--end" not in told[1]
 
 
@@ -59,7 +61,9 @@ def test_figures_and_findings_take_it_for_the_whole_run(pair):
     both = [runvalues.finding_values(run) for run in (ended, whole)]
     assert both[0]["cos_minus_null"] == both[1]["cos_minus_null"]
     assert both[0].keys() == both[1].keys()
-    assert manyruns.schedule_text([ended]) == "100%, ended with it" and "then 65% at its end" in manyruns.schedule_text([whole])
+    assert manyruns.schedule_text([ended]) == "100%, ended with it" and "then 65% at its end" in manyruns.schedule_text(
+        [whole]
+    )
     axis = figures.curves("t", "y", [ended], "val/acc", Look(), True).axes[0]
     (tail,) = (line for line in axis.get_lines() if line.get_label() == TAIL)
     assert tail.get_xdata().tolist() == [7, 20] and len(set(tail.get_ydata())) == 1
@@ -91,7 +95,9 @@ def test_lines_go_on_flat_to_where_the_epochs_would_have_ended(x, end):
         return [(line.get_xdata()[-1], pytest.approx(line.get_ydata()[0])) for line in actual], caption(drawn)
 
     drawn, result = tails(*runs)
-    assert drawn == [(end, 0.55)] and "2 runs ended with their schedule, flat dashes: as they would have gone on" in result
+    assert (
+        drawn == [(end, 0.55)] and "2 runs ended with their schedule, flat dashes: as they would have gone on" in result
+    )
     whole = made("whole", {"val/acc": {100 * i: 0.5 for i in range(11)}}, sched="cosine", sched_steps=200, seed=1)
     whole.resolved |= {"sched_steps": 200, "total_steps": 1000, "whole_steps": 1000}
     assert len(tails(runs[0], whole)[0]) == 1
@@ -125,4 +131,6 @@ def test_more_steps_and_more_epochs_end_with_the_schedule_too(go, pair):
         short = go(*SCHED, "--end", "schedule", *few, name=name)
         assert summary(short)["steps"] < 7
         go(*SCHED, "--end", "schedule", *more, "--resume", name=name)
-        assert series(short) == series(pair[0]) and torch.equal(weights(short)["linear.weight"], weights(pair[0])["linear.weight"])
+        assert series(short) == series(pair[0]) and torch.equal(
+            weights(short)["linear.weight"], weights(pair[0])["linear.weight"]
+        )

@@ -38,7 +38,9 @@ def test_effective_dimension_is_the_sum_over_different_rows(m):
     )
     found = float(metrics.effective_dimension(G))
     assert found == pytest.approx(T1**2 / T2, rel=1e-9) if T2 > 0 else math.isnan(found)
-    assert float(metrics.effective_dimension((rows + 5) @ (rows + 5).T)) == pytest.approx(T1**2 / T2, rel=1e-6)  # a mean is no spread
+    assert float(metrics.effective_dimension((rows + 5) @ (rows + 5).T)) == pytest.approx(
+        T1**2 / T2, rel=1e-6
+    )  # a mean is no spread
 
 
 def test_effective_dimension_is_not_resolved_where_its_denominator_is_not_positive():
@@ -47,7 +49,9 @@ def test_effective_dimension_is_not_resolved_where_its_denominator_is_not_positi
     assert math.isnan(float(metrics.effective_dimension(torch.eye(3, dtype=torch.float64))))
 
 
-@pytest.mark.parametrize(("dimension", "low", "high", "draws"), [(1_000, 700, 1_400, 30), (100_000, 70_000, 140_000, 6)])
+@pytest.mark.parametrize(
+    ("dimension", "low", "high", "draws"), [(1_000, 700, 1_400, 30), (100_000, 70_000, 140_000, 6)]
+)
 def test_effective_dimension_of_planted_rows(dimension, low, high, draws):
     """16 isotropic rows whose norms vary by 10 %: the participation ratio sees the norms, the dimension the directions."""
     gen = torch.Generator().manual_seed(0)
@@ -72,7 +76,9 @@ def test_participation_mixes_directions_with_the_spread_of_norms():
 
 def chunk_sums(mean: torch.Tensor, sizes: torch.Tensor, runs: int, gen: torch.Generator) -> torch.Tensor:
     """Sums (runs, k, d) of `sizes` (k,) planted gradients each: normal about `mean` (d,), variance 1 a direction."""
-    return sizes[:, None] * mean + sizes[:, None].sqrt() * torch.randn(runs, len(sizes), len(mean), generator=gen, dtype=mean.dtype)
+    return sizes[:, None] * mean + sizes[:, None].sqrt() * torch.randn(
+        runs, len(sizes), len(mean), generator=gen, dtype=mean.dtype
+    )
 
 
 def set_moments(S: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,7 +89,9 @@ def set_moments(S: torch.Tensor, sizes: torch.Tensor) -> tuple[torch.Tensor, tor
     return G2, (each - G2 * q) / n
 
 
-def moments_of(C: torch.Tensor, N: torch.Tensor, nc: torch.Tensor, nn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments_of(
+    C: torch.Tensor, N: torch.Tensor, nc: torch.Tensor, nn: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`metrics.MOMENTS` (runs, 9) and <G_C, G_N> across parts (runs,) of sums (runs, k, d) over C and over N in each part."""
     (cc, vc), (gg, vn), (sq, va) = set_moments(C, nc), set_moments(N, nn), set_moments(C + N, nc + nn)
     f, pairs = nc.sum(-1) / (nc + nn).sum(-1), nc.sum(-1) * nn.sum(-1)
@@ -108,7 +116,10 @@ def difference(moments: torch.Tensor, across: torch.Tensor, B: int) -> torch.Ten
 
 def test_the_moments_drawn_here_are_those_of_metrics():
     gen = torch.Generator().manual_seed(0)
-    S, n = torch.randn(4, 6, generator=gen, dtype=torch.float64), torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64)
+    S, n = (
+        torch.randn(4, 6, generator=gen, dtype=torch.float64),
+        torch.tensor([3.0, 1.0, 2.0, 5.0], dtype=torch.float64),
+    )
     want = gradsplit.chunk_moments(S.square().sum(1), [3, 1, 2, 5], S.sum(0).square().sum())
     torch.testing.assert_close(torch.stack(set_moments(S, n)), torch.stack(want))
 
@@ -120,7 +131,8 @@ def pair_of_means(cosine: float, norms: tuple[float, float], d: int) -> tuple[to
 
 
 @pytest.mark.parametrize(
-    ("cosine", "norms"), [(1.0, (0.0, 0.0)), (1.0, (2.0, 2.0)), (1.0, (2.0, 1.0)), (-0.4, (1.0, 1.0)), (0.4, (1.0, 2.0))]
+    ("cosine", "norms"),
+    [(1.0, (0.0, 0.0)), (1.0, (2.0, 2.0)), (1.0, (2.0, 1.0)), (-0.4, (1.0, 1.0)), (0.4, (1.0, 2.0))],
 )
 def test_difference_is_that_of_the_planted_means(cosine, norms):
     """Unequal sets in parts of unequal size: no bias of the numerators, whatever the means are; 0 where they are alike."""
@@ -134,14 +146,19 @@ def test_difference_is_that_of_the_planted_means(cosine, norms):
     assert ((numerators.mean(0) - true).abs() < 4 * error).all(), (numerators.mean(0), true, error)
     want, error = true * B / variance.mean(), found.std(0) / math.sqrt(len(found))
     assert ((found.mean(0) - want).abs() < 4 * error + 0.05 * want.abs()).all(), (found.mean(0), want, error)
-    if min(norms) > 0 and norms[0] != norms[1] or cosine < 1:  # the larger of the two says whether the directions differ
+    if (
+        min(norms) > 0 and norms[0] != norms[1] or cosine < 1
+    ):  # the larger of the two says whether the directions differ
         assert (float(found.mean(0)[0]) > abs(float(found.mean(0)[1]))) == (cosine < min(norms) / max(norms))
 
 
 def test_difference_of_random_masks_over_one_batch_is_0():
     """Few examples of an odd distribution, far from normal: over masks and orders of the very same ones the mean is 0."""
     gen, B, n, runs = torch.Generator().manual_seed(2), 24, 8, 20_000
-    g = torch.randn(B, 5, generator=gen, dtype=torch.float64).exp() * torch.linspace(0.1, 3, B, dtype=torch.float64)[:, None]
+    g = (
+        torch.randn(B, 5, generator=gen, dtype=torch.float64).exp()
+        * torch.linspace(0.1, 3, B, dtype=torch.float64)[:, None]
+    )
     order, mask = (torch.rand(runs, B, generator=gen).argsort(1) for _ in range(2))
     noisy = (mask < n).view(runs, 4, 6)
     x, w = g[order].view(runs, 4, 6, 5), noisy[..., None].double()
@@ -150,7 +167,11 @@ def test_difference_of_random_masks_over_one_batch_is_0():
     found = difference(moments, across, B)
     found = found[found.isfinite().all(1)]  # not where all noisy ones are in one part
     z = found.mean(0) / (found.std(0) / math.sqrt(len(found)))
-    assert len(found) > 0.98 * runs and (z.abs() < 4).all() and (found.std(0) > 0.1).all(), (z, found.mean(0), found.std(0))
+    assert len(found) > 0.98 * runs and (z.abs() < 4).all() and (found.std(0) > 0.1).all(), (
+        z,
+        found.mean(0),
+        found.std(0),
+    )
 
 
 @pytest.mark.slow
@@ -246,7 +267,11 @@ def test_each_quarter_has_its_own_estimate():
 
 def test_label_cotangent_is_the_gradient_of_the_difference_of_losses():
     logits = torch.randn(5, 4, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    given, true, w = torch.tensor([0, 3, 1, 1, 2]), torch.tensor([0, 2, 1, 3, 0]), torch.tensor([1, 0.5, 2, 3, 0]).double()
+    given, true, w = (
+        torch.tensor([0, 3, 1, 1, 2]),
+        torch.tensor([0, 2, 1, 3, 0]),
+        torch.tensor([1, 0.5, 2, 3, 0]).double(),
+    )
     loss = F.cross_entropy(logits, given, reduction="none") - F.cross_entropy(logits, true, reduction="none")
     (want,) = torch.autograd.grad((w * loss).sum(), logits)
     found = gradsplit.label_cotangent(logits, given, true, w)

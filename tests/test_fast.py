@@ -57,7 +57,10 @@ def test_what_cannot_be_had_is_named(monkeypatch, go, capsys):
     with pytest.raises(InputError, match="--graph on: .*dropout"):
         chosen(monkeypatch, "--graph", on_gpu=True, dropout=True)
     go("--graph", status=2)
-    assert capsys.readouterr().err.strip() == "train.py: error: --graph on: needs one CUDA GPU and one process, without ddp"
+    assert (
+        capsys.readouterr().err.strip()
+        == "train.py: error: --graph on: needs one CUDA GPU and one process, without ddp"
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])

@@ -139,7 +139,9 @@ def test_corrected_estimates_are_drawn_with_their_intervals():
     figure = figures.curves("t", "y", runs, tag, Look(), False)
     assert whiskers(figure.axes[0]) == [[[200, 0.5], [200, 0.7]]]
     assert drawing.INTERVALS in caption(figure) and "bands" not in caption(figure)
-    figure = figures.curves("t", "y", [*runs, corrected({100: (0.1, 0.0, 0.2), 200: (0.2, 0.1, 0.3)}, seed=1)], tag, Look(), False)
+    figure = figures.curves(
+        "t", "y", [*runs, corrected({100: (0.1, 0.0, 0.2), 200: (0.2, 0.1, 0.3)}, seed=1)], tag, Look(), False
+    )
     assert len(whiskers(figure.axes[0])) == 3 and "bands: one standard deviation over seeds" in caption(figure)
     without = made("old", {tag: {100: 0.5, 200: 0.6}}, noise=0.5)  # as earlier versions have it
     figure = figures.curves("t", "y", [without], tag, Look(), False)
@@ -160,7 +162,10 @@ def test_against_batch_size_the_interval_is_that_of_the_mean():
 @pytest.mark.parametrize("look", [Look(), Look(bands="window")])
 def test_bands_and_what_the_caption_says_of_them(look):
     probe = lambda s: {f"probe/{k}": {0: 0.1, 100: 0.2 + 0.1 * s} for k in ("memorized", "recovered", "other")}  # noqa: E731
-    runs = [made(f"{s}", probe(s) | accuracy(*[0.1 + 0.2 * s] * 12, *[0.5 + 0.2 * s] * 12), noise=0.2, seed=s) for s in range(3)]
+    runs = [
+        made(f"{s}", probe(s) | accuracy(*[0.1 + 0.2 * s] * 12, *[0.5 + 0.2 * s] * 12), noise=0.2, seed=s)
+        for s in range(3)
+    ]
     figure = figures.probes("t", runs, look)  # not smoothed: there is no window
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert sorted(set(band[band[:, 0] == 100][:, 1])) == pytest.approx([0.2, 0.4])
@@ -214,7 +219,9 @@ def test_two_momenta_are_two_curves_of_best_sizes():
         for B, x in ((16, 4), (64, 6), (256, 8))
         for noise in (0.0, 0.5)
     ]
-    drawn = {b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_batch_sizes("t", runs).axes[0].containers}
+    drawn = {
+        b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_batch_sizes("t", runs).axes[0].containers
+    }
     assert {label.split(", ")[-1]: y for label, y in drawn.items()} == {
         "m 0.5": pytest.approx([5, 5]),
         "m 0.9": pytest.approx([8, 8]),
@@ -281,7 +288,11 @@ def test_a_series_of_one_point_is_seen():
         assert line.get_marker() not in ("", "None", None) and line.get_markevery() == [0], axis.get_title()
     assert onerun.run_figure(made("none", {}), Look()) is None
     figure = figures.probes("t", [made("a", {"probe/memorized": {0: 0.1}}, noise=0.5)], Look())
-    assert [[t.get_text() for t in axis.texts] for axis in figure.axes] == [[], ["no probe/recovered"], ["no probe/other"]]
+    assert [[t.get_text() for t in axis.texts] for axis in figure.axes] == [
+        [],
+        ["no probe/recovered"],
+        ["no probe/other"],
+    ]
 
 
 def test_averages_are_for_series_of_some_points():
@@ -306,7 +317,9 @@ def test_bands_of_shares_stay_between_0_and_1():
 def test_no_batch_size_is_a_sliver(argv, scale, x):
     """16 and 1024 at one number of epochs: lines whose lengths are 64 apart; step 0 is kept on a logarithmic axis."""
     look = report.look_of(report.parser().parse_args(["runs", *argv.split()]), [])
-    runs = [made(f"{B}", {"val/acc": {s: 0.1 + s / 1e5 for s in (0, 10240 // B, 20480 // B)}}, bs=B) for B in (16, 1024)]
+    runs = [
+        made(f"{B}", {"val/acc": {s: 0.1 + s / 1e5 for s in (0, 10240 // B, 20480 // B)}}, bs=B) for B in (16, 1024)
+    ]
     axis = figures.curves("t", "y", runs, "val/acc", look, True).axes[0]
     assert (axis.get_xscale(), look.x) == (scale, x) and all(0 in line[0] for line in lines(axis))
     if scale == "symlog":
@@ -333,7 +346,9 @@ def test_the_reports_missing_curve_is_named():
     why = "(the report's curve is its figure 13's run of 80 epochs)"
     runs = [r for r in theirs if r.options["epochs"] == 64]
     figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
-    assert f"not drawn at 0% label noise: batch 128 {why}" in caption(figure) and figure.axes[0].get_xscale() == "symlog"
+    assert (
+        f"not drawn at 0% label noise: batch 128 {why}" in caption(figure) and figure.axes[0].get_xscale() == "symlog"
+    )
     ours = [made(f"{B}", accuracy(0.1, 0.4), sched="onecycle", bs=B) for B in (64, 128)]
     text = caption(figures.curves("t", "y", ours, "val/acc", Look(reference=theirs), True))
     assert f"no dashed curve at 0% label noise for batch 128 {why}" in text
@@ -364,7 +379,9 @@ def test_titles_are_not_broken_inside_an_option():
         assert all(any(o in part for part in broken) for o in options_), width
 
 
-@pytest.mark.parametrize("argv", ["--format jpg", "--format png,", "--x days", "--csv runs.txt", "--csv nowhere/a.csv", "--csv ."])
+@pytest.mark.parametrize(
+    "argv", ["--format jpg", "--format png,", "--x days", "--csv runs.txt", "--csv nowhere/a.csv", "--csv ."]
+)
 def test_a_wrong_option_is_one_line(argv, tmp_path, capsys):
     export_runs([made("a", accuracy(0.1))], tmp_path / "a.npz")
     try:

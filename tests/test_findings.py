@@ -199,7 +199,9 @@ def test_p_of_a_verdict_is_at_most_the_level_of_its_intervals():
         n = rng.choice((3, 6))
         means = [rng.choice((-0.03, 0, 0.03)) for _ in "ab"]
         a, b = ([rng.gauss(mean, 0.006) for _ in range(n)] for mean in means)
-        actual, p = verdict(Evidence(interval(a)), Evidence(interval(b)), interval(x - y for x, y in zip(a, b, strict=True)), 1, 0.01)
+        actual, p = verdict(
+            Evidence(interval(a)), Evidence(interval(b)), interval(x - y for x, y in zip(a, b, strict=True)), 1, 0.01
+        )
         seen.add(actual)
         assert (p is None) == (actual == "not resolved") and (p is None or p <= 0.05), (actual, p)
     assert seen == set(RULES)
@@ -234,7 +236,9 @@ def test_matched_epochs_are_heard(id):
     assert share(id, -3, 3, ("masked by the budget",)) >= 0.95
     for sd in (0.001, 0.003, 0.006):
         assert share(id, 0.3, 0.3, ("supported", "confounded", "masked by the budget"), run_sd=sd) <= 0.02
-    assert share(id, 0.9, 0.9, ("confounded", "masked by the budget"), run_sd=0.006) <= 0.05  # equal: no budget to blame
+    assert (
+        share(id, 0.9, 0.9, ("confounded", "masked by the budget"), run_sd=0.006) <= 0.05
+    )  # equal: no budget to blame
 
 
 @pytest.mark.parametrize("id", FINDINGS)
@@ -255,7 +259,9 @@ def two() -> findings.Finding:
     return FINDINGS["2"]
 
 
-def rows_of(id: str, steps: float, epochs: float, seeds: int = 3, seed: int = 0, preset: str = "budget", **world) -> list[RunRow]:
+def rows_of(
+    id: str, steps: float, epochs: float, seeds: int = 3, seed: int = 0, preset: str = "budget", **world
+) -> list[RunRow]:
     effects = {"steps": steps, "epochs": epochs}
     return planted.plant(FINDINGS[id], effects, seeds, random.Random(seed), planted.World(**world), preset)
 
@@ -279,7 +285,9 @@ def test_missing_runs_are_named_and_nothing_is_resolved():
 
 def test_a_batch_size_that_failed_everywhere_is_missed():
     """The runs that diverge at every seed are no reason to judge without their cells."""
-    failed = [r if r.cell.B < 512 else RunRow(r.cell, r.seed, r.budget, {}, finished=False) for r in rows_of("2", 0.03, 0.03)]
+    failed = [
+        r if r.cell.B < 512 else RunRow(r.cell, r.seed, r.budget, {}, finished=False) for r in rows_of("2", 0.03, 0.03)
+    ]
     result = evaluate_finding(two(), failed)
     assert result.verdict == "not resolved" and result.needed is None
     assert "matched epochs: cosine, noise 0.5, B 512, lr 0.1, seed 1: no finished run" in result.missing
@@ -327,7 +335,9 @@ def test_drift_is_what_exceeds_aa_runs_of_three_seeds_at_the_tested_sizes():
     for few in ([r for r in rows if not r.fake or r.seed != "2"], [r for r in rows if not r.fake or r.cell.B != 16]):
         result = evaluate_finding(drift, few)
         assert result.verdict == "not resolved" and "of three seeds at B 16, 32, 64, 128, 256, 512" in result.missing[0]
-    biased = [with_values(r, difference=r.values["difference"] + 0.3) for r in rows if r.fake] + [r for r in rows if not r.fake]
+    biased = [with_values(r, difference=r.values["difference"] + 0.3) for r in rows if r.fake] + [
+        r for r in rows if not r.fake
+    ]
     result = evaluate_finding(drift, biased)
     assert result.verdict == "not supported"  # an estimator that reads 0.3 on nothing finds nothing at 0.3
     assert result.intervals["steps"].mean == pytest.approx(whole.intervals["steps"].mean - 0.3)
@@ -351,7 +361,10 @@ def line(values: dict[int, list[float]], chance: float = 0.05) -> list[contrasts
     cells = {Cell("cosine", 0.5, B): v for B, v in values.items()}
     n = len(next(iter(values.values())))
     return [
-        {"memorized_excess": {c: v[s] for c, v in cells.items()}, "memorized": {c: v[s] + chance for c, v in cells.items()}}
+        {
+            "memorized_excess": {c: v[s] for c, v in cells.items()},
+            "memorized": {c: v[s] + chance for c, v in cells.items()},
+        }
         for s in range(n)
     ]
 
@@ -383,9 +396,12 @@ def test_everything_memorized_resolves_nothing():
 
 def test_sizes_that_rise_and_fall_are_no_claim_and_are_named():
     """From 16 to 64 more is memorized, from 64 to 256 less: the mean alone, or last minus first, would hide it."""
+
     def row(seed: int, B: int, budget: str, up: float, down: float) -> RunRow:
         excess = {16: 0.3, 64: 0.3 + 2 * up, 256: 0.3 + 2 * up - 2 * down}[B] + 0.001 * (seed * (B // 16) % 5)
-        return RunRow(Cell("onecycle", 0.5, B), str(seed), budget, {"memorized_excess": excess, "memorized": excess + 0.05})
+        return RunRow(
+            Cell("onecycle", 0.5, B), str(seed), budget, {"memorized_excess": excess, "memorized": excess + 0.05}
+        )
 
     grid = [(s, B, budget) for s in range(3) for B in (16, 64, 256) for budget in ("steps", "epochs")]
     mixed = evaluate_finding(two(), [row(*spot, 0.2, 0.1) for spot in grid])
@@ -393,9 +409,13 @@ def test_sizes_that_rise_and_fall_are_no_claim_and_are_named():
     text = verdicts.explanation("s", mixed)
     assert "matched epochs: the larger memorizes more (B 16 to 64); the larger memorizes less (B 64 to 256)." in text
     steady = evaluate_finding(two(), [row(*spot, 0.2, -0.1) for spot in grid])
-    assert steady.verdict == "supported" and "memorizes more (B 16 to 64, B 64 to 256)." in verdicts.explanation("s", steady)
+    assert steady.verdict == "supported" and "memorizes more (B 16 to 64, B 64 to 256)." in verdicts.explanation(
+        "s", steady
+    )
     flat = evaluate_finding(two(), [row(*spot, 0.1, 0.1) for spot in grid])
-    assert abs(flat.intervals["steps"].mean) < 0.01 and flat.verdict == "not resolved"  # a mean of 0 of two that are not
+    assert (
+        abs(flat.intervals["steps"].mean) < 0.01 and flat.verdict == "not resolved"
+    )  # a mean of 0 of two that are not
 
 
 def test_budgets_are_compared_on_what_both_have():
@@ -405,7 +425,9 @@ def test_budgets_are_compared_on_what_both_have():
         for budget, values in (("steps", (0.3, 0.92, 0.94)), ("epochs", (0.3, 0.5, 0.9))):
             for B, v in zip((16, 64, 256), values, strict=True):
                 v += 0.001 * seed
-                rows.append(RunRow(Cell("cosine", 0.5, B), str(seed), budget, {"memorized_excess": v, "memorized": v + 0.05}))
+                rows.append(
+                    RunRow(Cell("cosine", 0.5, B), str(seed), budget, {"memorized_excess": v, "memorized": v + 0.05})
+                )
     result = evaluate_finding(two(), rows)
     assert result.difference.mean == pytest.approx(0.31 - 0.1)
     assert result.intervals["epochs"].mean == pytest.approx((0.1 + 0.2) / 2)
@@ -415,7 +437,10 @@ def curves(clean_top: float, noisy_top: float, sizes=(16, 64, 256, 512), n=3, sc
     rng = random.Random(6)
     tops = {0.0: clean_top, 0.5: noisy_top}
     cells = [Cell("cosine", noise, B) for noise in tops for B in sizes]
-    return [{"val_acc": {c: 0.9 - 0.02 * (math.log2(c.B) - tops[c.noise]) ** 2 + rng.gauss(0, scatter) for c in cells}} for _ in range(n)]
+    return [
+        {"val_acc": {c: 0.9 - 0.02 * (math.log2(c.B) - tops[c.noise]) ** 2 + rng.gauss(0, scatter) for c in cells}}
+        for _ in range(n)
+    ]
 
 
 def test_the_best_batch_size_is_that_of_the_mean_curve():
@@ -429,14 +454,23 @@ def test_the_best_batch_size_is_that_of_the_mean_curve():
         ((a, b),) = contrasts.best_log2_pairs(rest)
         without.append(a - b)
     i = interval(actual.values)
-    assert i.sd / math.sqrt(5) == pytest.approx(math.sqrt(4 / 5 * sum((t - statistics.fmean(without)) ** 2 for t in without)))
+    assert i.sd / math.sqrt(5) == pytest.approx(
+        math.sqrt(4 / 5 * sum((t - statistics.fmean(without)) ** 2 for t in without))
+    )
     assert i.mean == pytest.approx(5 * (clean - noisy) - 4 * statistics.fmean(without))
     assert not actual.at_least and not actual.at_most and not actual.notes
 
 
 @pytest.mark.parametrize(
     ("clean", "noisy", "at_least", "at_most"),
-    [(7, 6, False, False), (7, 2, True, False), (11, 6, True, False), (2, 6, False, True), (7, 11, False, True), (11, 11, True, True)],
+    [
+        (7, 6, False, False),
+        (7, 2, True, False),
+        (11, 6, True, False),
+        (2, 6, False, True),
+        (7, 11, False, True),
+        (11, 11, True, True),
+    ],
 )
 def test_a_best_batch_size_at_an_end_is_a_bound(clean, noisy, at_least, at_most):
     actual = contrasts.best_shift(curves(clean, noisy))
@@ -449,7 +483,12 @@ def test_bounds_that_can_only_underestimate_the_shift_stand():
 
     def rows(clean: float, noisy: float) -> list[RunRow]:
         made = curves(clean, noisy, scatter=0.004)
-        return [RunRow(c, str(s), b, {"val_acc": v}) for s, u in enumerate(made) for c, v in u["val_acc"].items() for b in ("steps", "epochs")]
+        return [
+            RunRow(c, str(s), b, {"val_acc": v})
+            for s, u in enumerate(made)
+            for c, v in u["val_acc"].items()
+            for b in ("steps", "epochs")
+        ]
 
     result = evaluate_finding(three, rows(7, 3.5))  # the best with noise lies below 16, which is 4
     assert result.verdict == "supported" and "below 16: the shift is at least what is estimated" in result.notes[0]
@@ -461,7 +500,11 @@ def test_bounds_that_can_only_underestimate_the_shift_stand():
 
 
 def test_the_ratio_study_pairs_equal_ratios():
-    values = {Cell("onecycle", 0.5, 64, 0.05): 0.80, Cell("onecycle", 0.5, 128, 0.1): 0.64, Cell("onecycle", 0.5, 64, 0.1): 0.1}
+    values = {
+        Cell("onecycle", 0.5, 64, 0.05): 0.80,
+        Cell("onecycle", 0.5, 128, 0.1): 0.64,
+        Cell("onecycle", 0.5, 64, 0.1): 0.1,
+    }
     assert contrasts.ratio_gap(False)(values) == contrasts.ratio_gap(True)(values) == pytest.approx(0.16)
     assert contrasts.lr_batch_ratio(Cell("constant", 0, 100, 0.1, 0.9), True) == pytest.approx(0.01)
     assert contrasts.lr_batch_ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(0.01)  # 0.85 at the top
@@ -479,7 +522,9 @@ def test_all_four_corners_of_schedule_and_noise_are_shown():
         assert "At constant rate, noise: " in verdicts.explanation("s", result)
     scheduled = [r for r in rows_of("4", 0.05, 0.05, 6) if r.cell.sched != "constant"]
     result = evaluate_finding(FINDINGS["4"], scheduled)
-    assert result.verdict == "supported" and "At constant rate, noise: no such runs." in verdicts.explanation("s", result)
+    assert result.verdict == "supported" and "At constant rate, noise: no such runs." in verdicts.explanation(
+        "s", result
+    )
 
 
 def test_runs_without_a_schedule_have_one_budget():
@@ -493,7 +538,10 @@ def test_runs_without_a_schedule_have_one_budget():
 def test_claims_name_the_rate():
     assert findings.rate_words({Cell("cosine", 0.5, 16), Cell("cosine", 0.5, 64)}) == "at lr 0.1"
     assert findings.rate_words({Cell("cosine", 0.5, 16, 0.1), Cell("cosine", 0.5, 64, 0.4)}) == "at lr/B 0.00625"
-    assert findings.rate_words({Cell("cosine", 0.5, 16, 0.1), Cell("cosine", 0.5, 64, 0.1), Cell("cosine", 0.5, 64, 0.4)}) == ""
+    assert (
+        findings.rate_words({Cell("cosine", 0.5, 16, 0.1), Cell("cosine", 0.5, 64, 0.1), Cell("cosine", 0.5, 64, 0.4)})
+        == ""
+    )
     result = evaluate_finding(two(), rows_of("2", 0.03, 0.03))
     text = verdicts.explanation("s", result)
     assert "Claim, at lr 0.1: training with a larger batch" in text
@@ -504,7 +552,9 @@ def test_intervals_are_read_in_words():
     words = [verdicts.reading(i, 1, 0.01) for i in (UP, DOWN, SMALL, TINY, WIDE, at(0.02, 0.04, n=2))]
     assert words == ["excludes 0 as claimed", "excludes 0 against what is claimed", *["lies inside the margin"] * 2,
                      "contains 0 and reaches beyond the margin", "is one of too few seeds"]  # fmt: skip
-    assert verdicts.reading(DOWN, -1, 0.01) == "excludes 0 as claimed" and verdicts.reading(DOWN, 0, 0.01) == "excludes 0"
+    assert (
+        verdicts.reading(DOWN, -1, 0.01) == "excludes 0 as claimed" and verdicts.reading(DOWN, 0, 0.01) == "excludes 0"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- units and tuning
@@ -527,11 +577,16 @@ def test_crossed_seeds_are_pooled_into_independent_units():
 
 def test_pooled_rows_are_means_and_a_missing_run_is_missed():
     rows = [
-        RunRow(Cell("constant", 0.5, B), f"{a}/{b}/0", "any", {"val_acc": a + 10 * b + B}) for a in range(3) for b in range(2) for B in (16, 64)
+        RunRow(Cell("constant", 0.5, B), f"{a}/{b}/0", "any", {"val_acc": a + 10 * b + B})
+        for a in range(3)
+        for b in range(2)
+        for B in (16, 64)
     ]
     pooled, other = units.poolings(rows)
     assert {r.seed for r in other} == {"0", "1"} and len(other) == 4
-    assert {(r.seed, r.cell.B): r.values["val_acc"] for r in pooled} == {(str(a), B): a + 5 + B for a in range(3) for B in (16, 64)}
+    assert {(r.seed, r.cell.B): r.values["val_acc"] for r in pooled} == {
+        (str(a), B): a + 5 + B for a in range(3) for B in (16, 64)
+    }
     less, _ = units.poolings(rows[1:])
     assert [(r.seed, r.cell.B) for r in less if not r.finished] == [("0", 16)]
     assert units.poolings(pooled) == [pooled]
@@ -550,10 +605,19 @@ def test_pooling_keeps_false_alarms_rare_whichever_draw_dominates(whose):
                 for B in (16, 64):
                     for noise in (0.0, 0.5):
                         lost = (0.2 + draws[(a, b)[whose]] * math.log2(B)) * (noise > 0)
-                        rows.append(RunRow(Cell("constant", noise, B), f"{a}/{b}/0", "any", {"val_acc": 0.9 - lost + rng.gauss(0, 0.005)}))
+                        rows.append(
+                            RunRow(
+                                Cell("constant", noise, B),
+                                f"{a}/{b}/0",
+                                "any",
+                                {"val_acc": 0.9 - lost + rng.gauss(0, 0.005)},
+                            )
+                        )
         result = evaluate_finding(FINDINGS["5c"], rows)
         assert result.intervals["steps"].n == (3, 4)[whose] and "by 3 units and" in result.notes[-1]
-        naive = evaluate_finding(FINDINGS["5c"], [RunRow(r.cell, r.seed.replace("/", "-"), "any", r.values) for r in rows])
+        naive = evaluate_finding(
+            FINDINGS["5c"], [RunRow(r.cell, r.seed.replace("/", "-"), "any", r.values) for r in rows]
+        )
         assert naive.intervals["steps"].n == 12
         wrong += result.verdict == "supported"
         naive_wrong += naive.verdict == "supported"
@@ -570,7 +634,14 @@ def test_a_verdict_holds_by_every_way_of_pooling():
                 slope = mean + (0.05 * (a - 1) if budget == "steps" else 0.03 * (b - 1)) + 0.001 * ((a + 2 * b) % 3)
                 for B in (16, 64):
                     excess = 0.1 + slope * (math.log2(B) - 4) / 2
-                    rows.append(RunRow(Cell("cosine", 0.5, B), f"{a}/{b}/0", budget, {"memorized_excess": excess, "memorized": excess}))
+                    rows.append(
+                        RunRow(
+                            Cell("cosine", 0.5, B),
+                            f"{a}/{b}/0",
+                            budget,
+                            {"memorized_excess": excess, "memorized": excess},
+                        )
+                    )
     ways = [findings.evaluate_units(two(), way, 0.01).verdict for way in units.poolings(rows)]
     assert ways == ["supported", "not resolved"]
     result = evaluate_finding(two(), rows)
@@ -582,7 +653,8 @@ def test_tuning_chooses_on_other_seeds():
     """Rate 0.2 is best on average; seed 0's own best is 0.1, by luck, and must not be chosen by itself."""
     acc = {("0", 0.1): 0.95, ("1", 0.1): 0.5, ("2", 0.1): 0.5, ("0", 0.2): 0.7, ("1", 0.2): 0.7, ("2", 0.2): 0.7}
     rows = [
-        RunRow(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}") for (seed, lr), v in acc.items()
+        RunRow(Cell("onecycle", 0.0, 64, lr), seed, "steps", {"val_acc": v}, f"{seed}-{lr}")
+        for (seed, lr), v in acc.items()
     ]
     chosen = {r.seed: r.name for r in units.tuned(rows)}
     assert chosen["0"] == "0-0.2"

@@ -41,7 +41,9 @@ def test_bf16_on_a_cpu_with_amx_alone(monkeypatch, features, precision, named):
     assert (args.precision, hardware.cpu_features()) == (precision, named)
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")])
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((7, 5), "32-true"), ((8, 0), "bf16-mixed"), ((9, 0), "bf16-mixed")]
+)
 def test_bf16_on_a_gpu_from_capability_8(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
@@ -139,9 +141,9 @@ def test_runs_without_masks_resume_and_compare_as_before():
         with pytest.raises(train.InputError, match="--permutations was 0 and is 3 now"):
             identity.continue_from(options.parse([*words, "--permutations", "3"]), {"options": config | {"threads": 1}})
     full = [*words, "--measure", "full"]
-    assert set(identity.differences(vars(options.parse(full)), vars(options.parse([*full, "--permutations", "2"])))) == {
-        "permutations"
-    }
+    assert set(
+        identity.differences(vars(options.parse(full)), vars(options.parse([*full, "--permutations", "2"])))
+    ) == {"permutations"}
     spelled_out = [*words, "--permutations", "1", "--null-every", "2", "--measure-budget", "0.01"]
     assert options.parse(spelled_out).name == options.parse(words).name
     assert options.parse([*full, "--permutations", "4", "--measure-budget", "0.05"]).name == options.parse(full).name
@@ -158,7 +160,10 @@ def test_what_a_run_sees_of_its_schedule():
     }
     last = schedules.schedule("onecycle", 2559, 5000, 0.1, 0.9)[0]
     line, warning = schedules.describe_span(headline, 0.1, last)
-    assert line == "schedule: onecycle over 5,000 steps (125 epochs); the run makes 2,560 steps (64 epochs): 51% of the schedule"
+    assert (
+        line
+        == "schedule: onecycle over 5,000 steps (125 epochs); the run makes 2,560 steps (64 epochs): 51% of the schedule"
+    )
     assert "cut short" in warning and "--sched-epochs 64 fits" in warning and f"lr {last:.3g}" in warning
     held = schedules.span("cosine", 5000, 20_000, 313)
     assert (held["fraction_seen"], held["share_at_end"]) == (1, 0.75)
@@ -171,7 +176,14 @@ def test_what_a_run_sees_of_its_schedule():
 
 
 def test_shares_never_round_to_nothing_or_all():
-    assert [schedules.percent(x) for x in (0, 0.002, 0.5, 0.997, 0.99999, 1)] == ["0%", "0.2%", "50%", "99.7%", "99.9%", "100%"]
+    assert [schedules.percent(x) for x in (0, 0.002, 0.5, 0.997, 0.99999, 1)] == [
+        "0%",
+        "0.2%",
+        "50%",
+        "99.7%",
+        "99.9%",
+        "100%",
+    ]
 
 
 def test_the_schedule_is_stated_on_screen_in_config_and_report(go, capsys):

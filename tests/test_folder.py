@@ -23,7 +23,10 @@ ENTRIES = (*record.RUN_FILES, "events", "profile")
 def small(tmp_path_factory) -> Path:
     """A run of 7 steps of 10, the smallest network: last.ckpt at step 7, previous.ckpt at step 5."""
     runs = tmp_path_factory.mktemp("small")
-    assert train.main([*SMALL, "--max-steps", "7", "--checkpoint-minutes", "0", "--runs", str(runs), "--name", "small"]) == 0
+    assert (
+        train.main([*SMALL, "--max-steps", "7", "--checkpoint-minutes", "0", "--runs", str(runs), "--name", "small"])
+        == 0
+    )
     return runs / "small"
 
 

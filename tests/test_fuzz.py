@@ -52,7 +52,9 @@ def test_crashes_and_endless_waits_are_one_failure_each(world, tmp_path):
     """The fuzzer sees what it is there to see."""
     argv = ["--dataset", "synthetic", "--synthetic-train", "50", "--width", "4", "--bs", "8", "--epochs", "1"]
     argv += ["--accelerator", "cpu", "--threads", "1", "--name"]
-    crash = world.children.call("train", [*argv, "a"], tmp_path, before="import os, train; train.run = lambda *a: os.abort()")
+    crash = world.children.call(
+        "train", [*argv, "a"], tmp_path, before="import os, train; train.run = lambda *a: os.abort()"
+    )
     assert "status -6" in crash.problems({0})[0]
     hang = "import time, train; train.run = lambda *a: time.sleep(600)"
     late = world.children.call("train", [*argv, "b"], tmp_path, before=hang, timeout=3)

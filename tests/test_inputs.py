@@ -16,7 +16,7 @@ import datasets
 import train
 from conftest import ROOT, TINY
 from data import InputError
-from engine import memory, options, sources
+from engine import cmdline, memory, options, sources
 from study import grids
 
 LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
@@ -117,8 +117,22 @@ HUGE = 5000
 @pytest.mark.parametrize(
     ("option", "letter"),
     [
-        *(("--bs", "x"), ("--bs", "x "), ("--lr", "9"), ("--dataset", "x "), ("--dataset", "\\"), ("--model", "\u00fc")),
-        *(("--model", "\\"), ("--name", "x "), ("--precision", "x"), ("--runs", "x "), ("--noise-labels", "x "), ("--no", "x")),
+        *(
+            ("--bs", "x"),
+            ("--bs", "x "),
+            ("--lr", "9"),
+            ("--dataset", "x "),
+            ("--dataset", "\\"),
+            ("--model", "\u00fc"),
+        ),
+        *(
+            ("--model", "\\"),
+            ("--name", "x "),
+            ("--precision", "x"),
+            ("--runs", "x "),
+            ("--noise-labels", "x "),
+            ("--no", "x"),
+        ),
     ],
 )
 def test_messages_quote_200_characters_at_most(option, letter, capsys, tmp_path):
@@ -132,9 +146,9 @@ def test_messages_quote_200_characters_at_most(option, letter, capsys, tmp_path)
 
 def test_short_words_are_quoted_whole():
     path = "/a folder/" + "y" * 180
-    assert options.shortened(f"--dataset {path}: missing", [path]) == f"--dataset {path}: missing"
+    assert cmdline.shortened(f"--dataset {path}: missing", [path]) == f"--dataset {path}: missing"
     long = "z" * 201
-    assert len(options.shortened(long)) == options.QUOTED
+    assert len(cmdline.shortened(long)) == cmdline.QUOTED
 
 
 def test_options_at_their_bounds():
@@ -235,7 +249,10 @@ def test_a_lock_that_cannot_be_had_is_done_without(tmp_path):
 
 @pytest.mark.parametrize(
     ("dataset", "folder", "table"),
-    [("cifar10", datasets.CIFAR10_FOLDER, datasets.CIFAR10_MD5), ("fmnist", datasets.FMNIST_FOLDER, datasets.FMNIST_MD5)],
+    [
+        ("cifar10", datasets.CIFAR10_FOLDER, datasets.CIFAR10_MD5),
+        ("fmnist", datasets.FMNIST_FOLDER, datasets.FMNIST_MD5),
+    ],
 )
 def test_a_missing_and_a_damaged_file_are_named(dataset, folder, table, capsys, tmp_path, real_data):
     place = tmp_path / "data" / folder

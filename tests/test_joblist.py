@@ -50,7 +50,11 @@ def test_runs_under_earlier_names_are_found(fake, tmp_path, capsys):  # noqa: F8
     """Names that train.py gives, and those of a sweep over other axes: finished runs are skipped, stopped ones resumed."""
     runs = tmp_path / "runs"
     config = lambda **changed: json.dumps({"options": vars(options.parse(["--epochs", "1"])) | changed})  # noqa: E731
-    for name, status, bs in (("epochs1", "finished", 128), ("bs64_epochs1", "stopped", 64), ("bs32_epochs1", "stopped", 7)):
+    for name, status, bs in (
+        ("epochs1", "finished", 128),
+        ("bs64_epochs1", "stopped", 64),
+        ("bs32_epochs1", "stopped", 7),
+    ):
         (runs / name).mkdir(parents=True)
         (runs / name / "config.json").write_text(config(bs=bs))
         (runs / name / "summary.json").write_text(json.dumps({"status": status}))
@@ -71,7 +75,9 @@ def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
     assert fake("--grid", "bs=16 lr=9,0.1 epochs=1") == 1
     assert fake("--grid", "bs=16,32 lr=0.1 epochs=1") == 0
     runs = tmp_path / "runs"
-    (runs / processes.LOGS / "jobs-broken.json").write_text('{"format": "label-noise sweep 1", "jobs": [{"name": "../x"}]}')
+    (runs / processes.LOGS / "jobs-broken.json").write_text(
+        '{"format": "label-noise sweep 1", "jobs": [{"name": "../x"}]}'
+    )
     os.mkfifo(runs / processes.LOGS / "jobs-pipe.json")
     capsys.readouterr()
     assert fake("--status") == 0
@@ -95,7 +101,9 @@ def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
     assert "--grid" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"name": ".."}, {"argv": [1]}, {"options": {"dataset": 3}}, {"x": 1}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "a/b"}, {"name": ".."}, {"argv": [1]}, {"options": {"dataset": 3}}, {"x": 1}]
+)
 def test_entries_that_are_no_job_are_refused(wrong):
     entry = {"name": "a", "argv": ["--bs", "16"], "options": {"bs": 16}}
     assert joblist.checked(**entry).args.bs == 16
@@ -119,7 +127,14 @@ def test_what_a_stopped_sweep_prints_adds_up(fake, tmp_path, capsys):  # noqa: F
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=stop, daemon=True).start()
-    argv = ("--grid", "bs+epochs=16:1,32:90,64:1 noise=0", "--grid", "bs=4,8 lr=0.1 epochs=1", "--grid", "noise=0.9 epochs=2")
+    argv = (
+        "--grid",
+        "bs+epochs=16:1,32:90,64:1 noise=0",
+        "--grid",
+        "bs=4,8 lr=0.1 epochs=1",
+        "--grid",
+        "noise=0.9 epochs=2",
+    )
     capsys.readouterr()
     assert fake(*argv, "--jobs", "1") == 3
     result = capsys.readouterr()

@@ -16,7 +16,16 @@ from engine.job import prepare
 class Count(TorchDispatchMode):
     """Counts the operations within its block that compute something: views and new memory launch nothing."""
 
-    IDLE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "_unsafe_view", "lift_fresh")
+    IDLE = (
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "new_empty_strided",
+        "detach",
+        "_unsafe_view",
+        "lift_fresh",
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +72,9 @@ def test_of_a_step(job):
     plain, measured = counted_step(job, False), counted_step(job, True)
     print(f"plain {plain.total}, measured {measured.total}: {plain.by_name} {measured.by_name}")
     assert plain.total <= PLAIN and measured.total <= MEASURED
-    assert plain.by_name["native_batch_norm"] == 20 and "add_" not in plain.by_name  # a counter of batches would be added to
+    assert (
+        plain.by_name["native_batch_norm"] == 20 and "add_" not in plain.by_name
+    )  # a counter of batches would be added to
 
 
 @pytest.mark.parametrize("V", [2, 3])
@@ -81,14 +92,20 @@ def test_a_network_of_torchs_names_is_saved_and_read(job):
     """With the counters of batches that training goes without."""
     usual = models.build_model("resnet18", 3, 10, 8, "bn", 0)
     saved = models.counted_state(job.module, 7)
-    assert list(saved) == list(usual.state_dict()) and not any(name.endswith(models.COUNTER) for name in job.module.state_dict())
+    assert list(saved) == list(usual.state_dict()) and not any(
+        name.endswith(models.COUNTER) for name in job.module.state_dict()
+    )
     assert usual.load_state_dict(saved) and int(usual.bn1.num_batches_tracked) == 7
     assert job.module.load_state_dict(saved) and job.module.load_state_dict(job.module.state_dict())
-    assert models.COUNTER in str(saved) and all(saved[name].dtype == value.dtype for name, value in usual.state_dict().items())
+    assert models.COUNTER in str(saved) and all(
+        saved[name].dtype == value.dtype for name, value in usual.state_dict().items()
+    )
 
 
 def test_counters_stay_where_they_are_used():
-    kept = torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=None), torch.nn.SyncBatchNorm(3), torch.nn.BatchNorm2d(3))
+    kept = torch.nn.Sequential(
+        torch.nn.BatchNorm2d(3, momentum=None), torch.nn.SyncBatchNorm(3), torch.nn.BatchNorm2d(3)
+    )
     models.stop_counting(kept)
     assert [m.num_batches_tracked is None for m in kept] == [False, False, True]
     assert list(models.counted_state(kept, 2)) == list(torch.nn.Sequential(*map(type(kept[2]), (3, 3, 3))).state_dict())

@@ -160,7 +160,9 @@ def test_corrected_cosine_recovers_a_planted_one_and_says_when_it_cannot():
             for g in (C, N, torch.cat([C, N])):
                 S = torch.stack([p.sum(0) for p in g.chunk(4)])
                 sizes = [len(p) for p in g.chunk(4)]
-                estimates.append([float(v) for v in gradsplit.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())])
+                estimates.append(
+                    [float(v) for v in gradsplit.chunk_moments((S**2).sum(1), sizes, (S.sum(0) ** 2).sum())]
+                )
             (cc, vc), (nn, vn), (sq, va) = estimates
             cn = float(C.mean(0) @ N.mean(0))
             rows.append([cc, nn, cn, (cc + cn) / 2, (cc + 2 * cn + nn) / 4, vc, vn, va, sq])
@@ -208,7 +210,9 @@ def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
                 values.append(float(gradsplit.split_values(rows, None, batch, 1.0)["grad/cos_clean_noisy"]))
                 if len(rows) == 2:
                     products = gradsplit.inner_products(job.context, *rows, gradsplit.add_rows(rows))
-                    found, _ = gradsplit.chunk_estimates(job.context, batch, ahead, products, job.context.options.chunks)
+                    found, _ = gradsplit.chunk_estimates(
+                        job.context, batch, ahead, products, job.context.options.chunks
+                    )
                     job.state.window.append(list(found.values()))
         raw[B] = sum(values) / len(values)
         corrected[B] = metrics.corrected(job.state.window)[0].get("corrected/cos_clean_noisy", math.nan)
@@ -366,7 +370,9 @@ def test_fresh_labels_are_wrong_new_and_follow_the_law():
     assert not torch.equal(fresh, measure.fresh_labels(job.context, batch, 1))
     assert torch.bincount(fresh[batch.noisy], minlength=10).min() > 40  # 700 labels over ten classes
     job.context.transition = torch.eye(10, dtype=torch.float64) + torch.eye(10, dtype=torch.float64).roll(3, 1)
-    job.context.transition[:, 7] += 1e-9  # k -> k + 3 and, hardly ever, 7: what is left once the given label is taken out
+    job.context.transition[:, 7] += (
+        1e-9  # k -> k + 3 and, hardly ever, 7: what is left once the given label is taken out
+    )
     drawn = measure.fresh_labels(job.context, batch, 0)
     third = batch.noisy & (batch.y != (batch.true + 3) % 10) & (batch.true != 7)
     assert (drawn == (batch.true + 3) % 10)[third].double().mean() > 0.99
@@ -507,7 +513,11 @@ def test_bf16_and_float32_agree():
     assert a.keys() == b.keys()
     for tag, value in a.items():
         group = tag.split("/")[0]
-        loose = ("train/acc", "grad/norm_per_layer", "grad/difference")  # the last is a difference of nearly equal numbers
+        loose = (
+            "train/acc",
+            "grad/norm_per_layer",
+            "grad/difference",
+        )  # the last is a difference of nearly equal numbers
         if group in bounds and not tag.startswith(loose):
             assert float(b[tag]) == pytest.approx(float(value), rel=bounds[group], abs=bounds[group]), tag
 

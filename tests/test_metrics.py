@@ -188,10 +188,15 @@ def test_gram_in_buckets(monkeypatch, size):
     flat = torch.stack([torch.cat([t.flatten() for t in row]) for row in rows]).double()
     monkeypatch.setattr(gradsplit, "CPU_CHUNK", size)
     for last in (1, 2, 4):  # of so many rows the four-dimensional tensors are in channels_last
-        mixed = [[t.to(memory_format=torch.channels_last) if t.dim() == 4 and i < last else t for t in row] for i, row in enumerate(rows)]
+        mixed = [
+            [t.to(memory_format=torch.channels_last) if t.dim() == 4 and i < last else t for t in row]
+            for i, row in enumerate(rows)
+        ]
         torch.testing.assert_close(gradsplit.gram(mixed), flat @ flat.T, rtol=1e-12, atol=1e-12)
         cut = list(gradsplit.buckets(mixed, size))
-        assert [sum(len(piece) for piece in bucket[0]) for bucket in cut] == [size] * (127 // size) + [127 % size] * (127 % size > 0)
+        assert [sum(len(piece) for piece in bucket[0]) for bucket in cut] == [size] * (127 // size) + [127 % size] * (
+            127 % size > 0
+        )
 
 
 @pytest.mark.parametrize("length", [5, gradsplit.SLICE, 3 * gradsplit.SLICE + 7])
@@ -229,7 +234,9 @@ def test_batch_measures_by_hand():
 def test_dropout_mask_is_shared_by_both_rows_and_repeats():
     """torchvision's VGG has dropout: one forward serves clean and noisy, and the step number alone decides it."""
     job = job_for()
-    job.context.module = job.model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10))
+    job.context.module = job.model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10)
+    )
     job.context.parameters, job.context.has_dropout = list(job.module.parameters()), models.has_dropout(job.module)
     assert job.context.has_dropout
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)

@@ -143,7 +143,9 @@ def test_drawing_exactly_keeps_each_probability():
     assert float((count / 4000 - q).abs().max()) < 5 * (0.25 / 4000) ** 0.5
     assert count[5] == 0 and count[6] == 4000
     # Neighbours are no likelier to go together, or apart, than others: 4 of 10 hold a given pair with 4/10 * 3/9.
-    pair = sum(int({0, 1} <= set(noises.draw_exactly(torch.full((10,), 0.4).double(), g).tolist())) for _ in range(4000))
+    pair = sum(
+        int({0, 1} <= set(noises.draw_exactly(torch.full((10,), 0.4).double(), g).tolist())) for _ in range(4000)
+    )
     assert abs(pair / 4000 - 4 / 10 * 3 / 9) < 5 * (0.13 * 0.87 / 4000) ** 0.5
 
 

@@ -107,7 +107,9 @@ def test_a_run_repeats_from_its_noise_npz(argv, go):
     assert same_weights(a, b)
     plain = [{k: v for k, v in series(f).items() if k != "noise/nominal"} for f in (a, b)]
     assert plain[0] == plain[1]
-    result = [{k: v for k, v in ledger_of(f).items() if k not in ("type", "nominal", "seed", "dynamic")} for f in (a, b)]
+    result = [
+        {k: v for k, v in ledger_of(f).items() if k not in ("type", "nominal", "seed", "dynamic")} for f in (a, b)
+    ]
     assert result[0] == result[1]
 
 
@@ -116,7 +118,9 @@ def test_dynamic_noise_on_two_processes_and_resumed(zygote, go, tmp_path):
     """Labels are a function of seed and epoch: two processes and a run in two parts see what one run sees."""
     argv = ["--norm", "gn", "--precision", "64-true", "--noise-type", "dynamic", "--noise", "0.5"]
     a = go(*argv, name="a")
-    assert zygote.run([*TINY, *argv, "--runs", str(tmp_path / "runs"), "--name", "b"], ranks=2) == [0, 0], zygote.output()
+    assert zygote.run([*TINY, *argv, "--runs", str(tmp_path / "runs"), "--name", "b"], ranks=2) == [0, 0], (
+        zygote.output()
+    )
     b = tmp_path / "runs" / "b"
     want, got = series(a), series(b)
     for tag in ("grad/clean_fraction", "train/acc_noisy", "grad/cos_clean_noisy", "val/loss"):
@@ -172,7 +176,9 @@ def test_a_matrix_from_csv_and_npy(tmp_path):
     for name in ("T.npy", "T.csv", "excel.csv"):
         args = options.parse([*TINY, "--noise-type", "matrix", "--noise-matrix", str(tmp_path / name), "--noise", "1"])
         result.append(relabel(args, sources.load(args), torch.arange(200))[1])
-    assert result[0] == result[1] == result[2] and abs(result[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
+    assert (
+        result[0] == result[1] == result[2] and abs(result[0]["changed"] - 200 * 0.18) < 5 * (200 * 0.18 * 0.82) ** 0.5
+    )
 
 
 def test_noise_from_a_file_for_a_set_that_brings_its_own(go, tmp_path):

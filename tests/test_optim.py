@@ -58,7 +58,9 @@ def test_each_follows_its_formula(name):
 
 TORCHS = {
     "sgd": lambda ps, **given: torch.optim.SGD(ps, lr=0.1, momentum=0.8, weight_decay=0.05, **given),
-    "nesterov": lambda ps, **given: torch.optim.SGD(ps, lr=0.1, momentum=0.8, weight_decay=0.05, nesterov=True, **given),
+    "nesterov": lambda ps, **given: torch.optim.SGD(
+        ps, lr=0.1, momentum=0.8, weight_decay=0.05, nesterov=True, **given
+    ),
     "adam": lambda ps, **given: torch.optim.Adam(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.05, **given),
     "adamw": lambda ps, **given: torch.optim.AdamW(ps, lr=0.1, betas=(0.8, 0.999), weight_decay=0.05, **given),
     "rmsprop": lambda ps, **given: torch.optim.RMSprop(ps, lr=0.1, momentum=0.8, weight_decay=0.05, **given),
@@ -106,7 +108,9 @@ def test_kept_state_is_what_a_step_leaves(name, momentum):
     assert kept == set(optim.kept_state(name, momentum, "constant"))
 
 
-@pytest.mark.parametrize(("momentum", "sched", "kept"), [(0.9, "constant", True), (0, "constant", False), (0, "onecycle", True)])
+@pytest.mark.parametrize(
+    ("momentum", "sched", "kept"), [(0.9, "constant", True), (0, "constant", False), (0, "onecycle", True)]
+)
 def test_sgd_keeps_a_momentum_of_zeros_where_there_will_be_one(momentum, sched, kept):
     p, optimizer = made(momentum, sched)
     state = optimizer.state_dict()["state"]
@@ -167,7 +171,15 @@ def test_the_edge_of_stability_is_that_of_sgd_alone(go, monkeypatch):
         written = series(go(*given, "--optimizer", name, name=name))
         assert "curvature/trace" in written
         assert ("curvature/edge" in written) == there
-        assert will_log("curvature/(edge|two_over_lr)", vars(options.parse(["--optimizer", name])) | {"measure": "full"}, True, {}) == there
+        assert (
+            will_log(
+                "curvature/(edge|two_over_lr)",
+                vars(options.parse(["--optimizer", name])) | {"measure": "full"},
+                True,
+                {},
+            )
+            == there
+        )
 
 
 @pytest.mark.parametrize(

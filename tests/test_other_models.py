@@ -220,13 +220,20 @@ def test_an_own_function_trains_resumes_and_is_named(go, own, monkeypatch):
     name = options.parse(given).name
     assert f"model-my-nets-small-{options.path_hash(str(own))}" in name
     go(*SHORT, "--model", f"{own}:dropping", "--resume", name="cut", status=2)
-    assert set(memory.needed(options.parse(["--dataset", "synthetic", *given]))) == {"data set"}  # not made for an estimate
+    assert set(memory.needed(options.parse(["--dataset", "synthetic", *given]))) == {
+        "data set"
+    }  # not made for an estimate
 
 
 def test_all_measures_of_an_own_function(go, own, monkeypatch):
     """With torch's attention, whose fused form has no second derivative."""
     monkeypatch.setattr(epochwise, "CURVATURE_EXAMPLES", 8)
-    folder = go(*SHORT, "--model", f"{own}:attentive", *"--measure full --measure-budget 1e6 --chunks 2 --measure-bn separate".split())
+    folder = go(
+        *SHORT,
+        "--model",
+        f"{own}:attentive",
+        *"--measure full --measure-budget 1e6 --chunks 2 --measure-bn separate".split(),
+    )
     assert summary(folder)["status"] == "finished" and "curvature" in summary(folder)["measure_seconds"]
 
 
@@ -244,7 +251,10 @@ def test_what_torch_allows(go, own, function):
 @pytest.mark.parametrize(
     ("given", "result"),
     [
-        ("resnet99", "'resnet99' is not one of resnet18, vgg16, vgg16-linear, vit-small, torchvision:NAME or FILE.py:FUNCTION"),
+        (
+            "resnet99",
+            "'resnet99' is not one of resnet18, vgg16, vgg16-linear, vit-small, torchvision:NAME or FILE.py:FUNCTION",
+        ),
         ("torchvision:resnet99", "torchvision:resnet99: not one of torchvision's classifiers, like resnet34"),
         ("torchvision:fcn_resnet50", "not one of torchvision's classifiers"),
         ("torchvision:inception_v3", "the module raised RuntimeError: Calculated padded input size"),
@@ -293,7 +303,9 @@ def rectangles(tmp_path):
     return tmp_path / "own.npz"
 
 
-@pytest.mark.parametrize("model", ["resnet18 --width 4", "vit-small --width 64", "torchvision:squeezenet1_1 --width 64"])
+@pytest.mark.parametrize(
+    "model", ["resnet18 --width 4", "vit-small --width 64", "torchvision:squeezenet1_1 --width 64"]
+)
 def test_rectangular_images_train(go, rectangles, monkeypatch, capsys, model):
     monkeypatch.setattr(models.ViT.__init__, "__defaults__", (4, 24, 2))
     folder = go("--dataset", str(rectangles), "--model", *model.split(), *"--bs 16 --max-steps 2 --lr 0.01".split())

@@ -114,7 +114,11 @@ def test_a_folder_is_read_in_order_resized_and_cut(photos):
 @pytest.mark.parametrize(
     ("size", "shape", "columns"),
     [
-        ("28x48", (28, 48), (5, 43)),  # 40 x 50 become 38 x 48, of which 28 rows stay, and all columns: the sides are 4.8 wide
+        (
+            "28x48",
+            (28, 48),
+            (5, 43),
+        ),  # 40 x 50 become 38 x 48, of which 28 rows stay, and all columns: the sides are 4.8 wide
         ("48x28", (48, 28), (1, 27)),  # 40 x 50 become 48 x 60, of which columns 16 to 44 stay
         (224, (224, 224), (10, 214)),
     ],
@@ -125,14 +129,21 @@ def test_a_folder_of_rectangles(photos, size, shape, columns):
     assert sources.own_shape(str(photos), size) == (36, 12, *shape, 3, 3)
     first, end = columns
     assert int(source.x_train[0, :, first:end].float().std((0, 1)).max()) == 0
-    assert size == 224 or int(source.x_train[0, 0, 0, 1]) == (255 if shape[1] == 48 else 0)  # the white side, where it stays
+    assert size == 224 or int(source.x_train[0, 0, 0, 1]) == (
+        255 if shape[1] == 48 else 0
+    )  # the white side, where it stays
     args = options.parse(["--dataset", str(photos), "--image-size", str(size)])
     assert args.image_size == size and (args.name.endswith(f"image-size-{size}") or size == 224)
 
 
 def test_image_sizes_that_are_none(photos, capsys, tmp_path):
     for size in ("27", "225", "28x225", "28x", "28x28x28", "+40", "4_0"):
-        refuse(capsys, tmp_path / "runs", ["--dataset", str(photos), f"--image-size={size}"], f"'{size}' is not a number of pixels")
+        refuse(
+            capsys,
+            tmp_path / "runs",
+            ["--dataset", str(photos), f"--image-size={size}"],
+            f"'{size}' is not a number of pixels",
+        )
 
 
 def test_a_rectangular_folder_trains_and_resumes(photos, go):

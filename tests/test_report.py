@@ -315,7 +315,10 @@ def test_a_report_from_planted_runs(made):
     page_text = (made / "report.md").read_text()
     rows = dict(re.findall(r"^\| (\w+(?: raw)?)\. [^|]*\| [^|]* \| \*\*([a-z ]+)\*\*", page_text, re.M))
     assert rows["1a"] == rows["1a raw"] == rows["1b"] == "supported"
-    assert "its signed part from the norms: -0.1" in page_text and "corrected cosine minus 1, a biased selection: -0.7" in page_text
+    assert (
+        "its signed part from the norms: -0.1" in page_text
+        and "corrected cosine minus 1, a biased selection: -0.7" in page_text
+    )
     assert "| 2. Larger batches overfit noisy labels, at lr 0.1 |" in page_text and "stands, p = " in page_text
     assert "the larger memorizes more (B 16 to 64, B 64 to 256)" in page_text
     assert rows["2"] == "confounded"  # planted under the step budget only
@@ -388,7 +391,11 @@ def test_a_single_run_gives_one_page(planted, tmp_path):
     ET.parse(folder / "report" / "run.svg")
     assert "data:image/svg+xml;base64," in (folder / "report" / "report.html").read_text()
     assert [r.name for r in results.load_runs([str(tmp_path)])] == ["bs16"]  # the report is no run
-    assert page_text.startswith(f"# {folder.name}") and "| finished |" in page_text and page_text.index("run.svg") < page_text.index("| finished |")
+    assert (
+        page_text.startswith(f"# {folder.name}")
+        and "| finished |" in page_text
+        and page_text.index("run.svg") < page_text.index("| finished |")
+    )
     number = float(re.search(r"minus its null \| (\S+) \|", page_text)[1])
     assert "bs16" in folder.name and number == pytest.approx(0.2 - 0.5, abs=0.03)  # planted: 0.2 beside a null of 0.5
 
@@ -415,7 +422,9 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
     for B in (16, 64):
         plant(tmp_path, f"--dataset synthetic --noise 0.5 --bs {B} --sched onecycle --epochs 4", actual)
     plant(tmp_path, "--dataset synthetic --bs 64 --sched onecycle --epochs 4", actual, fake=0.5)
-    figure = figures.nulls("t", [runfolders.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy")
+    figure = figures.nulls(
+        "t", [runfolders.read_folder(path) for path in sorted(tmp_path.iterdir())], "cos_clean_noisy"
+    )
     assert len(figure.axes) == 2
     for axis, sizes in zip(figure.axes, ([16, 64], [64]), strict=True):
         drawn = {box.get_label(): box.lines[0].get_data() for box in axis.containers}
@@ -426,7 +435,10 @@ def test_a_cosine_and_its_null_are_means_over_the_same_steps(tmp_path):
 
 
 def test_isotropy_before_training_is_no_finding(tmp_path):
-    series = {"isotropy/participation": [(0, 10.0), (9, 12.0), (18, 13.5)], "isotropy/isotropic": [(0, 15.0), (9, 15.0)]}
+    series = {
+        "isotropy/participation": [(0, 10.0), (9, 12.0), (18, 13.5)],
+        "isotropy/isotropic": [(0, 15.0), (9, 15.0)],
+    }
     run = runfolders.read_folder(plant(tmp_path, "--dataset synthetic --noise 0.5", series))
     assert runvalues.finding_values(run)["participation_minus_1"] == pytest.approx(12 / 15 - 1)
     early = {tag: points[:1] for tag, points in series.items()}
@@ -457,7 +469,8 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
     page_text = (tmp_path / "out" / "report.md").read_text()
     assert (
-        "## Findings at each cell's best learning rate" in page_text and (tmp_path / "out" / "figure-06-tuned.png").exists()
+        "## Findings at each cell's best learning rate" in page_text
+        and (tmp_path / "out" / "figure-06-tuned.png").exists()
     )
     (setting,) = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path / "runs")])))
     assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}

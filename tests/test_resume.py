@@ -493,9 +493,10 @@ def test_a_grown_run_keeps_its_first_plan(go):
     folder = go(*options, "--epochs", "1")
     plan = record.load_state(folder / "last.ckpt")["plan"]
     assert (plan["steps"], plan["total_steps"]) == (6, 5)
-    assert go(*options, "--epochs", "3", name="long") and record.load_state(folder.parent / "long" / "last.ckpt")[
-        "plan"
-    ]["steps"] == 4
+    assert (
+        go(*options, "--epochs", "3", name="long")
+        and record.load_state(folder.parent / "long" / "last.ckpt")["plan"]["steps"] == 4
+    )
     go(*options, "--epochs", "3", "--resume")
     assert record.load_state(folder / "last.ckpt")["plan"] == plan
     assert steps(folder)["null/cos_clean_all"] == [4, 10]
@@ -519,7 +520,9 @@ def saves(monkeypatch) -> list[int]:
 def test_checkpoints_by_time(go, monkeypatch, minutes, at):
     """A step takes half a minute, an epoch has five: after that many minutes and at the end, not after each epoch."""
     step, clock, steps = train.train_step, [0.0], saves(monkeypatch)
-    monkeypatch.setattr(train, "train_step", lambda *args, **named: (clock.append(clock[-1] + 30), step(*args, **named))[1])
+    monkeypatch.setattr(
+        train, "train_step", lambda *args, **named: (clock.append(clock[-1] + 30), step(*args, **named))[1]
+    )
     monkeypatch.setattr(time, "monotonic", lambda: clock[-1])
     go("--noise", "0.5", "--checkpoint-minutes", minutes)
     assert steps == at

@@ -7,7 +7,9 @@ def test_every_option_has_exactly_one_of_the_first_two_roles():
     parser = set(vars(options.parser().parse_args([])))
     assert set(roles.ROLES) == parser, "options in one of engine/roles.py and the parser only"
     for option, own in roles.ROLES.items():
-        assert len(own & {roles.RESULT, roles.PLACE}) == 1, f"--{option} must change the result or say where a run happens"
+        assert len(own & {roles.RESULT, roles.PLACE}) == 1, (
+            f"--{option} must change the result or say where a run happens"
+        )
 
 
 def test_roles_go_together():

@@ -16,11 +16,11 @@ from conftest import ROOT
 COMMANDS = {"train", "sweep", "report", "noise"}
 REGISTRIES = {"models", "datasets", "noises", "optim", "schedules"}  # plural: one function and one entry each
 MEASURING = {"data", "metrics", "measure", "epochwise", "gradsplit"}
-MOST_AT_THE_TOP = 14  # modules: four commands, five registries, four for data and measuring, the meter that is installed
+MOST_AT_THE_TOP = 14  # modules: four commands, five registries, four for data and measuring, the installed meter
 MOST_LINES = {"module": 400, "function": 60}
 
 # What `study` may know of a run: its options, and how its folder is read.
-OF_A_RUN = {"options", "roles", "identity", "schema", "jsonfiles", "files", "locks", "events"}
+OF_A_RUN = {"options", "cmdline", "roles", "identity", "schema", "jsonfiles", "files", "locks", "events"}
 REPORTS_ONLY = {"matplotlib", "scipy", "markdown"}  # training works where these are missing
 
 # rule: {what breaks it: why}

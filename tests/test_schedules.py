@@ -74,10 +74,14 @@ def test_each_is_torchs_to_the_end_and_then_holds(name, T):
 def test_options_of_step_and_cyclic_against_torch():
     want = torchs(lambda o: LR.MultiStepLR(o, [30, 41, 90], gamma=0.5), 101)
     given = {"milestones": (0.3, 0.41, 0.9), "factor": 0.5}
-    assert [Course("step", 100, 0.1, 0.9, given=given).at(s)[0] for s in range(101)] == pytest.approx([lr for lr, _ in want])
+    assert [Course("step", 100, 0.1, 0.9, given=given).at(s)[0] for s in range(101)] == pytest.approx(
+        [lr for lr, _ in want]
+    )
     want = torchs(lambda o: LR.CyclicLR(o, 0.025, 0.1, step_size_up=50 / 3, cycle_momentum=False), 100)
     given = {"cycles": 3, "factor": 0.25}
-    assert [Course("cyclic", 100, 0.1, 0.9, given=given).at(s)[0] for s in range(100)] == pytest.approx([lr for lr, _ in want])
+    assert [Course("cyclic", 100, 0.1, 0.9, given=given).at(s)[0] for s in range(100)] == pytest.approx(
+        [lr for lr, _ in want]
+    )
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -88,7 +92,9 @@ def test_warm_up_and_delay_are_torchs_schedulers_one_after_another(name):
 
     def chained(o):  # made one after another, for each sets the optimizer's rate as it begins
         o.param_groups[0]["lr"] = first
-        return LR.SequentialLR(o, [LR.LinearLR(o, 1 / (W + 1), total_iters=W), LR.ConstantLR(o, factor=1)], milestones=[W])
+        return LR.SequentialLR(
+            o, [LR.LinearLR(o, 1 / (W + 1), total_iters=W), LR.ConstantLR(o, factor=1)], milestones=[W]
+        )
 
     want = [lr for lr, _ in torchs(chained, W + D)] + [lr for lr, _ in torchs(lambda o: TORCHS[name](o, T), T)]
     run = Course(name, T + (name == "onecycle"), 0.1, 0.9, warmup=W, delay=D)
@@ -110,8 +116,13 @@ def test_lengths_of_warm_up_and_delay_in_their_units():
     run = course_of(*linear, "--sched-examples", "1001", "--sched-delay", "201", "--warmup-epochs", "2")
     assert (run.warmup, run.delay, run.sched_steps) == (160, 3, 11)
     assert course_of("--sched", "cosine", "--sched-delay", "7").delay == 7
-    assert course_of("--sched", "step", "--sched-milestones", "0.2,0.80").given == {"milestones": (0.2, 0.8), "factor": 0.1}
-    args = options.parse("--dataset synthetic --bs 100 --sched-epochs 3 --sched cosine --sched-delay 2 --warmup-steps 5".split())
+    assert course_of("--sched", "step", "--sched-milestones", "0.2,0.80").given == {
+        "milestones": (0.2, 0.8),
+        "factor": 0.1,
+    }
+    args = options.parse(
+        "--dataset synthetic --bs 100 --sched-epochs 3 --sched cosine --sched-delay 2 --warmup-steps 5".split()
+    )
     assert options.sched_steps(args, 80) == 405
 
 
@@ -142,7 +153,9 @@ def test_refused(go, capsys, given, result):
 
 def test_a_run_follows_its_course_and_says_so(go, capsys):
     """Of 10 steps 2 of warm-up, 1 of delay, and a step schedule of one epoch; resumed in its middle."""
-    given = "--sched step --sched-epochs 1 --sched-delay 1 --warmup-steps 2 --width 4 --measure-every 1 --lr 0.03".split()
+    given = (
+        "--sched step --sched-epochs 1 --sched-delay 1 --warmup-steps 2 --width 4 --measure-every 1 --lr 0.03".split()
+    )
     go(*given, "--max-steps", "8")
     assert "schedule: step over 12 steps (2.4 epochs) with 2 of warm-up and 5 of delay first" in capsys.readouterr().out
     rates = series(go(*given, "--max-steps", "10", "--resume"))["optim/lr"]
@@ -155,7 +168,9 @@ def test_a_run_follows_its_course_and_says_so(go, capsys):
 def test_names_tell_courses_apart():
     name = lambda *argv: options.parse(["--dataset", "synthetic", *argv]).name  # noqa: E731
     assert name("--sched", "step", "--sched-milestones", "0.3,0.6").endswith("_sched-step_sched-milestones-0.3-0.6")
-    assert name("--sched", "linear", "--sched-delay", "9", "--warmup-epochs", "2").endswith("_sched-delay9_warmup-epochs2")
+    assert name("--sched", "linear", "--sched-delay", "9", "--warmup-epochs", "2").endswith(
+        "_sched-delay9_warmup-epochs2"
+    )
 
 
 def test_constant():
@@ -176,7 +191,9 @@ def test_length_in_each_unit():
 def test_entries_say_what_moves(name):
     """`moves` is what plots, memory and the optimizer go by."""
     values = [schedule(name, step, 100, 0.1, 0.9) for step in range(120)]
-    changed = {what for what, column in zip(("lr", "momentum"), zip(*values, strict=True), strict=True) if len(set(column)) > 1}
+    changed = {
+        what for what, column in zip(("lr", "momentum"), zip(*values, strict=True), strict=True) if len(set(column)) > 1
+    }
     assert changed == set(SCHEDULES[name].moves)
 
 

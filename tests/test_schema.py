@@ -149,7 +149,15 @@ OPTION_CASES = {
     "devices": ("two", 0, [0, 1]),
     "threads": (0, 2000, "1"),
 }
-RIGHT = {"bs": 2**31, "noise": None, "subset": None, "devices": "0,1", "num_nodes": "1", "lr": 1, "new_option": [1, "x"]}
+RIGHT = {
+    "bs": 2**31,
+    "noise": None,
+    "subset": None,
+    "devices": "0,1",
+    "num_nodes": "1",
+    "lr": 1,
+    "new_option": [1, "x"],
+}
 
 
 @pytest.mark.parametrize("name", OPTION_CASES)

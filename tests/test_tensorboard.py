@@ -107,7 +107,9 @@ def test_every_chart_of_the_layout_has_data(go, options):
     layout = Layout.FromString(proto)
     shown = {chart.title: list(chart.multiline.tag) for group in layout.category for chart in group.chart}
     unlogged = {tag for tags in shown.values() for tag in tags if not [t for t in logged if re.match(tag, t)]}
-    unresolved = {tag for tag in unlogged if tag.startswith(("corrected/", "null/permuted_", "isotropy/dim"))}  # not in every batch
+    unresolved = {
+        tag for tag in unlogged if tag.startswith(("corrected/", "null/permuted_", "isotropy/dim"))
+    }  # not in every batch
     assert unlogged == unresolved and all(group.chart for group in layout.category)
     of_schedule = {"optim/lr", "optim/momentum"}  # logged by every run, drawn where they move
     for title, tags in ((t, tags) for charts in views.CHARTS.values() for t, tags in charts.items()):
@@ -129,7 +131,9 @@ def test_layout_follows_the_plan_of_full_measurements():
         "effective dimension of the label noise",
         "participation ratio and isotropic",
     }
-    assert "beside their nulls" not in views.chart_layout(given, True, dict.fromkeys(("steps", "probe", "isotropy", "curvature")))
+    assert "beside their nulls" not in views.chart_layout(
+        given, True, dict.fromkeys(("steps", "probe", "isotropy", "curvature"))
+    )
 
 
 def test_split_has_no_lonely_cosine_without_random_masks():
@@ -187,7 +191,21 @@ def test_changed_labels_are_red():
 # --------------------------------------------------------------------------------- the best weights, and resuming
 
 
-BEST = ("--noise", "0.5", "--best", "--epochs", "3", "--max-steps", "12", "--lr", "0.02", "--measure", "off", "--checkpoint-minutes", "0")
+BEST = (
+    "--noise",
+    "0.5",
+    "--best",
+    "--epochs",
+    "3",
+    "--max-steps",
+    "12",
+    "--lr",
+    "0.02",
+    "--measure",
+    "off",
+    "--checkpoint-minutes",
+    "0",
+)
 
 
 def best(folder):

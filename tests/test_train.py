@@ -41,7 +41,9 @@ def test_a_run_leaves_what_the_contract_says(go):
         (s, pytest.approx(schedules.schedule("onecycle", s, 10, 0.1, 0.9)[0])) for s in range(0, 10, 2)
     ]
     ledger = json.loads((folder / "config.json").read_text())["noise"]
-    assert actual["noise/nominal"] == [(0, 0.5)] and actual["noise/realised"] == [(0, pytest.approx(ledger["realised"]))]
+    assert actual["noise/nominal"] == [(0, 0.5)] and actual["noise/realised"] == [
+        (0, pytest.approx(ledger["realised"]))
+    ]
     outcome = summary(folder)
     assert (outcome["status"], outcome["steps"], outcome["examples"]) == ("finished", 10, 320)
     assert outcome["val_acc"] == pytest.approx(actual["val/acc"][-1][1])
@@ -173,7 +175,9 @@ def test_fabric_run_is_the_same_run(go, tmp_path):
         at = argv.index(option)
         del argv[at : at + 2]
     argv += ["--runs", str(tmp_path / "runs")]
-    result = subprocess.run([*fabric_run(), *argv, "--name", "a"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*fabric_run(), *argv, "--name", "a"], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr
     result = subprocess.run(
         [sys.executable, "train.py", "--accelerator", "cpu", *argv, "--name", "b"],
