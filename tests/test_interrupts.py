@@ -127,8 +127,13 @@ def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
         os.kill(os.getpid(), signal.SIGINT)  # as Ray interrupts a task
 
     thread = threading.Thread(target=cancel if cancelled else int)
-    thread.start()
-    status, _, _ = cluster.run_task([sys.executable, "-c", code], str(tmp_path / "r"), str(log), str(tmp_path), False)
-    thread.join()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
+    try:
+        thread.start()
+        command = [sys.executable, "-c", code]
+        status, _, _ = cluster.run_task(command, str(tmp_path / "r"), str(log), str(tmp_path), False)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, before)
     assert status == (-signal.SIGTERM if cancelled else 0)
     wait_for(lambda: not alive(int(log.read_text())), 10)
