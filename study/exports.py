@@ -12,7 +12,7 @@ from study.outputs import whole_file
 from study.runfolders import Run, Series
 
 EXPORT_FORMAT = "label-noise runs 1"
-EXACT = ("val/", "test/", "probe/", "noise/")  # means over whole sets, few points: exported with every bit
+EXACT = ("val/", "test/", "probe/", "detect/", "noise/")  # means over whole sets, few points: exported with every bit
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
 
 

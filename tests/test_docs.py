@@ -17,7 +17,7 @@ from benchmarks import planted
 from conftest import ROOT
 from engine import options
 
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 GUIDES = [page for page in PAGES if page.parent.name != "benchmarks"]
 COMMAND = re.compile(r"(?:^|[\s/`(])(?:fabric run|torchrun|python)\s[^`]*?\b(?:train|sweep|report|noise)\.py")
 

@@ -1,0 +1,77 @@
+"""The published studies: the tables of docs/studies/NAME.md are what the report makes of docs/studies/NAME.npz."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import report
+from conftest import ROOT
+from study import manyruns
+
+STUDIES = sorted((ROOT / "docs/studies").glob("*.npz"))
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
+MARK = "<!-- from the report: "
+
+
+def tables(page: str) -> list[tuple[str, list[str]]]:
+    """[(section of the report, rows)] of a study's marked tables."""
+    found = []
+    for part in page.split(MARK)[1:]:
+        section, _, text = part.partition(" -->\n")
+        lines = text.split("\n\n")[0].splitlines()
+        found.append((section, lines[2:]))
+    return found
+
+
+def numbers(row: str) -> list[tuple[float, int]]:
+    """(value, decimals) of the numbers of a row."""
+    return [(float(text), len(text.partition(".")[2])) for text in NUMBER.findall(row)]
+
+
+def comes_from(row: str, theirs: str) -> bool:
+    """Whether the numbers of a row are, rounded and in this order, among those of a row of the report."""
+    rest = iter(numbers(theirs))
+    return all(
+        any(abs(value - whole) <= 0.5 * 10**-places + 0.51 * 10**-exact for whole, exact in rest)
+        for value, places in numbers(row)
+    )
+
+
+def words(row: str) -> set[str]:
+    """The names in a row that are the report's own: verdicts and rules."""
+    rules = "not resolved|not supported|supported|confounded|masked by the budget|last epoch|Label Wave|stands"
+    return set(re.findall(f"{rules}|noisy validation accuracy|gradient disparity|susceptibility", row))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_a_study_is_what_its_file_says(path: Path, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(manyruns, "add_figures", lambda page, settings, look, formats, *_: drawn.append(settings))
+    assert report.main([str(path), "--out", str(tmp_path), "--x", "epochs"]) == 0 and drawn
+    made = (tmp_path / "report.md").read_text()
+    page = path.with_suffix(".md").read_text()
+    assert tables(page)
+    for section, rows in tables(page):
+        theirs = made[made.index(f"\n## {section}\n") :].split("\n## ")[1].splitlines()
+        theirs = [line for line in theirs if line.startswith("|")]
+        for row in rows:
+            fit = [line for line in theirs if comes_from(row, line) and words(row) <= words(line)]
+            assert fit, f"{section}: {row}"
+    assert f"docs/studies/{path.name}" in page  # the command that makes them
+
+
+def test_every_study_has_its_file_and_its_line():
+    pages = {p.stem for p in (ROOT / "docs/studies").glob("*.md")}
+    assert pages == {p.stem for p in STUDIES}
+    index = (ROOT / "docs/studies.md").read_text()
+    assert all(f"studies/{name}.md" in index and f"studies/{name}.npz" in index for name in pages)
+    assert sum(p.stat().st_size for p in STUDIES) < 40 * 2**20
+
+
+@pytest.mark.parametrize("change", ["| 64 | 0.66", "0.02 | 0.72"])
+def test_another_number_is_noticed(change):
+    theirs = "| onecycle, 20 epochs | 0.5 | 64 | 0.1 | 3 | 0.6634 ± 0.0220 | 0.7197 ± 0.0126 | 0.3950 ± 0.0087 |"
+    row = "| 64 | 0.66 ± 0.02 | 0.72 ± 0.01 | 0.40 ± 0.01 |"
+    assert comes_from(row, theirs)
+    assert not comes_from(row.replace(change, change[:-1] + "8"), theirs)
