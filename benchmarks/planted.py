@@ -238,13 +238,13 @@ def summary_table(rates: list[Rates], effect: float) -> str:
         cells.append(f"{wrong:.3f}" + (f" ({at[0]:+g}, {at[1]:+g})" if wrong else ""))
         lines.append(f"| {r.finding.id} | " + " | ".join([*cells, f"{r.coverage():.3f}"]) + " |")
     lines.append("")
-    for said, at, verdicts in (
+    for title, at, verdicts in (
         ("no effect: reports with any of S, C, M", (0.0, 0.0), POSITIVE),
         ("effects under the step budget alone: reports with any S", (effect, 0.0), ("supported",)),
         ("effects under matched epochs alone: reports with any S", (0.0, effect), ("supported",)),
     ):
         alone, after = (statistics.fmean(n > 0 for n in counts) for counts in family(rates, at, verdicts))
-        lines.append(f"{said}: {alone:.3f}, after Holm {after:.3f}")
+        lines.append(f"{title}: {alone:.3f}, after Holm {after:.3f}")
     alone, after = (statistics.fmean(counts) for counts in family(rates, (effect, effect), ("supported",)))
     lines.append(f"effects everywhere: {alone:.2f} of {len(rates)} findings supported, after Holm {after:.2f}")
     return "\n".join(lines)

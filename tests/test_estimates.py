@@ -249,17 +249,17 @@ def test_each_quarter_has_its_own_estimate():
     moments = planted(c, n, [10] * 4, [10] * 4, 48, gen)[0].tolist()
     for total, every, ends in ((48, 1, [11, 23, 35, 47]), (48, 6, [18, 42]), (40, 2, [8, 18, 28, 38])):
         job.state.plan, job.state.window = {"steps": every, "total_steps": total}, []
-        said, since = {}, []
+        logged, since = {}, []
         for step in range(0, total, every):
             since.append(moments[step])
             job.state.window.append(moments[step])
             values = measure.quarter_values(job.context, step)
             if "corrected/cos_clean_noisy" in values:
-                said[step] = values["corrected/cos_clean_noisy"]
+                logged[step] = values["corrected/cos_clean_noisy"]
                 want, _ = metrics.corrected(since)
-                assert said[step] == want["corrected/cos_clean_noisy"] and job.state.window == []
+                assert logged[step] == want["corrected/cos_clean_noisy"] and job.state.window == []
                 since = []
-        assert list(said) == ends, (every, said)
+        assert list(logged) == ends, (every, logged)
 
 
 # ------------------------------------------------------------------------------------------------- label-noise cotangent

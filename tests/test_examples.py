@@ -21,8 +21,8 @@ def run(name: str, folder: Path, *arguments: str) -> str:
 
 
 def test_a_loop_of_ones_own(tmp_path):
-    said = run("plain_loop.py", tmp_path, "cosine.png")
-    last = re.findall(r"loss ([\d.]+), cos\(clean, noisy\) (\S+), of random parts (\S+)", said)[-1]
+    output = run("plain_loop.py", tmp_path, "cosine.png")
+    last = re.findall(r"loss ([\d.]+), cos\(clean, noisy\) (\S+), of random parts (\S+)", output)[-1]
     loss, cosine, null = map(float, last)
     assert loss < 1.3 and cosine < null  # it has learned, and wrong labels pull elsewhere
     assert (tmp_path / "cosine.png").stat().st_size > 1000

@@ -292,8 +292,8 @@ def test_what_does_not_fit_is_said():
         (TypeError, "model is function", lambda: Meter(forward)),
         (ValueError, "no example", lambda: measure(x[:0], y[:0], noisy[:0])),
     ]
-    for kind, said, act in wrong:
-        with pytest.raises(kind, match=said):
+    for kind, message, act in wrong:
+        with pytest.raises(kind, match=message):
             act()
     assert all(p.grad is None for p in net.parameters())
 
@@ -342,7 +342,7 @@ def test_two_processes_are_one(zygote, tmp_path):
     for ranks in (1, 2):
         file = str(tmp_path / f"{ranks}-")
         code = TWO.format(paths=paths, file=file, ranks=ranks)
-        assert zygote.run(code=code, ranks=ranks) == [0] * ranks, zygote.said()
+        assert zygote.run(code=code, ranks=ranks) == [0] * ranks, zygote.output()
         found[ranks] = [torch.load(f"{file}{rank}") for rank in range(ranks)]
     (want,) = found[1]
     for got in found[2]:

@@ -409,7 +409,7 @@ def test_full_leaves_no_trace(go, mode):
 
 def test_what_a_full_run_leaves(go):
     folder = go("--noise", "0.5", *FULL, "--epochs", "3")
-    found, said = series(folder), summary(folder)
+    found, outcome = series(folder), summary(folder)
     for tag in (
         "probe/memorized",
         "probe/recovered",
@@ -423,7 +423,7 @@ def test_what_a_full_run_leaves(go):
     shares = zip(found["probe/memorized"], found["probe/recovered"], found["probe/other"], strict=True)
     assert all(a + b + c == pytest.approx(1, abs=1e-6) for (_, a), (_, b), (_, c) in shares)
     assert [s for s, _ in found["null/cos_clean_all"]] == list(range(0, 15, 2))
-    assert set(said["measure_seconds"]) == {
+    assert set(outcome["measure_seconds"]) == {
         "chunks",
         "permutations",
         "fresh",
@@ -457,10 +457,10 @@ def test_memorization_is_noticed(go):
     folder = go(
         *argv, "--lr", "0.05", "--wd", "0", "--measure-every", "50", "--measure", "full", "--measure-budget", "0.4"
     )
-    found, said = series(folder), summary(folder)
+    found, outcome = series(folder), summary(folder)
     memorized = found["probe/memorized"]
     first = next(step for step, v in memorized if v >= 0.5)
-    assert said["half_memorized_step"] == first
+    assert outcome["half_memorized_step"] == first
     assert found["probe/half_memorized_step"] == [(first, first)]
     assert memorized[-1][1] > 0.9 and found["probe/recovered"][-1][1] < 0.1
 
