@@ -76,7 +76,12 @@ def log_joint(logits: Tensor, labels: Tensor, matrix: Tensor) -> Tensor:
 
 def weighted(logits: Tensor, labels: Tensor, weights: Tensor | float) -> Tensor:
     """`weights` (B, 1) times the cross-entropy's gradient p - e_y; what depends on p_y alone has a gradient of this form."""
-    return (logits.softmax(1) - F.one_hot(labels, logits.shape[1])) * weights
+    return plus_at_label(logits.softmax(1), labels, -1.0) * weights
+
+
+def plus_at_label(U: Tensor, labels: Tensor, x: float) -> Tensor:
+    """U (B, K) with x added to each row's entry of its label; nothing waits for a GPU."""
+    return U.scatter_add(1, labels[:, None], torch.full_like(U[:, :1], x))
 
 
 def of_label(logits: Tensor, labels: Tensor) -> Tensor:
@@ -86,9 +91,7 @@ def of_label(logits: Tensor, labels: Tensor) -> Tensor:
 
 def smooth_gradient(logits: Tensor, labels: Tensor, share: float) -> Tensor:
     """p - (1 - share) e_y - share / K."""
-    K = logits.shape[1]
-    one_hot = F.one_hot(labels, K).to(logits.dtype)  # an integer times a share would be of the default dtype
-    return logits.softmax(1) - (1 - share) * one_hot - share / K
+    return plus_at_label(logits.softmax(1), labels, share - 1) - share / logits.shape[1]
 
 
 def mae_gradient(logits: Tensor, labels: Tensor) -> Tensor:

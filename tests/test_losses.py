@@ -22,7 +22,7 @@ from engine import checks, labels, options
 from engine.noisefile import shares, transitions
 from gradsplit import Meter
 from noises import NOISES, Noise
-from study import findings, settings, verdicts
+from study import figures, findings, settings, verdicts
 from study.grids import expand
 from study.runfolders import Run
 from test_metrics import job_for, warm
@@ -482,6 +482,8 @@ def test_settings_of_other_losses_and_optimizers_are_judged_apart():
     assert {"4", "5"} <= {r.finding.id for _, r in judged} and "4m" not in {r.finding.id for _, r in judged}
     judged = verdicts.judge([s for s in grouped if "adam" not in s.label], findings.MARGINS)
     assert "4m" in {r.finding.id for _, r in judged}
+    plain, gce, _ = runs
+    assert figures.comparable(plain, plain) and not figures.comparable(gce, plain)  # beside the report's own curves
 
 
 def test_the_registry_is_complete():
