@@ -69,7 +69,7 @@ def write_losses(page: Page, settings: list[Setting]) -> None:
     if not tables:
         return
     page.heading(2, "Losses")
-    names = [f"{name}, {half}" for half in HALVES for name in ("cos(clean, noisy)", "its null", "|g_N| / |g_C|")]
+    names = [f"{name}, {half}" for half in HALVES for name in ("cos(clean, noisy)", "its null", "norm, noisy / clean")]
     for label, rows in tables:
         page.text(literal(label))
         page.table(["loss", *CELL_HEADER, "runs", *names, *FINAL.values()], rows)
