@@ -53,19 +53,19 @@ def by_the_paper(text: str, z: list[float], y: int, matrix=T) -> float:
     e = [math.exp(v - max(z)) for v in z]
     p = [v / sum(e) for v in e]
     target = [float(k == y) for k in range(len(z))]
-    if name == "smooth":  # Szegedy et al. 2016, section 7: q'(k) = (1 - eps) delta_ky + eps u(k)
+    if name == "smooth":  # Szegedy et al. 2016: q'(k) = (1 - eps) delta_ky + eps u(k)
         target = [(1 - numbers[0]) * t + numbers[0] / len(z) for t in target]
     entropy = -sum(t * math.log(v) for t, v in zip(target, p, strict=True))
     if name in ("ce", "smooth"):
         return entropy
-    if name == "mae":  # Ghosh et al. 2017, section 3: ||e_j - f(x)||_1
+    if name == "mae":  # Ghosh et al. 2017: ||e_j - f(x)||_1
         return sum(abs(t - v) for t, v in zip(target, p, strict=True))
-    if name == "gce":  # Zhang & Sabuncu 2018, equation 5: (1 - f_j(x)^q) / q
+    if name == "gce":  # Zhang & Sabuncu 2018: (1 - f_j(x)^q) / q
         return (1 - p[y] ** numbers[0]) / numbers[0]
-    if name == "sce":  # Wang et al. 2019, equations 5 and 7: -sum_k p(k|x) log q(k|x), log 0 = A = -4
+    if name == "sce":  # Wang et al. 2019: -sum_k p(k|x) log q(k|x), log 0 = A = -4
         reverse = -sum(v * (0.0 if t else -4.0) for t, v in zip(target, p, strict=True))
         return numbers[0] * entropy + numbers[1] * reverse
-    return -math.log(sum(float(matrix[k, y]) * v for k, v in enumerate(p)))  # Patrini et al. 2017, equation 5: T^T p
+    return -math.log(sum(float(matrix[k, y]) * v for k, v in enumerate(p)))  # Patrini et al. 2017: T^T p
 
 
 def loss_of(text: str, matrix=T) -> losses.ExampleLoss:
