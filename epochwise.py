@@ -75,8 +75,8 @@ def probe(context: MeasuringContext) -> dict:
     """`probe/*`: what the network predicts on the probe set (eval mode, no augmentation); waits for the device.
 
     Of the noisy examples: shares predicted as their given label (memorized), their true one (recovered), another; of
-    the clean ones: accuracy; AUC with which the loss against the given label tells noisy from clean (Arazo et al. 2019
-    separate them by it). `memorized_excess` is the share memorized beyond its chance level on held-out images.
+    the clean ones: accuracy; AUC with which the cross-entropy against the given label, whatever the loss that trains, tells
+    noisy from clean (Arazo et al. 2019 separate them by it). `memorized_excess` is the share memorized beyond its chance level on held-out images.
     """
     context.average_buffers()
     noisy, clean = probe_indices(context)
@@ -111,7 +111,8 @@ def isotropy(context: MeasuringContext) -> dict:
     """`isotropy/*`: effective dimension and participation ratio of m label-noise gradients, each the mean of as many
     noisy training examples.
 
-    Part k's gradient is pulled back from U_i = (onehot(y*_i) - onehot(y_i)) / |part|, directly the part's g - g(y*).
+    Part k's gradient is pulled back from the difference of the loss's cotangents under given and true labels, for the
+    cross-entropy U_i = (onehot(y*_i) - onehot(y_i)) / |part|: directly the part's g - g(y*).
     Empty with too few noisy examples. Every process computes the same.
     """
     noisy, _ = probe_indices(context)
@@ -163,7 +164,7 @@ def curvature(context: MeasuringContext) -> dict:
         sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
     ):
         logits = context.module(context.train.images.plain(index))
-        loss = F.cross_entropy(logits, context.train.labels[index].to(logits.device))
+        loss = context.training_loss(logits, context.train.labels[index].to(logits.device), "mean")
         gradient = torch.autograd.grad(loss, context.parameters, create_graph=True)
 
         def product(v: Tensor) -> Tensor:  # H v, both (P,)
@@ -214,14 +215,14 @@ def susceptibility(context: MeasuringContext) -> dict:
     labels = torch.randint(K, index.shape, generator=g).to(context.device)
     x, everyone = held.plain(index), torch.ones_like(labels, dtype=torch.bool)
     forward = Forward(context, x, len(index))
-    before = F.cross_entropy(forward.logits, labels)
+    before = context.training_loss(forward.logits, labels, "mean")
     row = forward.row(labels, everyone, free=True)
     weights = [p.detach() for p in context.parameters]
     kept = [w.clone() for w in weights]
     try:
         torch._foreach_add_(weights, row, alpha=-lr / float(context.loss_scale()))
         with torch.no_grad():
-            after = F.cross_entropy(context.logits(x), labels)
+            after = context.training_loss(context.logits(x), labels, "mean")
     finally:
         torch._foreach_copy_(weights, kept)
     return {"probe/susceptibility": float(before - after)}
@@ -243,7 +244,7 @@ def disparity(context: MeasuringContext) -> dict:
             Forward(context, context.train.images.plain(part), 1),
             context.train.labels[part].to(context.device),
         )
-        losses = F.cross_entropy(forward.logits, y, reduction="none")
+        losses = context.training_loss(forward.logits, y, "none")
         rows.append(forward.row(y, metrics.rescaled_weights(losses), free=True))
     distance = float(metrics.mean_distance(gradsplit.gram(rows))) / float(context.loss_scale())
     return {"probe/disparity": distance if math.isfinite(distance) else math.nan}

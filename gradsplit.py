@@ -104,7 +104,12 @@ def example_losses(loss: Loss | None, output: Tensor, labels: Tensor) -> Tensor:
 
 def loss_cotangents(loss: Loss | None, output: Tensor, labels: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """d/doutput of sum_i w_i loss_i for each w (b,) of `weights`, shaped as `output` (b, ...), of any `loss` of
-    `example_losses`, by differentiating it at the output alone. Raises ValueError as that does."""
+    `example_losses`: by its own `gradient` (output, labels) -> (b, ...) if it has one, else by differentiating it at the
+    output alone. Raises ValueError as that does."""
+    closed_form = getattr(loss, "gradient", None)
+    if closed_form is not None:
+        U = closed_form(output.detach(), labels)
+        return [U * w.to(U.dtype).view(-1, *[1] * (U.dim() - 1)) for w in weights]
     z = output.detach().requires_grad_()
     with torch.enable_grad():
         each = example_losses(loss, z, labels)

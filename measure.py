@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import data
@@ -73,7 +74,7 @@ class MeasuringState:
 
 @dataclass(kw_only=True)
 class MeasuringContext(Context):
-    """All that measuring takes from a run: `module` is the bare network, `loss` stays the cross-entropy."""
+    """All that measuring takes from a run: `module` is the bare network, `loss` the one that trains, None for cross-entropy."""
 
     train: data.TrainSet  # the training examples that epoch-wise measures draw from
     transition: Tensor  # (K, K) float64 on the CPU: counts of (true, given) label in the training split
@@ -92,6 +93,13 @@ class MeasuringContext(Context):
     confusion: Tensor | None = (
         None  # (K, K) float64 on the CPU: counts of (true, predicted) class on these, at these weights
     )
+
+    def training_loss(self, logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        """The loss that trains, of `logits` (b, K) against `labels` (b,) int64: "none" (b,), or their "sum" or "mean"."""
+        if self.loss is None:
+            return F.cross_entropy(logits, labels, reduction=reduction)
+        each = gradsplit.example_losses(self.loss, logits, labels)
+        return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
 
     def seed_dropout(self, step: int) -> None:
         """Give dropout, which draws from the device's global generator, a mask that depends on seed, step and rank."""

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 
-def batch_counts(logits: Tensor, labels: Tensor, noisy: Tensor) -> Tensor:
-    """(3,) float64 sums over a batch: cross-entropy against `labels`, correct, correct among the noisy.
+def batch_counts(logits: Tensor, labels: Tensor, noisy: Tensor, loss: Tensor | None = None) -> Tensor:
+    """(3,) float64 sums over a batch: the loss, correct, correct among the noisy.
 
     Sums, so that ranks can add them before `batch_measures` divides. `logits` (b, K), `labels` (b,) int64, `noisy`
-    (b,) bool.
+    (b,) bool, `loss` 0-d, by default the cross-entropy against `labels`.
     """
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    if loss is None:
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     hit = logits.argmax(1) == labels
     return torch.stack([loss.double(), hit.sum().double(), (hit & noisy).sum().double()])
 

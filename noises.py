@@ -150,6 +150,11 @@ def dynamic(true: Tensor, K: int, rate: float, seed: int, epoch: int) -> Tensor:
     return uniform(true, K, rate, generator(seed, "dynamic", epoch))
 
 
+def uniform_matrix(K: int, rate: float) -> Tensor:
+    """The transition matrix (K, K) float64 that `uniform` has in expectation: (1 - rate) I + rate / K."""
+    return (1 - rate) * torch.eye(K, dtype=torch.float64) + rate / K
+
+
 def matched(true: Tensor, label: Tensor, K: int, g: torch.Generator) -> Tensor:
     """The given labels (n,), shuffled among the examples of each true class.
 
@@ -171,12 +176,14 @@ class Noise:
     where they are taken as they are. `needs`: further arguments of the generator ("flips": the data set's map of classes
     taken for one another, "images", "matrix": the option's), or "file" and "label set" for the options that name them.
     `by_epoch`: (true, K, rate, seed, epoch) -> labels, in place of `draw` for labels that are drawn anew each epoch; a
-    noise.npz stores rate and seed of `dynamic` alone. `reaches_one`: whether the rate may be 1.
+    noise.npz stores rate and seed of `dynamic` alone. `expected`: (K, rate) -> the transition matrix (K, K) that these have
+    in expectation, for losses that need one. `reaches_one`: whether the rate may be 1.
     """
 
     draw: Callable[..., Tensor] | None
     needs: frozenset[str] = frozenset()
     by_epoch: Callable[..., Tensor] | None = None
+    expected: Callable[[int, float], Tensor] | None = None
     reaches_one: bool = True
 
     @property
@@ -192,7 +199,7 @@ NOISES = {  # a new noise is one function, entered here
     "asymmetric": Noise(asymmetric, frozenset({"flips"})),
     "matrix": Noise(by_matrix, frozenset({"matrix"})),
     "instance": Noise(instance, frozenset({"images"}), reaches_one=False),
-    "dynamic": Noise(None, by_epoch=dynamic),
+    "dynamic": Noise(None, by_epoch=dynamic, expected=uniform_matrix),
     "human": Noise(None, frozenset({"file", "label set"})),
     "file": Noise(None, frozenset({"file"})),
     "matched": Noise(matched, frozenset({"file"})),

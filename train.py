@@ -22,7 +22,6 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -61,7 +60,7 @@ def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
         set_grads(job.parameters, row)
         return logits
     logits = job.model(batch.x)
-    loss = F.cross_entropy(logits, batch.y, reduction="sum")
+    loss = job.context.training_loss(logits, batch.y, "sum")
     job.fabric.backward(loss * (job.fabric.world_size / batch.size))  # DDP averages over the processes
     return logits.detach()
 
@@ -104,7 +103,8 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     if job.examples:
         job.examples.add(batch, logits)
     if measured:
-        counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy))
+        loss = job.context.training_loss(logits.detach(), batch.y, "sum")
+        counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy, loss))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
         values |= {"optim/lr": lr, "optim/momentum": momentum}
         if OPTIMIZERS[args.optimizer].sgd:

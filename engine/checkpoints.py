@@ -118,6 +118,13 @@ def check_labels(config: dict, ledger: dict, folder: Path) -> None:
         raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
 
 
+def check_matrix(config: dict, job: TrainingJob, folder: Path) -> None:
+    """Raise `InputError` if the run in `folder` was started with another transition matrix in its loss."""
+    first = config.get("resolved", {}).get("loss_matrix_sha256")
+    if first and first != job.loss_matrix_sha256:
+        raise InputError(f"--loss {job.args.loss}: its matrix is not the one that {folder} was started with")
+
+
 def load_on_all_ranks(fabric, path: Path, check) -> dict:
     """A checkpoint on every process; where one of them cannot read it, or finds a wrong field, all raise `InputError`."""
     state, reason = None, "by another process"
@@ -147,6 +154,7 @@ def claim_folder(job: TrainingJob, record: Record, ledger: dict) -> Claimed:
         """Raise `InputError` unless a checkpoint's content is of this run."""
         identity.continue_from(args, state["config"])
         check_labels(state["config"], ledger, folder)
+        check_matrix(state["config"], job, folder)
         fitting.check_fits(state, job, path)
 
     def claim() -> tuple[str | None, dict | None, str | None]:
@@ -158,4 +166,5 @@ def claim_folder(job: TrainingJob, record: Record, ledger: dict) -> Claimed:
     if config:  # it may have changed since
         identity.continue_from(args, config)
         check_labels(config, ledger, folder)
+        check_matrix(config, job, folder)
     return Claimed(state, config or state.get("config") or {}, status)

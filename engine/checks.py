@@ -4,10 +4,13 @@ Also the types of the options whose values have a form of their own.
 """
 
 import argparse
+import math
 import os
 import re
 
 from datasets import DATASETS, SIDES
+from engine.cmdline import NUMBER
+from losses import LOSSES, Value, spelled
 from models import GROUP, MODELS, TORCHVISION, entry, is_own
 from noises import NOISES
 from optim import OPTIMIZERS
@@ -30,6 +33,31 @@ def image_size(text: str) -> int | str:
             f"'{text}' is not a number of pixels from {SIDES[0]} to {SIDES[1]}, or two as in 48x64"
         )
     return int(sides[0]) if len(set(sides)) == 1 else text
+
+
+def loss(text: str) -> str:
+    """An argparse type: a loss, with all of its numbers in one spelling each; a matrix's file need not be there.
+
+    Numbers are joined by commas or by +, for grids divide at commas.
+    """
+    name, colon, given = text.partition(":")
+    if name not in LOSSES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not one of {', '.join(map(spelled, LOSSES))}")
+    entry = LOSSES[name]
+    if entry.matrix and (given or not colon) and "\0" not in given:
+        return f"{name}:{os.path.expanduser(given)}" if given else name
+    parts = re.split("[,+]", given) if colon else [repr(value.default) for value in entry.values]
+    if entry.matrix or len(parts) != len(entry.values) or not all(map(fits, entry.values, parts)):
+        what = " and ".join(f"{value.name} {value.what}" for value in entry.values)
+        joined = " (in a grid joined by +)" * (len(entry.values) > 1)
+        raise argparse.ArgumentTypeError(f"'{text}' is not {spelled(name)}{f', {what}' * bool(what)}{joined}")
+    numbers = ",".join(repr(float(part)).removesuffix(".0") for part in parts)
+    return f"{name}:{numbers}" if numbers else name
+
+
+def fits(value: Value, text: str) -> bool:
+    """Whether `text` is a finite number that a loss's `value` may be."""
+    return bool(NUMBER.fullmatch(text)) and math.isfinite(float(text)) and value.holds(float(text))
 
 
 def data_problems(args: argparse.Namespace) -> list[str]:
@@ -74,6 +102,15 @@ def optimizer_problems(args: argparse.Namespace) -> list[str]:
     if OPTIMIZERS[args.optimizer].needs_momentum and args.momentum == 0:
         return [f"--momentum {args.momentum:g}: --optimizer {args.optimizer} needs one above 0"]
     return []
+
+
+def loss_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the file of a loss's matrix; puts its full path into the option."""
+    name, _, file = args.loss.partition(":")
+    if not LOSSES[name].matrix or not file:
+        return []
+    args.loss = f"{name}:{os.path.realpath(file)}"  # by where it lies, from wherever the run is resumed
+    return [] if os.path.isfile(file) else [f"--loss {name}:{file}: there is no such file"]
 
 
 LIKE = "resnet34", "vit_b_16", "efficientnet_b0", "convnext_tiny"  # as a message shows them

@@ -14,12 +14,13 @@ import epochwise
 import models
 import optim
 from data import Images, TrainSet
-from engine import fast, options
+from engine import fast, noisefile, options
 from engine.course import course
 from engine.examples import Examples
 from engine.hardware import sum_over_ranks
-from engine.labels import fake_mask
+from engine.labels import fake_mask, loss_matrix
 from gradsplit import sync_batchnorms
+from losses import build_loss
 from measure import MeasuringContext, MeasuringOptions, MeasuringState
 from schedules import Course
 
@@ -75,6 +76,12 @@ class TrainingJob:
         return self.context.parameters
 
     @property
+    def loss_matrix_sha256(self) -> str | None:
+        """SHA-256 of the transition matrix of a loss that takes one."""
+        matrix = getattr(self.context.loss, "matrix", None)
+        return None if matrix is None else noisefile.sha256(matrix.cpu().double().view(torch.int64))
+
+    @property
     def train(self) -> TrainSet:
         return self.context.train
 
@@ -105,6 +112,7 @@ def prepare(
     are the labels of `labels.relabel_held_out`."""
     index, held = indices
     device, K = fabric.device, len(source.classes)
+    matrix = loss_matrix(args, source.y_train[index], labels, K, by_epoch)
     module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     true = source.y_train[index]
@@ -139,6 +147,7 @@ def prepare(
         steps_per_epoch=steps_per_epoch,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
+        loss=build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype())),
         seed=args.seed,
         noise_seed=args.noise_seed,
         fake_mask=args.fake_mask is not None,

@@ -3,7 +3,7 @@
 Shapes: n examples of the training split, N of the whole training set, K classes.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,9 +11,27 @@ from torch import Tensor
 from data import InputError, Source, generator
 from engine import noisefile, sources
 from engine.noisefile import LabelFile, ledger
-from noises import NOISES, apply, by_matrix, dynamic
+from losses import LOSSES
+from noises import NOISES, Noise, apply, by_matrix
 
-ByEpoch = Callable[[int], Tensor]  # epoch -> labels (n,)
+
+@dataclass(frozen=True)
+class ByEpoch:
+    """Labels (n,) of an epoch, drawn anew in each: `noise.by_epoch` at its rate and seed over the `true` labels (n,) of K classes."""
+
+    noise: Noise
+    rate: float
+    seed: int
+    true: Tensor
+    K: int
+
+    def __call__(self, epoch: int) -> Tensor:
+        return self.noise.by_epoch(self.true, self.K, self.rate, self.seed, epoch)
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The transition matrix (K, K) float64 in expectation, None where it is not known."""
+        return self.noise.expected(self.K, self.rate) if self.noise.expected else None
 
 
 def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch | None]:
@@ -37,7 +55,7 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
         return labels, ledger("given", rate, None, index, true, labels, K), None
     rate, seed = args.noise or 0.0, args.noise_seed
     if noise.by_epoch:
-        return drawn_anew(kind, noise.by_epoch, rate, seed, index, true, K)
+        return drawn_anew(kind, noise, rate, seed, index, true, K)
     more = class_laws(args, source)
     if "images" in noise.needs:
         more["images"] = source.x_train[index]
@@ -58,7 +76,9 @@ def class_laws(args, source: Source) -> dict[str, Tensor]:
             )
         more["flips"] = source.flips
     if "matrix" in needs:
-        more["matrix"] = noisefile.read_matrix(args.noise_matrix, len(source.classes))
+        more["matrix"] = noisefile.read_matrix(
+            args.noise_matrix, len(source.classes), f"--noise-matrix {args.noise_matrix}"
+        )
     return more
 
 
@@ -85,19 +105,43 @@ def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], label
     return by_matrix(true, K, 1.0, generator(int(noisefile.sha256(labels)[:15], 16), "noise-held-out"), matrix)
 
 
+def loss_matrix(args, true: Tensor, labels: Tensor, K: int, by_epoch: ByEpoch | None = None) -> Tensor | None:
+    """The transition matrix (K, K) float64 of `--loss`: its file's, or the realised one of the training split with the `true`
+    labels (n,) and those trained on (n,); that in expectation where they are drawn anew each epoch. None if the loss takes none.
+
+    A class without an example keeps its labels. Raises `InputError` where there is no such matrix, and where the file's gives
+    a label that is trained on to no class.
+    """
+    name, _, file = args.loss.partition(":")
+    if not LOSSES[name].matrix:
+        return None
+    if file:
+        matrix = noisefile.read_matrix(file, K, f"--loss {name}:{file}")
+        unknown = (matrix.sum(0) == 0) & (torch.bincount(labels, minlength=K) > 0)
+        if bool(unknown.any()):
+            k = int(unknown.nonzero()[0])
+            raise InputError(f"--loss {args.loss}: column {k} is 0, and {int((labels == k).sum())} labels are {k}")
+        return matrix
+    if by_epoch is None:
+        matrix = noisefile.shares(noisefile.transitions(true, labels, K))
+        return torch.where(matrix.sum(1, keepdim=True) > 0, matrix, torch.eye(K).double())
+    if by_epoch.matrix is None:
+        raise InputError(
+            f"--loss {name}: the matrix of --noise-type {args.noise_type}, drawn anew each epoch, is not known; give --loss {name}:FILE"
+        )
+    return by_epoch.matrix
+
+
 def fake_mask(n: int, share: float, g: torch.Generator) -> Tensor:
     """A mask (n,) bool of exactly round(share n) examples: "noisy" ones whose labels are true, for an A/A run."""
     return torch.zeros(n, dtype=torch.bool).scatter(0, torch.randperm(n, generator=g)[: round(share * n)], True)
 
 
 def drawn_anew(
-    kind: str, draw: Callable[..., Tensor], rate: float, seed: int, index: Tensor, true: Tensor, K: int
+    kind: str, noise: Noise, rate: float, seed: int, index: Tensor, true: Tensor, K: int
 ) -> tuple[Tensor, dict, ByEpoch]:
-    """`relabel` for labels that `draw` makes anew each epoch."""
-
-    def by_epoch(epoch: int) -> Tensor:
-        return draw(true, K, rate, seed, epoch)
-
+    """`relabel` for labels that `noise` makes anew each epoch."""
+    by_epoch = ByEpoch(noise, rate, seed, true, K)
     labels = by_epoch(0)
     return labels, ledger(kind, rate, seed, index, true, labels, K, dynamic=True), by_epoch
 
@@ -118,7 +162,7 @@ def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoc
             raise InputError(f"{where}: its labels are drawn anew each epoch, so there is no matrix to match")
         if file.index is None or not torch.equal(file.index, index):
             raise InputError(f"{where}: dynamic noise needs the same split (--split-seed, --val-frac, --subset)")
-        return drawn_anew(kind, dynamic, *file.dynamic, index, true, K)
+        return drawn_anew(kind, NOISES["dynamic"], *file.dynamic, index, true, K)
     rate = (file.label != file.true).double().mean().item()
     labels, seed = file.label[at], None
     if shuffle:

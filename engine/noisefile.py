@@ -182,13 +182,12 @@ def read_true(path: str) -> Tensor:
     return y
 
 
-def read_matrix(path: str, K: int) -> Tensor:
+def read_matrix(path: str, K: int, source: str) -> Tensor:
     """A transition matrix (K, K) float64 from `.npy` or `.csv`: row k is the law of class k's label.
 
     Rows must be probabilities that sum to 1 within 1e-4 (decimals in a text file); they are then scaled to do so
-    exactly. Raises `InputError`.
+    exactly. Raises `InputError`, which begins with `source`, the option and its value.
     """
-    source = f"--noise-matrix {path}"
     if not os.path.isfile(path):
         raise InputError(f"{source}: there is no such file")
     try:

@@ -30,6 +30,7 @@ from engine.cmdline import (
     share,
     shortened,
 )
+from losses import LOSSES, spelled
 from models import MODELS, is_own
 from noises import NOISES
 from optim import OPTIMIZERS
@@ -111,6 +112,8 @@ def parser() -> Parser:
     g.add_argument("--bs", type=count, default=128, metavar="B", help="global batch size, in examples")
     about = "; ".join(f"{name}: {entry.about}" for name, entry in OPTIMIZERS.items())
     g.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd", help=about)
+    about = "; ".join(f"{spelled(name)}: {entry.about}" for name, entry in LOSSES.items())
+    g.add_argument("--loss", type=checks.loss, default="ce", metavar="LOSS", help=about)
     g.add_argument("--lr", type=positive, default=0.1, help="(maximum) learning rate")
     g.add_argument(
         "--momentum", type=below_one, default=0.9, help="of SGD and RMSprop, beta1 of Adam; onecycle sets its own"
@@ -262,7 +265,9 @@ def check(args: argparse.Namespace) -> None:
         file, _, function = args.model.rpartition(":")
         args.model = f"{os.path.realpath(file)}:{function}"
     wrong = checks.data_problems(args) + checks.noise_problems(args) + checks.model_problems(args)
-    wrong += checks.optimizer_problems(args) + course.problems(args, parser().parse_args([]))
+    wrong += (
+        checks.optimizer_problems(args) + checks.loss_problems(args) + course.problems(args, parser().parse_args([]))
+    )
     for name, known in KNOWN.items():
         if getattr(args, name) not in known:
             wrong.append(f"--{name} {getattr(args, name)}: not one of {', '.join(known)}")
@@ -319,6 +324,9 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
         elif key == "model" and is_own(value):
             file, _, function = value.rpartition(":")
             parts.append(f"{key}-{Path(file).stem}-{function}-{path_hash(file)}")
+        elif key == "loss" and LOSSES[value.partition(":")[0]].matrix and ":" in value:
+            loss, _, file = value.partition(":")
+            parts.append(f"{key}-{loss}-{Path(file).stem}-{path_hash(file)}")
         elif key.replace("-", "_") in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem

@@ -43,6 +43,7 @@ ROLES: dict[str, frozenset[str]] = {
         # optimization
         ("bs", RESULT, AXIS),
         ("optimizer", RESULT),
+        ("loss", RESULT),
         ("lr", RESULT, AXIS),
         ("momentum", RESULT, AXIS),
         ("wd", RESULT, AXIS),

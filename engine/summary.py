@@ -37,6 +37,8 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
         "val_examples": len(held),
         "test_examples": len(source.x_test),
     }
+    if job.loss_matrix_sha256:
+        resolved["loss_matrix_sha256"] = job.loss_matrix_sha256
     return {"options": dict(vars(job.args)), "resolved": resolved, "noise": ledger, "versions": versions()}
 
 

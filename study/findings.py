@@ -1,7 +1,6 @@
 """The report's claims and how each is judged, as pure functions of one row per run.
 
-The unit of every test is the seed, see contrasts.py; the rules are in rules.py. `python benchmarks/planted.py` prints the rules'
-error rates on planted sweeps.
+The unit of every test is the seed, see contrasts.py; rules: rules.py, their error rates: `python benchmarks/planted.py`.
 
 Letters: B batch size, m momentum, n seeds.
 """
@@ -60,7 +59,7 @@ class Finding:
     `needs`: the runs' values that `estimate` takes; `covers`: the cells it is about; `direction` of the claim, 0 for either;
     `margin`: a key of `MARGINS`; `null`: whether A/A runs are subtracted; `sized`: whether it compares batch sizes, so that
     the learning rate belongs to the claim; `gives`: verdicts that the statistic can give; `corners`: other cells at which the
-    same statistic is shown; `beside`: values whose means are shown and not judged, {name: label}.
+    same statistic is shown; `beside`: values whose means are shown and not judged, {name: label}; `of_sgd`: of SGD alone.
     """
 
     id: str
@@ -77,6 +76,7 @@ class Finding:
     gives: tuple[str, ...] = tuple(RULES)
     corners: dict[str, Callable[[Cell], bool]] = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)
+    of_sgd: bool = False
 
 
 def corner(scheduled: bool, noisy: bool) -> Callable[[Cell], bool]:
@@ -116,7 +116,7 @@ FINDINGS = (
     Finding("4", "lr/B does not predict generalization", "with noise and a schedule the ratio is not a good indicator (section 1)",
             RATIO + "lr/B", ("val_acc",), each_seed("val_acc", ratio_gap(False)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
     Finding("4m", "lr/(B(1-m)) does not predict generalization", "with noise and a schedule the ratio with momentum is not a good indicator",
-            RATIO + "lr/(B(1-m))", ("val_acc",), each_seed("val_acc", ratio_gap(True)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS),
+            RATIO + "lr/(B(1-m))", ("val_acc",), each_seed("val_acc", ratio_gap(True)), 0, "acc", scheduled_noisy, corners=OTHER_CORNERS, of_sgd=True),
     Finding("5", "Larger batches mitigate noise, with a schedule", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report finds otherwise, 4.1)",
             "slope of the accuracy lost to noise on log2 B", ("val_acc",), each_seed("val_acc", lost_slope), -1, "acc",
             has_schedule, sized=True),

@@ -9,6 +9,7 @@ from study.detection import write_detection
 from study.drawing import Look
 from study.gallery import KINDS, add_figures
 from study.markup import literal
+from study.objectives import write_losses
 from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value
@@ -250,6 +251,7 @@ def write_full_report(
         write_findings(page, judge(best, margins, "tuned"))
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
+    write_losses(page, settings)
     write_stopping(page, settings)
     write_detection(page, settings)
     if reference:

@@ -161,6 +161,8 @@ def caption_parts(figure: Figure, run: Run, here: dict, alphas: dict, look: Look
         parts += ["both at the null's steps, neither smoothed"] * (set(alphas.values()) == {1.0})
     elif any(tag.startswith("grad/cos") for tag in drawn):
         parts.append("a raw cosine means something only beside its null, which this run did not measure")
+    if run.options.get("loss", "ce") != "ce" and "loss" in here:
+        parts.append(f"loss: {run.options['loss']} in training, cross-entropy in validation")
     absent = [name for name in groups if name not in here]
     if absent:
         parts.append(f"no values in this run for: {', '.join(absent)}")

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from engine import options
+from optim import OPTIMIZERS
 from study.runfolders import Run
 
 
@@ -21,6 +22,11 @@ class Setting:
     notes: list[str]
     ratio: bool
     scaled: list[Run] = field(default_factory=list)
+
+    @property
+    def of_sgd(self) -> bool:
+        """Whether SGD's noise scale is that of its optimizer."""
+        return all(OPTIMIZERS[r.options.get("optimizer", "sgd")].sgd for r in self.all_runs)
 
 
 def group_settings(runs: list[Run]) -> list[Setting]:

@@ -29,7 +29,8 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
     """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one.
 
     `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), or each cell at its best rate and
-    weight decay of the other seeds ("tuned"). The findings about lr/B are judged once, with the first.
+    weight decay of the other seeds ("tuned"). The findings about lr/B are judged once, with the first; one that speaks of SGD's
+    noise scale leaves out settings of other optimizers.
     """
     judged = []
     for finding in findings.FINDINGS:
@@ -38,6 +39,8 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
             continue
         by_setting = []
         for s in settings:
+            if finding.of_sgd and not s.of_sgd:
+                continue
             runs = {"fixed": s.ratio_runs if by_ratio else s.runs, "scaled": s.scaled, "tuned": s.all_runs}[rates]
             rows = [runvalues.finding_row(r) for r in runs]
             by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")))

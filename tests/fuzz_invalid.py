@@ -100,6 +100,7 @@ def bad_file(c: Command) -> list[str]:
         [*own, "--noise-type=file", f"--noise-file={junk}"],
         [*own, "--noise-type=human", "--noise-labels=worse_label", f"--noise-file={junk}"],
         [*own, "--noise-type=matrix", f"--noise-matrix={junk}"],
+        [*own, f"--loss=forward:{junk}"],
         [*own, "--noise-type=file", f"--noise-file={c.inputs.sets['grey'].file('noise.npz')}"],
         [*own, "--noise-type=matrix", f"--noise-matrix={c.inputs.sets['grey'].file('T.npy')}"],
         [f"--runs={c.inputs.junk('text.npz')}"],

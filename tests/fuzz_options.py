@@ -194,6 +194,24 @@ def norm(c: Command) -> object:
     return c.rng.choice(["bn", "gn"] if c.value("width") % 8 == 0 else ["bn"]) if c.chance(0.5) else None
 
 
+def loss(c: Command) -> object:
+    own = [f"forward:{c.set.file(name)}" for name in ("T.npy", "T.csv")] if c.set.files else []
+    values = [
+        "ce",
+        "smooth",
+        "smooth:0.3",
+        "mae",
+        "gce",
+        "gce:1e-3",
+        "gce:1",
+        "sce",
+        "sce:0.1+1.0",
+        "sce:2,0",
+        "forward",
+    ]
+    return c.rng.choice(values + own) if c.chance(0.3) else None
+
+
 def momentum(c: Command) -> object:
     values = [0.5, 0.95, 0.99] + [0] * (c.value("optimizer") != "nesterov")
     return c.rng.choice(values) if c.chance(0.4) else None
@@ -293,6 +311,7 @@ GENERATORS: dict[str, Generator] = {
     "bs": bs,
     "lr": lambda c: c.rng.choice([0.1, 0.03, "1e-3", "0.05"]) if c.chance(0.5) else None,
     "optimizer": sometimes(0.2, *optim.OPTIMIZERS),
+    "loss": loss,
     "momentum": momentum,
     "wd": sometimes(0.3, 0, "1e-4", 0.01),
     "epochs": lambda c: 1 if c.vgg or c.half else c.rng.choice([1, 1, 2]),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import datasets
+import losses
 import models
 import noises
 import optim
@@ -61,10 +62,16 @@ class SignSGD(torch.optim.Optimizer):
                 p.sub_(group["lr"] * p.grad.sign())
 
 
+def squared(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Brier's score of each example; differentiated by autograd, for its entry has no gradient."""
+    return (logits.softmax(1) - nn.functional.one_hot(labels, logits.shape[1])).square().sum(1)
+
+
 ENTRIES = {  # option: (registry, its new entry)
     "dataset": (datasets.DATASETS, datasets.DataSet(stripes)),
     "model": (models.MODELS, models.Model(linear)),
     "noise-type": (noises.NOISES, noises.Noise(every_third, frozenset({"flips"}))),
+    "loss": (losses.LOSSES, losses.Loss(squared, "squared error of the probabilities")),
     "sched": (schedules.SCHEDULES, schedules.Schedule(halving, "halving rate")),
     "optimizer": (
         optim.OPTIMIZERS,
@@ -113,6 +120,7 @@ def test_entries_from_outside_train_sweep_resume_and_report(added, tmp_path, mon
     assert config["resolved"]["classes"] == ["flat", "upright"]
     assert config["resolved"]["parameters"] == 64 * 2 + 2
     assert config["noise"]["changed"] == 32  # every third of 96
+    assert all(0 < v < 2 for _, v in series(folders[0])["train/loss"])  # of two classes at most 2
     rates = [v for _, v in series(folders[0])["optim/lr"]]
     assert rates == pytest.approx([0.01, 0.005, 0.0025])  # of steps 0, 2, 4: halved after each quarter of 8 steps
     state = torch.load(folders[0] / "last.ckpt", weights_only=True)["optimizer"]["state"]
