@@ -42,18 +42,19 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
         if args.part or args.with_1024:
             raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
         return expand(args.grid, extra, "--grid", seeds)
+    # whatever the part: one run, one name
+    axes = axis_names((g for grids in PRESETS[args.preset].values() for g in grids), several=True)
+    return expand(preset_grids(args), extra, f"--preset {args.preset}", seeds, axes)
+
+
+def preset_grids(args) -> list[str]:
+    """The grids of the preset's parts that are asked for. Raises `InputError`."""
     parts = PRESETS[args.preset]
     for part in args.part:
         if part not in parts:
             raise InputError(f"--part {part}: --preset {args.preset} has {', '.join(parts)}")
     sizes = REPORT_SIZES + (",1024" if args.with_1024 else "")
-    grids = [
-        g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids
-    ]
-    axes = axis_names(
-        (g for grids in parts.values() for g in grids), several=True
-    )  # whatever the part: one run, one name
-    return expand(grids, extra, f"--preset {args.preset}", seeds, axes)
+    return [g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids]
 
 
 def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> list[Job]:
@@ -109,6 +110,23 @@ def processes_of(place) -> int:
     return place.devices if isinstance(place.devices, int) else 1
 
 
+def tuning_options(p: cmdline.Parser) -> None:
+    """Add the options of a search."""
+    g = p.add_argument_group("each cell at its own best values (requirements-tune.txt)")
+    g.add_argument(
+        "--tune",
+        metavar="SPACE",
+        help='what is searched for each cell: "lr=log:0.003:1 wd=log:1e-5:1e-2"; also lin:, int:, and lists a|b',
+    )
+    g.add_argument("--trials", type=cmdline.count, metavar="N", help=f"of each cell (default: {tuning.TRIALS})")
+    g.add_argument("--metric", metavar="SERIES", help=f"what decides: {', '.join(tuning.METRICS)} (default: val/acc)")
+    g.add_argument(
+        "--tune-seeds",
+        metavar="S,S,...",
+        help=f"seeds of the trials, other ones than those of the grid (default: {tuning.FIRST_SEED})",
+    )
+
+
 def parser() -> cmdline.Parser:
     p = cmdline.Parser(
         prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False
@@ -133,19 +151,7 @@ def parser() -> cmdline.Parser:
         "--done", action="append", default=[], metavar="FILE", help="runs in this exported .npz count as finished"
     )
     g.add_argument("--retry-failed", action="store_true", help="start failed runs again, from their last checkpoint")
-    g = p.add_argument_group("each cell at its own best values (requirements-tune.txt)")
-    g.add_argument(
-        "--tune",
-        metavar="SPACE",
-        help='what is searched for each cell: "lr=log:0.003:1 wd=log:1e-5:1e-2"; also lin:, int:, and lists a|b',
-    )
-    g.add_argument("--trials", type=cmdline.count, metavar="N", help=f"of each cell (default: {tuning.TRIALS})")
-    g.add_argument("--metric", metavar="SERIES", help=f"what decides: {', '.join(tuning.METRICS)} (default: val/acc)")
-    g.add_argument(
-        "--tune-seeds",
-        metavar="S,S,...",
-        help=f"seeds of the trials, other ones than those of the grid (default: {tuning.FIRST_SEED})",
-    )
+    tuning_options(p)
     g = p.add_argument_group("where to run")
     g.add_argument("--jobs", type=cmdline.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
     g.add_argument("--per-gpu", type=cmdline.count, default=1, metavar="K", help="runs at a time on one GPU")
@@ -321,9 +327,9 @@ def search_of(args, extra: list[str], runs: Path) -> tuning.Search:
         raise InputError(f"--metric {metric}: not one of {', '.join(tuning.METRICS)}")
     jobs = jobs_of(args, extra)
     # a preset's single values give way, as they do to an option that is given
-    in_grid = axis_names(args.grid) if args.grid is not None else jobs[0].always
+    in_grid = axis_names(args.grid) if args.grid is not None else axis_names(preset_grids(args), several=True)
     plan = tuning.Plan(
-        read_space(args.tune, set(in_grid), extra),
+        read_space(args.tune, in_grid, extra),
         metric,
         args.trials or tuning.TRIALS,
         tuning.tuning_seeds(args.tune_seeds, jobs),

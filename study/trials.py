@@ -20,7 +20,7 @@ from study.spaces import Dimension
 RUNGS = (
     9  # the first time at which Hyperband may end a trial is after a ninth of its evaluations: three brackets at most
 )
-STARTUP = 4  # trials of a bracket that are drawn at random before TPE has something to learn from
+STARTUP = 3  # trials of a bracket that are drawn at random before TPE has something to learn from
 JOURNAL, GUARD = "journal.log", ".journal.lock"
 
 

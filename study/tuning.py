@@ -111,16 +111,17 @@ def tuning_seeds(given: str | None, jobs: list[Job]) -> list[str]:
 
 
 def cells_of(jobs: list[Job], space: list[Dimension]) -> list[Cell]:
-    """The cells of a grid's jobs, each checked at every corner of the space. Raises `InputError`."""
+    """The cells of a grid's jobs, each checked at every corner of the space. Runs that are measured in different ways are of
+    one cell. Raises `InputError`."""
     tuned = {d.option.replace("-", "_") for d in space}
     plain = vars(options.parser().parse_args([]))
     cells: dict[str, Cell] = {}
     for job in jobs:
-        neutral = {key: plain[key] for key in (*roles.having(roles.SEED), *tuned)}
+        neutral = {key: plain[key] for key in (*roles.having(roles.SEED, roles.MEASURING), *tuned)}
         args = type(job.args)(**vars(job.args) | neutral)
         which = identity_of(vars(args))
         if which not in cells:
-            name = options.run_name(args, job.always - set(roles.having(roles.SEED)) - tuned)
+            name = options.run_name(args, job.always - neutral.keys())
             tail = hashlib.sha256(which.encode()).hexdigest()[
                 :6
             ]  # of what a name does not tell, such as a file's place
