@@ -165,7 +165,10 @@ def test_each_cell_is_tuned_on_other_seeds_and_judged_at_the_grids(fake, tmp_pat
         assert search["complete"] and search["seeds"] == ["7", "8"] and len(search["trials"]) == 8
         value, best = search["best"]["values"]["lr"], search["best"]["number"]
         noise, bs = search["options"]["noise"], search["options"]["bs"]
-        expected = {f"noise{noise:g}_bs{bs}_lr{float(value)}_seed{s}_noise-seed{s}_split-seed{s}" for s in (0, 1, 2)}
+        expected = {
+            f"noise{noise:g}_bs{bs}_lr{float(value)}_epochs9_measure-full_seed{s}_noise-seed{s}_split-seed{s}"
+            for s in (0, 1, 2)
+        }
         assert set(search["judged"]) == expected
         complete = [t for t in search["trials"] if t["state"] == "complete"]
         assert best == max(complete, key=lambda t: t["value"])["number"]
