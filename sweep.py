@@ -359,7 +359,7 @@ def run_tuned(args, extra: list[str], runs: Path) -> int:
     backend = slots.backend(args, place, args.jobs or len(search.cells))
     _, interrupted = run_jobs([], search.folder, backend, {}, 0, set(), args.minutes, search)
     print("\n".join(search.table()))
-    if interrupted:
+    if interrupted or search.stopped:
         return 3
     failed = search.without_choice()
     for line in failed:

@@ -95,9 +95,8 @@ class CellStudy:
             return True
         return False
 
-    def let_go(self, number: int) -> None:
-        """Of a trial that has ended; its lock's file goes with it."""
-        self.lock_path(number).unlink(missing_ok=True)
+    def release(self, number: int) -> None:
+        """Let go of a trial, which another sweep may then take unless it has ended."""
         self.held.pop(number).close()
 
     def set_sampler(self, number: int) -> None:
@@ -153,7 +152,8 @@ class CellStudy:
             trial.set_user_attr(name, attribute)
         state = self.states.PRUNED if value is None else self.states.COMPLETE
         self.study.tell(trial.number, value, state=state)
-        self.let_go(trial.number)
+        self.lock_path(trial.number).unlink(missing_ok=True)
+        self.release(trial.number)
 
     def best(self):
         """The best of the trials that were not ended early, the earliest of equals; None if there is none."""

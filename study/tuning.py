@@ -110,6 +110,17 @@ def tuning_seeds(given: str | None, jobs: list[Job]) -> list[str]:
     return [str(int(seed)) for seed in seeds]
 
 
+def check_corners(argv: list[str], space: list[Dimension]) -> None:
+    """Raise `InputError` unless the trials of a cell can have all values of the space, one option at a time."""
+    first = {d.option: d.corners[0] for d in space}
+    for d in space:
+        for corner in d.corners:
+            try:
+                options.parse(trial_words(argv, "0", first | {d.option: corner}, space))
+            except InputError as e:
+                raise InputError(f"--tune: {d.option}={d.text}: {e}") from e
+
+
 def cells_of(jobs: list[Job], space: list[Dimension]) -> list[Cell]:
     """The cells of a grid's jobs, each checked at every corner of the space. Runs that are measured in different ways are of
     one cell. Raises `InputError`."""
@@ -126,15 +137,16 @@ def cells_of(jobs: list[Job], space: list[Dimension]) -> list[Cell]:
                 :6
             ]  # of what a name does not tell, such as a file's place
             cells[which] = Cell(f"{name}-{tail}", without(SEEDS, job.argv), [])
-            for d in space:
-                others = [word for other in space if other is not d for word in other.words(other.corners[0])]
-                for corner in d.corners:
-                    try:
-                        options.parse([*job.argv, *others, *d.words(corner)])
-                    except InputError as e:
-                        raise InputError(f"--tune: {d.option}={d.text}: {e}") from e
+            check_corners(cells[which].argv, space)
         cells[which].runs.append(job)
     return list(cells.values())
+
+
+def trial_words(argv: list[str], seed: str, values: dict[str, str], space: list[Dimension]) -> list[str]:
+    """The options of a trial's run: a cell's, with a seed and values. It measures nothing: it trains alike, and saves that cost."""
+    seeds = [word for name in SEEDS for word in (name, seed)]
+    words = [word for d in space for word in d.words(values[d.option])]
+    return [*without(MEASURING, argv), *seeds, *words, "--measure", "off"]
 
 
 def at_values(job: Job, values: dict[str, str], space: list[Dimension]) -> Job:
@@ -162,6 +174,7 @@ class Search:
         self.running: dict[str, Trial] = {}  # by run
         self.ready: list[Job] = []  # runs of further seeds
         self.looked = self.watched = -LOOK  # on the monotonic clock
+        self.stopped = False  # whether a run was stopped before its end, by this sweep or from outside
 
     # ---------------------------------------------------------------------------------------- for the scheduler
 
@@ -189,11 +202,8 @@ class Search:
 
     def run_of(self, trial: Trial) -> Job:
         """The next run of a trial: that of its first seed that has no result yet."""
-        seed = self.plan.seeds[len(trial.results)]
-        cell, space = trial.cell, self.plan.space
-        argv = [*cell.argv, *(word for name in SEEDS for word in (name, seed))]
-        argv += [word for d in space for word in d.words(trial.values[d.option])]
-        argv = [*without(MEASURING, argv), "--measure", "off"]  # trains alike, and what it would cost is saved
+        seed, cell = self.plan.seeds[len(trial.results)], trial.cell
+        argv = trial_words(cell.argv, seed, trial.values, self.plan.space)
         args = options.parse(argv)
         args.name = f"{cell.name}_trial{trial.trial.number}_seed{seed}"
         self.running[args.name] = trial
@@ -235,8 +245,9 @@ class Search:
                     self.end(trial, sum(trial.results) / len(trial.results))
                 return status
             status, detail = "failed", f"it has no {self.plan.metric}"
-        if status in ("failed", "other"):
-            trial.cell.broken = f"{job.name}: {detail}"
+        trial.cell.study.release(trial.trial.number)
+        trial.cell.broken = f"{job.name}: {status}: {detail}"
+        self.stopped |= status == "stopped"
         return status
 
     # ------------------------------------------------------------------------------------------------ trials
