@@ -15,6 +15,7 @@ from filelock import FileLock
 
 from data import InputError
 from engine import locks
+from study.processes import make_folder
 from study.spaces import Dimension
 
 RUNGS = (
@@ -41,11 +42,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, create: bool) -> None:
-        """`create`: whether the file is made where there is none. Raises `InputError` for one that is not a journal."""
+        """`create`: whether folder and file are made where there are none. Raises `InputError` for a file that is no journal, and
+        where none can be written."""
         self.optuna, self.folder = load_optuna(), folder
         self.storage = None
         path = folder / JOURNAL
-        if not create and not path.exists():
+        if create:
+            make_folder(folder)
+        elif not path.exists():
             return
         backend = self.optuna.storages.journal
         self.guard = FileLock(folder / GUARD)

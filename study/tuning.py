@@ -20,7 +20,6 @@ from engine import options, roles
 from study.grids import SEEDS, Job, without
 from study.joblist import identity_of
 from study.outputs import whole_file
-from study.processes import make_folder
 from study.runfolders import read_events
 from study.searches import FOLDER, FORMAT
 from study.spaces import Dimension
@@ -165,8 +164,6 @@ class Search:
         """`create`: to run it; without, to look at it, and nothing is written. Raises `InputError`."""
         self.plan, self.cells = plan, cells
         self.runs_folder, self.folder = runs, runs / FOLDER / plan.key
-        if create:
-            make_folder(self.folder)
         self.journal = Journal(self.folder, create)
         for cell in cells if self.journal.storage is not None else ():
             cell.study = CellStudy(self.journal, cell.name, plan.space, plan.direction, cell.evaluations)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from data import InputError
 from engine import options
 from study import processes, scheduler, spaces, tuning
 from test_report import plant
+from test_sweep import cluster  # noqa: F401
 
 FAKE = Path(__file__).with_name("fake_trial.py")
 GRID = ["--grid", "noise=0,0.5 bs=16,64", "--seeds", "0,1,2", "--epochs", "9", "--measure", "full"]
@@ -137,17 +137,12 @@ def test_seeds_that_choose_are_other_ones():
         tuning.tuning_seeds("1000", jobs)
 
 
-def test_without_optuna_one_line_says_what_to_install(tmp_path):
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}]
-sys.modules["optuna"] = None  # importing it raises ImportError
-import sweep
-sys.exit(sweep.main({[*GRID, *TUNE, "--runs", str(tmp_path / "runs")]!r}))
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
-    assert ended.stderr == "sweep.py: error: --tune: Optuna is not installed; pip install -r requirements-tune.txt\n"
+def test_without_optuna_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "optuna", None)  # importing it raises ImportError
+    for more in ([], ["--dry-run"], ["--status"]):
+        assert sweep.main([*GRID, *TUNE, *more, "--runs", str(tmp_path / "runs")]) == 2
+        line = "sweep.py: error: --tune: Optuna is not installed; pip install -r requirements-tune.txt\n"
+        assert capsys.readouterr().err == line
 
 
 # ------------------------------------------------------------------------------------------------------- searches
@@ -280,6 +275,15 @@ def test_a_journal_that_is_none(fake, tmp_path, capsys):
     assert fake(*few) == 2
     err = capsys.readouterr().err
     assert "journal.log: not a journal of Optuna" in err and err.count("\n") == 1
+
+
+def test_a_search_on_a_ray_cluster(cluster, fake, tmp_path):  # noqa: F811
+    assert fake("--grid", "bs=16,64", "--seeds", "0,1", "--epochs", "9", *TUNE, "--ray", cluster.address) == 0
+    found = searches(tmp_path)
+    assert len(found) == 2 and all(search["complete"] and len(search["judged"]) == 2 for search in found.values())
+    states = Counter(t["state"] for search in found.values() for t in search["trials"])
+    assert sum(states.values()) == 12 and states["pruned"]
+    assert len({name for name, *_ in starts(tmp_path)}) == len(starts(tmp_path)) == 12
 
 
 # --------------------------------------------------------------------------------------------------------- report
