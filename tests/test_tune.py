@@ -85,7 +85,7 @@ def test_a_space_of_every_kind():
         ("lr=log:0.1:1 lr=log:0.2:1", "is there twice"),
         ("width=log:4:8", "takes whole numbers; give int:LOW:HIGH"),
         ("width=int:4:8.5", "whole numbers as its ends"),
-        ("momentum=lin:0.5:2", "'2' is not a number from 0 to below 1"),
+        ("lr=lin:-1:1", "'-1' is not a positive number"),
         ("seed=0|1", "it is a seed"),
         ("threads=int:1:2", "changes"),
         ("measure=split|full", "what is measured"),
