@@ -61,6 +61,10 @@ class Journal:
         except Exception as e:  # a damaged file can make Optuna raise nearly anything
             raise InputError(f"--tune: {path}: not a journal of Optuna ({str(e).splitlines()[0][:100]})") from e
 
+    def names(self) -> list[str]:
+        """The cells whose trials it holds."""
+        return [] if self.storage is None else self.optuna.study.get_all_study_names(self.storage)
+
 
 class CellStudy:
     """The trials of one cell. Every trial that is running is held by a lock of the sweep that runs it."""

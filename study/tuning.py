@@ -132,10 +132,10 @@ def cells_of(jobs: list[Job], space: list[Dimension]) -> list[Cell]:
         which = identity_of(vars(args))
         if which not in cells:
             name = options.run_name(args, job.always - neutral.keys())
-            tail = hashlib.sha256(which.encode()).hexdigest()[
+            digits = hashlib.sha256(which.encode()).hexdigest()[
                 :6
-            ]  # of what a name does not tell, such as a file's place
-            cells[which] = Cell(f"{name}-{tail}", without(SEEDS, job.argv), [])
+            ]  # for what a name does not tell, such as a file's place
+            cells[which] = Cell(f"{name}-{digits}", without(SEEDS, job.argv), [])
             check_corners(cells[which].argv, space)
         cells[which].runs.append(job)
     return list(cells.values())
@@ -165,7 +165,8 @@ class Search:
         self.plan, self.cells = plan, cells
         self.runs_folder, self.folder = runs, runs / FOLDER / plan.key
         self.journal = Journal(self.folder, create)
-        for cell in cells if self.journal.storage is not None else ():
+        there = self.journal.names()
+        for cell in (cell for cell in cells if create or cell.name in there):
             cell.study = CellStudy(self.journal, cell.name, plan.space, plan.direction, cell.evaluations)
         self.retry_failed = plan.retry_failed
         self.running: dict[str, Trial] = {}  # by run
@@ -183,9 +184,8 @@ class Search:
             return None
         while True:
             left = [cell for cell in self.cells if not cell.broken]
-            for cell in sorted(
-                left, key=lambda cell: len(cell.study.trials())
-            ):  # cells in turn: TPE learns from what ended
+            # cells in turn, so that TPE knows how most of a cell's trials ended when it draws the next
+            for cell in sorted(left, key=lambda cell: len(cell.study.trials())):
                 claimed = cell.study.claim(self.plan.most)
                 if claimed:
                     break
