@@ -23,6 +23,7 @@ from study.outputs import CannotWrite, whole_folder
 from study.page import Page
 from study.reference import read_curves
 from study.runfolders import Run
+from study.searches import read_searches
 from study.verdicts import Judged, has_statistic, holm_texts, titled
 
 MARGIN_WORDS = {  # of every key of findings.MARGINS
@@ -136,6 +137,7 @@ def make_report(args) -> int:
     if not runs:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
+    searches = read_searches(args.paths, left_out) if args.out else []
     for line in left_out:
         print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
     reference = read_curves(Path(args.reference)) if args.reference else []
@@ -154,7 +156,9 @@ def make_report(args) -> int:
             page.write(runs[0].name)
         else:
             margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
-            print_verdicts(write_full_report(page, runs, reference, look, margins, args.format, left_out))
+            about = (runs, reference, look, margins, args.format, left_out, searches)
+            for judged in write_full_report(page, *about):
+                print_verdicts(judged)
             page.write("Label noise and SGD")
     print(f"-> {Path(args.out) / 'report.md'}, report.html")
     return 0

@@ -3,6 +3,7 @@
     python sweep.py --preset quick                                          # within an hour on two CPU cores
     python sweep.py --preset report --jobs 1 --seeds 0,1,2                  # the report's whole study
     python sweep.py --grid "noise=0,0.2,0.5 bs=16,64,256 sched=onecycle seed=0,1,2" --epochs 10
+    python sweep.py --grid "noise=0,0.5 bs=16,64,256" --seeds 0,1,2 --tune "lr=log:0.003:1"     # each cell at its best rate
     python sweep.py --status --runs runs                                    # every sweep that was started in runs/
 
 Options that are not named here go to every run of train.py. A finished run is skipped, a stopped one resumed, a
@@ -12,19 +13,24 @@ failed one reported and not repeated unless asked. Ctrl-C lets the running ones 
 import os
 import shlex
 import sys
+import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import InputError
 from engine import cmdline, options
 from engine.hardware import cores
-from study import exports
+from study import exports, tuning
 from study.cluster import RayTasks, Request
-from study.grids import PRESETS, REPORT_SIZES, Job, axis_names, expand
+from study.grids import PRESETS, REPORT_SIZES, SEEDS, Job, axis_names, expand
 from study.joblist import Sweep, find_earlier, read_jobs, write_jobs
 from study.outputs import CannotWrite
 from study.processes import STATES, LocalProcesses, command, nothing_to_start, run_state
 from study.scheduler import Backend, run_jobs
+from study.spaces import read_space
+
+TUNING = ("trials", "metric", "tune_seeds")  # options that belong to --tune
 
 
 def jobs_of(args, extra: list[str]) -> list[Job]:
@@ -36,18 +42,19 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
         if args.part or args.with_1024:
             raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
         return expand(args.grid, extra, "--grid", seeds)
+    # whatever the part: one run, one name
+    axes = axis_names((g for grids in PRESETS[args.preset].values() for g in grids), several=True)
+    return expand(preset_grids(args), extra, f"--preset {args.preset}", seeds, axes)
+
+
+def preset_grids(args) -> list[str]:
+    """The grids of the preset's parts that are asked for. Raises `InputError`."""
     parts = PRESETS[args.preset]
     for part in args.part:
         if part not in parts:
             raise InputError(f"--part {part}: --preset {args.preset} has {', '.join(parts)}")
     sizes = REPORT_SIZES + (",1024" if args.with_1024 else "")
-    grids = [
-        g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids
-    ]
-    axes = axis_names(
-        (g for grids in parts.values() for g in grids), several=True
-    )  # whatever the part: one run, one name
-    return expand(grids, extra, f"--preset {args.preset}", seeds, axes)
+    return [g.format(sizes=sizes) for part, grids in parts.items() if not args.part or part in args.part for g in grids]
 
 
 def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> list[Job]:
@@ -103,6 +110,23 @@ def processes_of(place) -> int:
     return place.devices if isinstance(place.devices, int) else 1
 
 
+def tuning_options(p: cmdline.Parser) -> None:
+    """Add the options of a search."""
+    g = p.add_argument_group("each cell at its own best values (requirements-tune.txt)")
+    g.add_argument(
+        "--tune",
+        metavar="SPACE",
+        help='what is searched for each cell: "lr=log:0.003:1 wd=log:1e-5:1e-2"; also lin:, int:, and lists a|b',
+    )
+    g.add_argument("--trials", type=cmdline.count, metavar="N", help=f"of each cell (default: {tuning.TRIALS})")
+    g.add_argument("--metric", metavar="SERIES", help=f"what decides: {', '.join(tuning.METRICS)} (default: val/acc)")
+    g.add_argument(
+        "--tune-seeds",
+        metavar="S,S,...",
+        help=f"seeds of the trials, other ones than those of the grid (default: {tuning.FIRST_SEED})",
+    )
+
+
 def parser() -> cmdline.Parser:
     p = cmdline.Parser(
         prog="sweep.py", description="Many runs of train.py; its options pass through.", allow_abbrev=False
@@ -127,6 +151,7 @@ def parser() -> cmdline.Parser:
         "--done", action="append", default=[], metavar="FILE", help="runs in this exported .npz count as finished"
     )
     g.add_argument("--retry-failed", action="store_true", help="start failed runs again, from their last checkpoint")
+    tuning_options(p)
     g = p.add_argument_group("where to run")
     g.add_argument("--jobs", type=cmdline.count, metavar="N", help="runs at a time (GPUs x --per-gpu, or 1)")
     g.add_argument("--per-gpu", type=cmdline.count, default=1, metavar="K", help="runs at a time on one GPU")
@@ -160,14 +185,27 @@ def parser() -> cmdline.Parser:
     return p
 
 
+def check_folder(runs: Path) -> None:
+    """Raise `InputError` where RUNS cannot be a folder."""
+    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
+
+
+def done_in_files(args) -> dict[str, list[dict]]:
+    """{name: options} of the finished runs in the files of --done. Raises `InputError`."""
+    done: dict[str, list[dict]] = {}
+    for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
+        done.setdefault(r.name, []).append(r.options)
+    return done
+
+
 def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str, list[dict]]]:
     """Every job once, under the name that its run has in RUNS, and {name: options} of finished runs in files (`--done`).
 
     Raises `InputError`.
     """
-    there = next(path for path in (runs.absolute(), *runs.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
+    check_folder(runs)
     sweeps = read_jobs(runs)
     if args.grid is None and args.preset is None:
         if not args.status:
@@ -175,11 +213,48 @@ def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str,
         jobs = written_jobs(args, extra, runs, sweeps)
     else:
         jobs = jobs_of(args, extra)
-    done: dict[str, list[dict]] = {}
-    for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
-        done.setdefault(r.name, []).append(r.options)
+    done = done_in_files(args)
     find_earlier(jobs, sweeps, runs, done)
     return list({job.name: job for job in jobs}.values()), done
+
+
+@dataclass
+class Slots:
+    """Where a sweep's runs go: `at_once` of them, on `groups` of GPUs, each of `size` processes with `threads` (None: what fits)."""
+
+    groups: list[str]
+    size: int
+    at_once: int
+    threads: int | None
+
+    def words(self, args) -> str:
+        """The same for the user."""
+        where = f"{args.jobs or 'as many as fit'} at a time" if args.ray else f"{self.at_once} at a time"
+        on = " and ".join(self.groups) if self.size > 1 else ", ".join(self.groups)
+        where += f" on GPU {on}" if self.groups else ""
+        return where + (f", {self.threads} threads each" + " process" * (self.size > 1) if self.threads else ", on Ray")
+
+    def backend(self, args, place, most: int | None) -> Backend:
+        """The scheduler's back end; `most` runs at a time on Ray. Raises `InputError`."""
+        if not args.ray:
+            groups = self.groups or [None]
+            return LocalProcesses([groups[i % len(groups)] for i in range(self.at_once)], self.threads)
+        if self.size > 1 and args.per_gpu > 1:
+            raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {self.size} has whole GPUs")
+        share = 0 if place.accelerator == "cpu" else self.size / args.per_gpu
+        return RayTasks(Request(args.ray, share, self.size, self.threads, most, args.retries))
+
+
+def slots_of(args, place) -> Slots:
+    """Where the runs of a sweep go. Raises `InputError`."""
+    size = processes_of(place)
+    devices = [] if args.ray else gpus(place)
+    if devices and size > len(devices):
+        raise InputError(f"--devices {size}: this machine has {len(devices)} GPU{'s' * (len(devices) != 1)}")
+    groups = [",".join(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
+    at_once = args.jobs or max(len(groups) * args.per_gpu, 1)
+    threads = args.threads or (None if args.ray else max(cores() // (at_once * size), 1))
+    return Slots(groups, size, at_once, threads)
 
 
 def run_sweep(args, extra: list[str]) -> int:
@@ -188,10 +263,20 @@ def run_sweep(args, extra: list[str]) -> int:
         if word.split("=")[0] in ("--name", "--resume"):
             raise InputError(f"{word}: the sweep names and resumes its runs itself")
     runs = Path(args.runs)
+    if args.tune is not None:
+        return run_tuned(args, extra, runs)
+    for option in TUNING:
+        if getattr(args, option) is not None:
+            raise InputError(f"--{option.replace('_', '-')}: goes with --tune")
     jobs, done = named_jobs(args, extra, runs)
     if args.status:
         print_status(jobs, runs, done)
         return 0
+    return run_grid(args, extra, runs, jobs, done)
+
+
+def run_grid(args, extra: list[str], runs: Path, jobs: list[Job], done: dict[str, list[dict]]) -> int:
+    """Run a grid's jobs, or print what would be run; returns the exit status. Raises `InputError`."""
     states = {job.name: run_state(runs, job, done) for job in jobs}
     again = {name for name, (status, _) in states.items() if status == "failed" and args.retry_failed}
     queue = [job for job in jobs if not nothing_to_start(states[job.name][0], job, again)]
@@ -206,34 +291,18 @@ def run_sweep(args, extra: list[str]) -> int:
         if states[job.name][0] == "failed" and not args.retry_failed:
             print(f"{job.name}: failed before: {states[job.name][1]} (--retry-failed starts it again)", file=sys.stderr)
     place = options.parser().parse_args(extra)
-    size = processes_of(place)
-    devices = [] if args.ray else gpus(place)
-    if devices and size > len(devices):
-        raise InputError(f"--devices {size}: this machine has {len(devices)} GPU{'s' * (len(devices) != 1)}")
-    groups = [",".join(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
-    jobs_at_once = args.jobs or max(len(groups) * args.per_gpu, 1)
-    threads = args.threads or (None if args.ray else max(cores() // (jobs_at_once * size), 1))
+    slots = slots_of(args, place)
     if args.dry_run:
         for job in queue:
-            print(shlex.join(command(job, runs, states[job.name][0] == "stopped", threads)))
+            print(shlex.join(command(job, runs, states[job.name][0] == "stopped", slots.threads)))
         counts = Counter(status for status, _ in states.values())
-        where = f"{args.jobs or 'as many as fit'} at a time" if args.ray else f"{jobs_at_once} at a time"
-        where += f" on GPU {' and '.join(groups) if size > 1 else ', '.join(groups)}" if groups else ""
-        where += f", {threads} threads each" + " process" * (size > 1) if threads else ", on Ray"
-        print(f"# {len(queue)} of {len(jobs)} runs to do ({', '.join(f'{n} {s}' for s, n in counts.items())}), {where}")
+        known = ", ".join(f"{n} {s}" for s, n in counts.items())
+        print(f"# {len(queue)} of {len(jobs)} runs to do ({known}), {slots.words(args)}")
         return 0
-    skipped = len(jobs) - len(queue)
     write_jobs(runs, jobs, args.words)
-    if args.ray:
-        if size > 1 and args.per_gpu > 1:
-            raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {size} has whole GPUs")
-        share = 0 if place.accelerator == "cpu" else size / args.per_gpu
-        runs = runs.resolve()  # a worker starts elsewhere
-        backend: Backend = RayTasks(Request(args.ray, share, size, threads, args.jobs, args.retries))
-    else:
-        slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
-        backend = LocalProcesses(slots, threads)
-    ended, interrupted = run_jobs(queue, runs, backend, done, skipped, again, args.minutes)
+    backend = slots.backend(args, place, args.jobs)
+    runs = runs.resolve() if args.ray else runs  # a worker starts elsewhere
+    ended, interrupted = run_jobs(queue, runs, backend, done, len(jobs) - len(queue), again, args.minutes)
     # a run that was never started may have been run by another process
     statuses = [
         ended.get(job.name) or (run_state(runs, job, done) if job in queue else states[job.name])[0] for job in jobs
@@ -242,6 +311,66 @@ def run_sweep(args, extra: list[str]) -> int:
     if interrupted or not set(statuses) <= {"finished", "failed", "other"}:
         return 3
     return 1 if set(statuses) - {"finished"} else 0
+
+
+def search_of(args, extra: list[str], runs: Path) -> tuning.Search:
+    """The search that --tune asks for. Raises `InputError`."""
+    if args.grid is None and args.preset is None:
+        raise InputError("--tune: give --preset or --grid")
+    if args.print_commands:
+        raise InputError("--print-commands: goes without --tune, for a trial follows from those before it")
+    for word in extra:
+        if word.split("=")[0] in SEEDS:
+            raise InputError(f"{word}: goes without --tune, whose choice is made on other seeds; give --seeds")
+    metric = args.metric or "val/acc"
+    if metric not in tuning.METRICS:
+        raise InputError(f"--metric {metric}: not one of {', '.join(tuning.METRICS)}")
+    jobs = jobs_of(args, extra)
+    # a preset's single values give way, as they do to an option that is given
+    in_grid = axis_names(args.grid) if args.grid is not None else axis_names(preset_grids(args), several=True)
+    plan = tuning.Plan(
+        read_space(args.tune, in_grid, extra),
+        metric,
+        args.trials or tuning.TRIALS,
+        tuning.tuning_seeds(args.tune_seeds, jobs),
+        shlex.join(["sweep.py", *args.words]),
+        args.retry_failed,
+    )
+    cells = tuning.cells_of(jobs, plan.space)
+    runs = runs.resolve() if args.ray else runs
+    return tuning.Search(plan, cells, runs, create=not (args.status or args.dry_run))
+
+
+def run_tuned(args, extra: list[str], runs: Path) -> int:
+    """Search each cell's best values, then run them at the judged seeds; returns the exit status. Raises `InputError`."""
+    check_folder(runs)
+    search = search_of(args, extra, runs)
+    plan, began = search.plan, time.monotonic()
+    print(f"# {plan.metric} is {plan.direction}d, with seed {', '.join(plan.seeds)}; trials are in {search.folder}")
+    if args.status or args.dry_run:
+        print("\n".join(search.table()))
+        print(
+            f"# {len(search.cells)} cells, then {sum(len(cell.runs) for cell in search.cells)} runs at the best values"
+        )
+        return 0
+    place = options.parser().parse_args(extra)
+    slots = slots_of(args, place)
+    # on Ray as many at a time as there are cells: each trial of a cell then knows how those before it ended
+    backend = slots.backend(args, place, args.jobs or len(search.cells))
+    _, interrupted = run_jobs([], search.folder, backend, {}, 0, set(), args.minutes, search)
+    print("\n".join(search.table()))
+    if interrupted or search.stopped:
+        return 3
+    failed = search.without_choice()
+    for line in failed:
+        print(line, file=sys.stderr)
+    jobs = search.judged()
+    if args.minutes is not None:
+        args.minutes -= (time.monotonic() - began) / 60
+        if args.minutes <= 0:
+            return 3
+    status = run_grid(args, extra, runs, jobs, done_in_files(args)) if jobs else 0
+    return status or int(bool(failed))
 
 
 def main(argv: list[str] | None = None) -> int:

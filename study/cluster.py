@@ -164,3 +164,6 @@ class RayTasks:
         for ref in self.active.values():
             # first an interrupt, which the task passes on to its run, then the end of both; waiting tasks never start
             self.ray.cancel(ref, force=force)
+
+    def stop_run(self, name: str) -> None:
+        self.ray.cancel(self.active[name], force=False)

@@ -3,6 +3,7 @@
 train.py's own parser decides what an option is, what it may be and what a run is called.
 """
 
+import argparse
 import itertools
 import math
 from collections.abc import Collection, Iterable
@@ -61,6 +62,7 @@ class Job:
 
     argv: list[str]
     args: object = field(repr=False)
+    always: frozenset[str] = frozenset()  # the options that its name has at their default, too
 
     @property
     def name(self) -> str:
@@ -76,14 +78,25 @@ class Job:
         return share * (self.args.epochs * n + 150 * steps)
 
 
+def known_options() -> dict[str, argparse.Action]:
+    """train.py's options {name without the dashes: its action}."""
+    known = {a.option_strings[0].removeprefix("--"): a for a in options.parser()._actions if a.option_strings}
+    known.pop("-h", None)
+    return known
+
+
+def key_of(name: str) -> str:
+    """An option as it is called among the parsed ones: --noise-seed is noise_seed."""
+    return name.strip("-").replace("-", "_")
+
+
 def axes(grid: str, said: str) -> list[list[list[str]]]:
     """A grid's axes as lists of alternatives, each the options it adds.
 
     `grid`: words NAME=VALUE,VALUE,..., NAME any option of train.py. Two options move together as A+B=VALUE,VALUE
     (one value for both) or A+B=X:Y,X:Y. A switch takes on or off; `default` leaves an option out. Raises `InputError`.
     """
-    known = {a.option_strings[0].removeprefix("--"): a for a in options.parser()._actions if a.option_strings}
-    known.pop("-h", None)
+    known = known_options()
     found = []
     for word in grid.split():
         names, equals, values = word.partition("=")
@@ -127,19 +140,15 @@ def of_seeds(axis: list[list[str]], said: str) -> bool:
 
 
 def without(names: tuple[str, ...], argv: list[str]) -> list[str]:
-    """`argv` without these options and the value after each."""
-    return [w for before, w in zip(["", *argv], argv, strict=False) if w not in names and before not in names]
+    """`argv` without these options and the value of each, a word of its own or behind a `=`."""
+    pairs = zip(["", *argv], argv, strict=False)
+    return [w for before, w in pairs if w.split("=")[0] not in names and before not in names]
 
 
 def axis_names(grids: Iterable[str], several: bool = False) -> set[str]:
     """The options that grids have as axes, as their names in the parsed options; with `several` those of several values."""
     words = (word.partition("=") for grid in grids for word in grid.split())
-    return {
-        key.strip("-").replace("-", "_")
-        for names, _, values in words
-        for key in names.split("+")
-        if not several or "," in values
-    }
+    return {key_of(key) for names, _, values in words for key in names.split("+") if not several or "," in values}
 
 
 def expand(
@@ -170,7 +179,7 @@ def expand(
             except InputError as e:
                 raise InputError(f"{said}: {e}") from e
             args.name = options.run_name(args, always)
-            job = jobs.setdefault(args.name, Job(argv, args))
+            job = jobs.setdefault(args.name, Job(argv, args, frozenset(always)))
             other = differences(vars(job.args), vars(args))
             if other:
                 raise InputError(f"{said}: two runs would be called {args.name}: {'; '.join(other.values())}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+from collections.abc import Sequence
 
 from schedules import percent
 from study import figures, runvalues
@@ -13,8 +14,10 @@ from study.objectives import write_losses
 from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value
+from study.searches import CellSearch, sort_runs
 from study.settings import Setting, group_by, group_settings
 from study.stopping import write_stopping
+from study.tunedcells import write_tuned
 from study.units import tuned
 from study.verdicts import Judged, judge, write_findings, write_rules
 
@@ -205,12 +208,14 @@ def write_full_report(
     margins: dict[str, float],
     formats: tuple[str, ...],
     left_out: list[str],
-) -> Judged:
-    """The report on many runs: cells, figures, findings, the rest; returns its verdicts.
+    searches: Sequence[CellSearch] = (),
+) -> list[Judged]:
+    """The report on many runs: cells, figures, findings, the rest; returns its verdicts: at one rate, at tuned cells.
 
-    `left_out` are the runs that cannot be read, as "NAME: reason".
+    `left_out` are the runs and searches that cannot be read, as "NAME: reason"; `searches`: the oldest first.
     """
-    settings = group_settings(runs)
+    found = sort_runs(runs, list(searches))
+    settings = group_settings(found.fixed)
     page.heading(1, "Label noise and SGD: figures and findings")
     write_state(page, runs)
     for s in settings:
@@ -223,6 +228,23 @@ def write_full_report(
     if left_out:
         page.text(f"{len(left_out)} more cannot be read and are left out:")
         page.bullets([literal(line) for line in left_out])
+    judged = write_judged(page, settings, look, margins, formats) if settings else []
+    at_tuned = write_tuned(page, found, look, formats, margins)
+    with page.folded("How the verdicts are reached"):
+        write_rules(page, margins)
+    write_losses(page, settings)
+    write_stopping(page, settings)
+    write_detection(page, settings)
+    if reference:
+        page.heading(2, "Beside the report")
+        write_comparison(page, found.fixed, reference)
+    return [judged, at_tuned]
+
+
+def write_judged(
+    page: Page, settings: list[Setting], look: Look, margins: dict[str, float], formats: tuple[str, ...]
+) -> Judged:
+    """Figures and findings at the rates that the grid gives; returns the verdicts at one rate."""
     page.heading(2, "Figures")
     notes = [f"{s.label}: {note}" for s in settings for note in s.notes]
     if notes:
@@ -249,12 +271,4 @@ def write_full_report(
             "Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it."
         )
         write_findings(page, judge(best, margins, "tuned"))
-    with page.folded("How the verdicts are reached"):
-        write_rules(page, margins)
-    write_losses(page, settings)
-    write_stopping(page, settings)
-    write_detection(page, settings)
-    if reference:
-        page.heading(2, "Beside the report")
-        write_comparison(page, runs, reference)
     return judged

@@ -193,3 +193,6 @@ class LocalProcesses:
     def stop(self, force: bool) -> None:
         for process, _, _ in self.active.values():
             kill(process) if force else process.terminate()
+
+    def stop_run(self, name: str) -> None:
+        self.active[name][0].terminate()

@@ -25,6 +25,7 @@ from study.processes import (
 
 POLL = 0.2  # seconds between looks at the running processes
 LOOK_AGAIN = 1.0  # seconds between looks at runs that other processes hold
+NO_NEWS = ("pruned", "diverged")  # how runs of a search end, besides "finished"
 SAVE_SECONDS = 30.0  # before a time limit at which runs are asked to save and end, at most a tenth of it
 
 
@@ -48,6 +49,30 @@ class Backend(Protocol):
 
     def stop(self, force: bool) -> None:
         """Ask all runs to save and end, or end them at once."""
+
+    def stop_run(self, name: str) -> None:
+        """Ask one run to save and end."""
+
+
+class Source(Protocol):
+    """Runs that follow from how others go, such as the trials of a search (`tuning.Search`)."""
+
+    retry_failed: bool  # whether a run that failed before is started again
+
+    def planned(self) -> list[Job]:
+        """A run for each one that will come, as far as is known: for an estimate of the time."""
+
+    def next(self) -> Job | None:
+        """A run to start, None where there is none just now."""
+
+    def is_open(self) -> bool:
+        """Whether there may be more, now or later."""
+
+    def to_stop(self) -> list[str]:
+        """The runs that need not go on."""
+
+    def ended(self, job: Job, status: str, detail: str) -> str:
+        """Told that a run has ended; returns how, for a count."""
 
 
 class StopSignals:
@@ -117,20 +142,30 @@ class Scheduler:
     """One sweep's runs: those that wait, those that another process holds, and how the others ended."""
 
     def __init__(
-        self, queue: list[Job], runs: Path, backend: Backend, done: dict[str, list[dict]], skipped: int, again: set[str]
+        self,
+        queue: list[Job],
+        runs: Path,
+        backend: Backend,
+        done: dict[str, list[dict]],
+        skipped: int,
+        again: set[str],
+        source: Source | None = None,
     ) -> None:
-        self.runs, self.backend, self.done = runs, backend, done
+        self.runs, self.backend, self.done, self.source = runs, backend, done, source
         self.jobs = {job.name: job for job in queue}
         self.queue, self.again = list(queue), set(again)
         self.elsewhere: list[Job] = []
         self.ended: dict[str, str] = {}
-        self.progress = Progress(queue, skipped)
+        self.progress = Progress(queue + (source.planned() if source else []), skipped)
+        self.enough: set[str] = set()  # runs that were stopped because they need not go on
         self.looked = -LOOK_AGAIN  # when runs elsewhere were last looked at, on the monotonic clock
 
     def finish(self, job: Job, status: str, detail: str) -> None:
+        if self.source:
+            status = self.source.ended(job, status, detail)
         self.ended[job.name] = status
         self.progress.end(job, self.ended, len(self.backend.active))
-        if status != "finished":
+        if status not in ("finished", *NO_NEWS):
             tqdm.write(end_line(job, status, detail), file=sys.stderr)
 
     def log(self, job: Job) -> Path:
@@ -156,8 +191,29 @@ class Scheduler:
         """Start what there is room for."""
         if not self.queue and self.elsewhere and time.monotonic() - self.looked > LOOK_AGAIN:
             self.queue, self.elsewhere, self.looked = self.elsewhere, [], time.monotonic()
-        while self.queue and self.backend.has_room():
-            self.take(self.queue.pop(0))
+        while self.backend.has_room() and (job := self.next_job()):
+            self.take(job)
+
+    def next_job(self) -> Job | None:
+        """The next run of the queue or, if that is empty, of the source."""
+        if self.queue:
+            return self.queue.pop(0)
+        job = self.source.next() if self.source else None
+        if job:
+            self.jobs[job.name] = job
+            self.again |= {job.name} if self.source.retry_failed else set()
+        return job
+
+    def stop_enough(self) -> None:
+        """Stop the runs that need not go on."""
+        for name in self.source.to_stop() if self.source else ():
+            if name in self.backend.active:
+                self.enough.add(name)
+                self.backend.stop_run(name)
+
+    def may_come(self) -> bool:
+        """Whether runs are left to be started."""
+        return bool(self.queue or self.elsewhere or (self.source and self.source.is_open()))
 
     def settle(self, job: Job, how: Exit, stopping: bool) -> None:
         """Note how a run ended whose process has."""
@@ -173,10 +229,11 @@ class Scheduler:
 
     def run(self, stop: StopSignals, limit: TimeLimit) -> bool:
         """Until all have ended, or those that were running when a signal came or the time was up; returns whether all have."""
-        passed_on = 0
+        passed_on, waiting = 0, False
         while True:
-            for name, how in self.backend.wait(POLL if self.backend.active or self.elsewhere else 0):
-                self.settle(self.jobs[name], how, stopping=bool(stop.asked or passed_on))
+            for name, how in self.backend.wait(POLL if self.backend.active or self.elsewhere or waiting else 0):
+                self.settle(self.jobs[name], how, stopping=bool(stop.asked or passed_on or name in self.enough))
+            self.stop_enough()
             asked = stop.asked + limit.stops_asked()
             if asked > passed_on:
                 if not passed_on:
@@ -187,13 +244,13 @@ class Scheduler:
                     tqdm.write(message, file=sys.stderr)
                 self.backend.stop(force=passed_on > 0)
                 passed_on = asked
-            left = bool(self.queue or self.elsewhere)
             if not asked and limit.allows_start():
                 self.take_all()
-            elif left and not self.backend.active:
+            elif not self.backend.active and self.may_come():
                 return False
-            if not self.backend.active and not (self.queue or self.elsewhere):
+            if not self.backend.active and not self.may_come():
                 return not stop.asked
+            waiting = self.source is not None  # for trials of other sweeps
 
     def abandon(self, stop: StopSignals) -> None:
         """Let the runs save and end; the next signal kills them."""
@@ -213,8 +270,9 @@ def run_jobs(
     skipped: int,
     again: set[str],
     minutes: float | None = None,
+    source: Source | None = None,
 ) -> tuple[dict[str, str], bool]:
-    """Run jobs on a back end. `done`, `again`: see `processes.run_state` and `nothing_to_start`; `skipped`: jobs left out.
+    """Run jobs on a back end, and then those of a source. `done`, `again`: see `processes.run_state` and `nothing_to_start`; `skipped`: jobs left out.
 
     Returns: how each run that ended did so, by name (a run that was not started is not in it), and whether a signal came or
     the time was up before all had.
@@ -223,7 +281,7 @@ def run_jobs(
     kills them. With `minutes` nothing is started that could not save in that time, and what runs then saves and ends. Raises `InputError` if RUNS cannot be written.
     """
     make_folder(runs)
-    scheduler = Scheduler(queue, runs, backend, done, skipped, again)
+    scheduler = Scheduler(queue, runs, backend, done, skipped, again, source)
     with StopSignals() as stop:
         try:
             complete = scheduler.run(stop, TimeLimit(minutes))

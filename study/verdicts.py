@@ -28,20 +28,21 @@ def interval_text(i: findings.Interval | None) -> str:
 def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixed") -> Judged:
     """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one.
 
-    `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), or each cell at its best rate and
-    weight decay of the other seeds ("tuned"). The findings about lr/B are judged once, with the first; one that speaks of SGD's
-    noise scale leaves out settings of other optimizers.
+    `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), each cell at its best rate and
+    weight decay of the other seeds ("tuned"), or at what a search has chosen ("searched"; only the findings that compare batch
+    sizes). The findings about lr/B are judged once, with the first; one that speaks of SGD's noise scale leaves out settings of
+    other optimizers.
     """
     judged = []
     for finding in findings.FINDINGS:
         by_ratio = bool(finding.corners)
-        if by_ratio and rates != "fixed":
+        if (by_ratio and rates != "fixed") or (rates == "searched" and not finding.sized):
             continue
         by_setting = []
         for s in settings:
             if finding.of_sgd and not s.of_sgd:
                 continue
-            runs = {"fixed": s.ratio_runs if by_ratio else s.runs, "scaled": s.scaled, "tuned": s.all_runs}[rates]
+            runs = {"scaled": s.scaled, "tuned": s.all_runs}.get(rates, s.ratio_runs if by_ratio else s.runs)
             rows = [runvalues.finding_row(r) for r in runs]
             by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")))
         judged += [pair for pair in by_setting if has_statistic(pair[1])] or by_setting[:1]

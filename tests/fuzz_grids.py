@@ -1,5 +1,6 @@
-"""Random sweeps, looked at and not run: valid grids list their runs, invalid ones are refused in one line."""
+"""Random sweeps, looked at and not run: valid grids list their runs or their tuned cells, invalid ones are refused in one line."""
 
+import importlib.util
 import random
 import shlex
 from pathlib import Path
@@ -71,6 +72,41 @@ OPTIONS += (
 )
 
 
+SPACES = {  # what may be tuned, with valid and wrong ranges
+    "lr": (["log:0.003:1", "lin:1e-3:.5", "0.1|0.2"], ["log:0:1", "log:1:0.1", "lin:a:b", "0.1", "log:1", ":", "|"]),
+    "wd": (["log:1e-5:1e-2", "0|5e-4"], ["log:0:1", "int:0:1.5", "0|0", "lin:-1:1"]),
+    "optimizer": (["sgd|adam"], ["sgd", "sgd|none", "log:1:2"]),
+    "width": (["int:4:64", "4|8"], ["int:4:2000", "log:4:8", "int:8:4"]),
+    "warmup-epochs": (["int:1:2"], ["int:0:2", "lin:1:2"]),
+}
+NEVER = (
+    "bs=16|32",
+    "seed=0|1",
+    "noise=lin:0:1",
+    "runs=a|b",
+    "threads=int:1:2",
+    "epochs=int:1:2",
+    "nosuch=1|2",
+    "lr",
+    "=",
+    "",
+)
+WITH_OPTUNA = importlib.util.find_spec("optuna") is not None
+
+
+def tuned(rng: random.Random, good: bool) -> tuple[list[str], str]:
+    """Arguments of a tuned sweep, valid or not, and how the last line of its --dry-run or --status begins."""
+    cells = rng.sample(["16", "32", "128"], rng.randint(1, 3))
+    names = rng.sample(list(SPACES), rng.randint(1, 3))
+    words = [f"{name}={rng.choice(SPACES[name][0])}" for name in names]
+    argv = ["--grid", f"bs={','.join(cells)} sched=onecycle sched-epochs=9", "--epochs", "9", "--seeds", "0,1"]
+    if not good:
+        wrong = rng.choice([*NEVER, *(f"{name}={spec}" for name in names for spec in SPACES[name][1]), "--tune-seeds"])
+        words = words if wrong == "--tune-seeds" else [wrong] if not wrong else [*words[1:], wrong]
+        argv += ["--tune-seeds", rng.choice(["0", "x", "7,7", "", "1,2"])] * (wrong == "--tune-seeds")
+    return [*argv, "--tune", " ".join(words)], f"# {len(cells)} cells, then {2 * len(cells)} runs"
+
+
 def grid(rng: random.Random) -> tuple[str, int]:
     """A valid grid and an upper bound on its number of runs."""
     words, runs = [], 1
@@ -114,8 +150,27 @@ def printed(text: str, what: str, bound: int) -> list[str]:
     return [] if len(names) == n else [f"{len(names)} names of {n} runs"]
 
 
+def tuned_case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
+    """One tuned sweep that is looked at: status 0 and its cells, or status 2 and one line, also without Optuna."""
+    good, what = rng.random() < 0.5, rng.choice(["--dry-run", "--status"])
+    argv, last = tuned(rng, good)
+    result = world.children.call("sweep", [*argv, what, "--accelerator", "cpu", "--runs", "runs"], cwd, timeout=120)
+    good = good and WITH_OPTUNA
+    problems = result.problems({0} if good else {2})
+    if not problems and good and not result.out[0].splitlines()[-1].startswith(last):
+        problems = [f"the last line is not '{last}...'"]
+    elif not problems and not good and len(result.err[0].splitlines()) != 1:
+        problems = [f"{len(result.err[0].splitlines())} lines on standard error"]
+    problems += [f"created {sorted(p.name for p in cwd.iterdir())}"] * any(cwd.iterdir())
+    return f"tuned {'valid' if good else 'invalid'} {what}", [
+        p if "sweep.py" in p else f"{p}: {result.shell}" for p in problems
+    ]
+
+
 def case(world, rng: random.Random, cwd: Path) -> tuple[str, list[str]]:
     """One sweep, valid or not: status 0 and every run listed, or status 2 and one line; nothing created."""
+    if rng.random() < 0.15:
+        return tuned_case(world, rng, cwd)
     argv, bound = valid(rng)
     what = rng.choice(["--dry-run", "--print-commands", "--status"])
     good = rng.random() < 0.5
