@@ -24,7 +24,8 @@ SIXTEEN = "--synthetic-train 40 --synthetic-test 8 --width 4 --bs 8".split()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--with", default="", help="options added to every tiny run: --with=--compile, --with=--graph")
+    text = "options added to every tiny run, in one word: --with=--compile, '--with=--accelerator cuda --graph'"
+    parser.addoption("--with", default="", help=text)
 
 
 def pytest_configure(config) -> None:
@@ -95,12 +96,30 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def fabric_run(*options: str) -> list[str]:
-    """The command `fabric run` with a free port and these options; the test is skipped where there is no `fabric`."""
-    program = Path(sys.executable).parent / "fabric"
-    if not program.exists():
-        pytest.skip("no `fabric` script in this environment: lightning_fabric came with pytorch-lightning")
-    return [str(program), "run", "--accelerator=cpu", f"--main-port={free_port()}", *options, "train.py"]
+def without(argv: list[str], *names: str) -> list[str]:
+    """`argv` without these options and the value after each, wherever and however often they stand."""
+    return [w for before, w in zip(["", *argv], argv) if w not in names and before not in names]
+
+
+def accelerator() -> str:
+    """Where tiny runs happen: of several `--accelerator`, as `--with` adds one, the last counts."""
+    return [value for name, value in zip(TINY, TINY[1:]) if name == "--accelerator"][-1]
+
+
+def need_devices(count: int) -> None:
+    """Skip the test where tiny runs happen on GPUs and there are fewer than `count`."""
+    if accelerator() != "cpu" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
+def fabric_run(*options: str, program: Path = Path(sys.executable).parent / "fabric") -> list[str]:
+    """The command `fabric run` with a free port, the tiny runs' accelerator and these options, before the script's own.
+
+    Where lightning_fabric came with pytorch-lightning there is no `fabric` script; its module is the same command.
+    """
+    pytest.importorskip("click", reason="`fabric run` needs click")
+    command = [str(program), "run"] if program.exists() else [sys.executable, "-m", "lightning_fabric.cli"]
+    return [*command, f"--accelerator={accelerator()}", f"--main-port={free_port()}", *options, "train.py"]
 
 
 ZYGOTE = """
@@ -147,8 +166,7 @@ class Zygote:
 
     def start(self, argv: list[str] | None = None, code: str | None = None, ranks: int = 1) -> list[int]:
         """Start `train.main(argv)` or `code` on `ranks` processes, set up as torchrun does; returns their pids."""
-        if "cuda" in TINY and torch.cuda.device_count() < ranks:
-            pytest.skip(f"needs {ranks} GPUs")
+        need_devices(ranks)
         environments = [{}]
         if ranks > 1:
             shared = {
