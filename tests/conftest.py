@@ -26,10 +26,51 @@ SIXTEEN = "--synthetic-train 40 --synthetic-test 8 --width 4 --bs 8".split()
 def pytest_addoption(parser) -> None:
     text = "options added to every tiny run, in one word: --with=--compile, '--with=--accelerator cuda --graph'"
     parser.addoption("--with", default="", help=text)
+    text = "add each test's outcome and seconds to FILE, a line of JSON each, and leave out tests that it holds already"
+    parser.addoption("--times", metavar="FILE", help=text)
 
 
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
+    if config.getoption("--times") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Times(Path(config.getoption("--times"))))
+
+
+class Times:
+    """What `--times` does. A test that has begun twice and never ended, such as one that kills its process, is left out too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, {}
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be cut off
+        self.known = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write(self, **line) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        ended = {line["test"] for line in self.known if "outcome" in line}
+        begun = [line["test"] for line in self.known if "outcome" not in line]
+        for name in {name for name in begun if begun.count(name) > 1} - ended:
+            self.write(test=name, outcome="never ended", seconds=0.0)
+            ended.add(name)
+        left_out = [item for item in items if item.nodeid in ended]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in ended]
+
+    def pytest_runtest_logstart(self, nodeid) -> None:
+        self.write(test=nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        took, outcome, why = self.seconds.get(report.nodeid, (0.0, "passed", ""))
+        if report.outcome != "passed" and outcome != "failed":
+            outcome = report.outcome
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+            why = text[-2000:]
+        self.seconds[report.nodeid] = took + report.duration, outcome, why
+        if report.when == "teardown":
+            took, outcome, why = self.seconds.pop(report.nodeid)
+            self.write(test=report.nodeid, outcome=outcome, seconds=round(took, 3), **({"why": why} if why else {}))
 
 
 @pytest.fixture(autouse=True)
