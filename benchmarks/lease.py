@@ -65,6 +65,7 @@ class Call:
         self.end = BEGAN + limit - min(20.0, 0.06 * limit)  # then results are written
         self.place = speed.where()
         self.lines: list[str] = []  # of this call, for lease.md
+        self.broken = False  # whether the tests could not be started
         for folder in (self.out, self.work):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -159,6 +160,7 @@ def check(call: Call, until: float) -> bool:
     if packages.missing(["pytest"]):
         return True
     command = [sys.executable, "-m", "pytest", *call.plan.tests, f"--times={call.times.absolute()}"]
+    command.append("--continue-on-collection-errors")
     while until - time.monotonic() > call.plan.least:
         before = call.times.stat().st_size if call.times.exists() else 0
         with open(call.out / "tests.log", "ab") as log:
@@ -177,6 +179,7 @@ def check(call: Call, until: float) -> bool:
         if call.times.exists() and call.times.stat().st_size > before:
             continue  # a test has ended the process: the others go on without it
         call.say(f"check: pytest ended with status {process.returncode} before a test; see tests.log")
+        call.broken = True
         return True
     return False
 
@@ -309,7 +312,7 @@ def write_results(call: Call, done: dict[str, bool]) -> int:
     call.say(f"tests: {counted(outcomes)}; runs: {counted(statuses)} -> {call.out / 'lease.md'}")
     if not all(done.values()):
         return LEFT
-    return FAILED if wrong or statuses["failed"] else DONE
+    return FAILED if wrong or statuses["failed"] or call.broken else DONE
 
 
 def parser() -> cmdline.Parser:

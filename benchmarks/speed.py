@@ -95,7 +95,7 @@ def step_of(job: TrainingJob, measured: bool = False, masks: bool = False):
     number = iter(range(1 << 60))
 
     def step() -> None:
-        batch = job.train.batch(plan, next(number) % steps, job.args.bs)
+        batch = fast.next_batch(job, plan, next(number) % steps, measured)
         train.train_step(job, batch, at, measured)
 
     return step
@@ -518,7 +518,7 @@ def measure_cells(mine) -> int:
             rows = PARTS[name].measure(mine, *cell)
         except Exception as e:  # of any library
             memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
-            known = memory or isinstance(e, (fast.Unfit, data.InputError))
+            known = memory or isinstance(e, (fast.Unfit, data.InputError)) and not isinstance(e, fast.CaptureFailed)
             words = "out of memory" if memory else str(e) if known else f"{type(e).__name__}: {e}"
             print(json.dumps([failed(name, cell, words)]), flush=True)
             if not known:

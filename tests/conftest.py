@@ -58,6 +58,10 @@ class Times:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item.nodeid not in ended]
 
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.write(test=report.nodeid, outcome="failed", seconds=0.0, why=str(report.longrepr)[-2000:])
+
     def pytest_runtest_logstart(self, nodeid) -> None:
         self.write(test=nodeid)
 
