@@ -191,6 +191,13 @@ def test_batchnorm_on_cpu_processes_warns_and_averages(zygote, tmp_path):
     assert not torch.allclose(a["bn1.running_var"], b["bn1.running_var"], rtol=0, atol=1e-12)
 
 
+def test_launchers_get_the_options_of_the_tests():
+    given = ["--accelerator", "cpu", "--bs", "8", "--threads", "1", "--accelerator", "cuda"]
+    assert without(given, "--accelerator", "--threads") == ["--bs", "8"]
+    command = fabric_run("--devices=2", program=Path("/nowhere/fabric"))  # it came with pytorch-lightning
+    assert command[1:3] == ["-m", "lightning_fabric.cli"] and command[-2:] == ["--devices=2", "train.py"]
+
+
 def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
 

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -106,6 +107,20 @@ def test_three_calls_a_kill_and_a_lost_machine(zygote, tmp_path):
         tables.write_tables(results.load_runs([str(p) for p in paths]), tmp_path / f"{name}.csv")
     values = [sorted(csv.reader(io.StringIO((tmp_path / f"{n}.csv").read_text()))) for n in "ab"]
     assert len(values[0]) > 100 and values[0] == values[1]
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_tests_and_timings(tmp_path):
+    own = [sys.executable, "benchmarks/lease.py", "check", "speed", "--rehearse", "--minutes", "5"]
+    own += ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    ended = subprocess.run(own, cwd=speed.ROOT, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    state = json.loads((tmp_path / "out" / "lease.json").read_text())
+    assert len(state["tests"]) > 3 and {test["outcome"] for test in state["tests"]} == {"passed"}
+    ((eager, graph),) = state["cells"].values()
+    assert eager[".seconds"] > 0 and graph["failed"].startswith("--graph on: needs one CUDA GPU")
+    assert "| resnet18-8 | 32-true | 16 | eager |" in (tmp_path / "out" / "RESULTS.md").read_text()
+    assert "## Runs: 4 waiting" in (tmp_path / "out" / "lease.md").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------- what comes first
