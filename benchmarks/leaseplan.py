@@ -1,8 +1,9 @@
 """What `benchmarks/lease.py` does in which order: tests, cells of the table of steps, groups of runs; and what the cells say about
 how the runs are best made."""
 
+import functools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import sweep
@@ -20,17 +21,30 @@ TESTS = (  # those that train, what only a GPU runs first
 )
 
 
+@functools.cache
+def jobs_of(words: tuple[str, ...]) -> list[Job]:
+    """The jobs of a sweep's arguments."""
+    return sweep.jobs_of(*sweep.parser().parse_known_args(list(words)))
+
+
 @dataclass(frozen=True)
 class Group:
-    """Runs that are made alike: a sweep's arguments, but for those that say where."""
+    """Runs that are made alike: those of a preset's part, or of a grid, with one batch size and perhaps one schedule."""
 
-    words: tuple[str, ...]
+    part: tuple[str, ...]  # a sweep's arguments
     model: str  # as the table of steps names it
     B: int
+    sched: str | None = None
     folder: str | None = None  # of the data set
 
+    @property
+    def words(self) -> list[str]:
+        """A sweep's arguments, but for those that say where."""
+        return [*self.part, "--bs", str(self.B), *(["--sched", self.sched] if self.sched else [])]
+
     def jobs(self) -> list[Job]:
-        return sweep.jobs_of(*sweep.parser().parse_known_args(list(self.words)))
+        chosen = lambda args: args.bs == self.B and self.sched in (None, args.sched)  # noqa: E731
+        return [job for job in jobs_of(self.part) if chosen(job.args)]
 
     def steps(self) -> int:
         """Of its longest run."""
@@ -46,22 +60,14 @@ class Plan:
     at_once: tuple[tuple[str, int], ...] = ()  # (model, B) for which several runs at once are timed, too
     least: float = 20.0  # seconds, under which nothing more is begun
     seconds: float = 1.0  # of timing, of each cell
-    place: tuple[str, ...] = field(default=())  # a run's options that say where
 
 
 def report_plan() -> Plan:
     """Everything, on one GPU."""
-    groups, wide = [], "resnet18-64"
-    for sched in SCHEDS:
-        for B in SIZES:
-            words = "--preset", "report", "--part", "4-12", "--sched", sched, "--bs", str(B)
-            groups.append(Group(words, wide, B, CIFAR10_FOLDER))
-    for sched in SCHEDS[::2]:
-        for B in (128, 64):
-            words = "--preset", "report", "--part", "13-14", "--sched", sched, "--bs", str(B)
-            groups.append(Group(words, wide, B, CIFAR10_FOLDER))
-    for B in SIZES:
-        groups.append(Group(("--preset", "report", "--part", "15-17", "--bs", str(B)), "vgg16", B, FMNIST_FOLDER))
+    wide, part = "resnet18-64", lambda name: ("--preset", "report", "--part", name)
+    groups = [Group(part("4-12"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS for B in SIZES]
+    groups += [Group(part("13-14"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS[::2] for B in (128, 64)]
+    groups += [Group(part("15-17"), "vgg16", B, None, FMNIST_FOLDER) for B in SIZES]
     cells = [(wide, PRECISION, B, way) for B in (512, 16, 128, 64, 256, 32) for way in ("eager", "graph")]
     cells += [(wide, PRECISION, *rest) for rest in ((512, "compile"), (16, "both"), (128, "compile"), (128, "both"))]
     cells += [(wide, PRECISION, *rest) for rest in ((512, "both"), (256, "compile"), (64, "both"), (1024, "eager"))]
@@ -73,14 +79,15 @@ def report_plan() -> Plan:
 
 
 TINY = (
-    "--dataset synthetic --synthetic-train 100 --synthetic-test 20 --width 4 --epochs 3 --measure-every 2 "
+    "--dataset synthetic --synthetic-train 60 --synthetic-test 20 --width 4 --epochs 2 --measure-every 2 "
     "--precision 32-true --accelerator cpu"
 )
 
 
 def rehearsal() -> Plan:
     """The same path with tiny settings, on a CPU."""
-    groups = [Group(("--grid", f"noise=0,0.5 bs={B}", *TINY.split()), "resnet18-8", B) for B in (16, 8)]
+    grid = "--grid", "noise=0.5 bs=16,8,4", *TINY.split()
+    groups = [Group(grid, "resnet18-8", B) for B in (16, 8, 4)]
     cells = ("resnet18-8", "32-true", 16, "eager"), ("resnet18-8", "32-true", 16, "graph")
     return Plan(("tests/test_schedules.py", "-k", "onecycle"), tuple(groups), cells, least=1.0, seconds=0.01)
 
@@ -107,14 +114,15 @@ class Choice(NamedTuple):
 
 
 def choose(rows: list[dict], model: str, B: int, steps: int) -> Choice | None:
-    """The way in which runs of `steps` steps take least of the GPU's time, from what was timed at this batch size or, for the
-    number at once, at the nearest one. None where nothing was."""
+    """The way in which runs of `steps` steps take least of the GPU's time, from what was timed at this batch size, or at the
+    nearest one. None where nothing was."""
+    timed = [r for r in rows if (r.get("model"), r.get("precision")) == (model, PRECISION) and ".seconds" in r]
+    nearest = min((row["B"] for row in timed), key=lambda size: abs(math.log2(size / B)), default=B)
     cost = {}
-    for row in rows:
-        if row.get("model") == model and row.get("precision") == PRECISION and ".seconds" in row and row["B"] == B:
-            at_once = row.get("runs at once", 1)
-            ready = float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
-            cost[Choice(row["way"], at_once)] = (row[".seconds"] * steps + ready) / at_once
+    for row in (row for row in timed if row["B"] == nearest):
+        at_once = row.get("runs at once", 1)
+        ready = float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
+        cost[Choice(row["way"], at_once)] = (row[".seconds"] * steps + ready) / at_once
     if not cost:
         return None
     best = min(cost, key=cost.__getitem__)
@@ -131,13 +139,18 @@ def wanted(plan: Plan, rows: list[dict]) -> list[list]:
     cells = [[*cell] for cell in plan.cells if (*cell, 1) not in done]
     more = []
     for model, B in plan.at_once:
-        single = choose([row for row in rows if row.get("runs at once", 1) == 1], model, B, steps=10_000)
+        here = [row for row in rows if row.get("B") == B]
+        single = choose([row for row in here if row.get("runs at once", 1) == 1], model, B, steps=10_000)
         for at_once in (2, 4) if single else ():
             if (model, PRECISION, B, single.way, at_once) not in done:
                 more.append([model, PRECISION, B, single.way, at_once])
                 break
-            best = choose(rows, model, B, steps=10_000)
+            best = choose(here, model, B, steps=10_000)
             if best is None or best.at_once < at_once:
                 break
-    essential = [cell for cell in cells if cell[3] in ("eager", "graph") and (cell[0], cell[2]) in plan.at_once]
+    essential = [
+        cell
+        for cell in cells
+        if cell[1] == PRECISION and cell[3] in ("eager", "graph") and (cell[0], cell[2]) in plan.at_once
+    ]
     return essential + more + [cell for cell in cells if cell not in essential]
