@@ -210,12 +210,19 @@ class TrainSet:
         here = [t.to(self.device, non_blocking=True) for t in (index, starts, labels, true, noisy)]
         return Epoch(here[0], here[1], here[2], here[3], here[4], labels, noisy)
 
-    def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """Batch `number` of the epoch: positions [number B, (number + 1) B) of the plan; the last may be smaller."""
+    def pixels(self, starts: Tensor) -> Tensor:
+        """The crops at `starts` (b,), normalised, (b, C, H, W)."""
+        return self.images.normalise(self.images.cut(starts))
+
+    def batch(self, plan: Epoch, number: int, B: int, rank: int = 0, world_size: int = 1, cut: bool = True) -> Batch:
+        """Batch `number` of the epoch: positions [number B, (number + 1) B) of the plan; the last may be smaller.
+
+        Without `cut` its `x` is what `pixels` takes, (b,) int64, for a step that cuts its images out itself.
+        """
         start, size = number * B, min(B, len(self) - number * B)
         first, end = shard(size, rank, world_size)
         here, whole = slice(start + first, start + end), slice(start, start + size)
-        x = self.images.normalise(self.images.cut(plan.starts[here]))
+        x = self.pixels(plan.starts[here]) if cut else plan.starts[here]
         host_noisy = plan.host_noisy[whole]
         n_noisy = int(host_noisy.sum())  # a CPU tensor: nobody waits
         labels = plan.labels[here], plan.true[here], plan.noisy[here]

@@ -92,7 +92,7 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
     job.context.seed_dropout(step)
     if split_mode == "train":
         logits, values = measured_gradient(job, batch, step)
-    elif job.graph and batch.size == args.bs:
+    elif fast.is_replayed(job, batch):
         logits = job.graph(job, batch)
     else:
         logits = plain_gradient(job, batch)
@@ -149,7 +149,7 @@ def validate(job: TrainingJob, record: Record) -> None:
 
 def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     """Train from `job.state` to the end."""
-    args, state, device, fabric = job.args, job.state, job.fabric.device, job.fabric
+    args, state, device = job.args, job.state, job.fabric.device
     flush_every = args.measure_every * (1 if device.type == "cpu" else FLUSH_EVERY)
     warmup = state.step + (WARMUP if job.total_steps - state.step > 2 * WARMUP else 0)
     bar = tqdm(total=job.total_steps, initial=state.step, unit="step", disable=not record.active)
@@ -172,8 +172,9 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
             if step == warmup:
                 clock.end_warmup()
 
-            batch = job.train.batch(plan, number, args.bs, fabric.global_rank, fabric.world_size)
-            values = train_step(job, batch, step, measured=step % args.measure_every == 0)
+            measured = step % args.measure_every == 0
+            batch = fast.next_batch(job, plan, number, measured)
+            values = train_step(job, batch, step, measured)
             state.step += 1
             clock.count(batch.size)
             bar.update()
@@ -275,6 +276,10 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         record.say(f"stopped by {e} {where}; --resume goes on from there")
     except (NotFinite, Fault, fast.Unfit) as e:
         reason = str(e)
+        if isinstance(e, fast.CaptureFailed) and fast.is_own_process():
+            status = "stopped"
+            record.say(f"warning: {e}; the run goes on in a fresh process, without --graph")
+            raise
         checkpoint(job, record, "failed.ckpt")
         cmdline.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
@@ -346,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as e:
         print_ended(str(e))
         return STATUS["stopped"]
+    except fast.CaptureFailed:
+        fast.start_again_without_graph()
     except (RuntimeError, MemoryError) as e:
         expected = lost_process(e)
         if memory.requested_bytes(e) is not None:

@@ -8,34 +8,42 @@
 Every number comes from the code that training runs. Times are medians over blocks of steps after a warm-up, synchronised
 at both ends, with the spread from the first to the ninth decile; what is compared is timed in turn, and ratios are those
 of neighbours. A part that is run again with the same options replaces its table for this hardware and leaves all others as they are.
-The table of steps grows on disk with every cell, so that a call that is cut short keeps what it measured.
+Each table grows on disk with every cell, so that a call that is cut short keeps what it measured, and an error, such as too
+little memory, costs one cell.
 """
 
 import argparse
 import contextlib
+import ctypes
+import functools
 import gc
 import itertools
 import json
+import math
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from plain_loop import loader  # noqa: E402
 
 import data  # noqa: E402
 import epochwise  # noqa: E402
 import train  # noqa: E402
+from benchmarks.plain_loop import loader  # noqa: E402
 from engine import cmdline, fast, hardware, options, sources  # noqa: E402
 from engine.job import TrainingJob  # noqa: E402
 from engine.labels import relabel  # noqa: E402
@@ -48,6 +56,8 @@ BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 SETTINGS_OF_MODELS = ("resnet18-64", "resnet18-16", "vgg16", "vgg16-linear")
 WAYS = {"eager": (), "compile": ("--compile",), "graph": ("--graph",), "both": ("--compile", "--graph")}
 BLOCK = 0.05 if ON_GPU else 0.0  # seconds of a block at least: on a GPU single steps would be timed with their launch
+BROKEN = 4  # exit status of a process whose GPU may be unusable
+MEET_SECONDS = 180  # within which processes that are to time together are ready
 SOURCES: dict[tuple, data.Source] = {}
 
 
@@ -85,7 +95,7 @@ def step_of(job: TrainingJob, measured: bool = False, masks: bool = False):
     number = iter(range(1 << 60))
 
     def step() -> None:
-        batch = job.train.batch(plan, next(number) % steps, job.args.bs)
+        batch = fast.next_batch(job, plan, next(number) % steps, measured)
         train.train_step(job, batch, at, measured)
 
     return step
@@ -132,6 +142,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 # ----------------------------------------------------------------------------------------------------------------- parts
 
 
+@functools.cache
 def matmul_rate(precision: str) -> float:
     """FLOP/s of a large matrix product here: what "share of peak" is a share of."""
     size, kind = (8192 if ON_GPU else 2048), (torch.float32 if precision == "32-true" else torch.bfloat16)
@@ -150,86 +161,114 @@ def flops_of_image(job: TrainingJob) -> float:
     return counter.get_total_flops() / 2
 
 
-COLUMNS = {  # of the table of steps: what `cell` prints
-    **{"model": "model", "precision": "precision", "B": "B", "way": "way", "plain": "plain step, ms"},
-    **{"rate": "images/s", "share": "of a matmul's rate", "ratio": "measured / plain"},
-    **{"memory": "plain step's peak memory, MB", "off": "gradient off by (bound)", "ready": "made ready in, s"},
-}
+def part_steps(mine, model: str, precision: str, B: int, way: str, at_once: int = 1) -> list[dict]:
+    """Plain and measured step by model, batch size, precision and way; on a GPU also with cuDNN's other choices of kernels,
+    and in 16-mixed."""
+    torch._dynamo.reset()
+    words = [*model_options(model), "--bs", B, "--precision", precision, "--compile", "off", *WAYS[way]]
+    row, began = {"model": model, "precision": precision, "B": B, "way": way}, time.perf_counter()
+    job = make_job(*words)
+    ready = time.perf_counter() - began
+    flops, memory = flops_of_image(job), None
+    if ON_GPU:
+        hardware.reset_peak_memory(DEVICE)
+        seconds(step_of(job), 3)
+        memory = f"{hardware.peak_memory_mb(DEVICE):.0f}"
+    others = variants(job, words, ON_GPU and way == "eager" and at_once == 1)
+    with companions([model, precision, B, way], at_once, mine):
+        acts = [step_of(job), step_of(job, measured=True), *others.values()]
+        plain, measured, *varied = in_turn(acts, mine.seconds * (1 + len(others) / 2), least=3)
+    rate, ratio = at_once * B / statistics.median(plain), ratios(measured, plain)
+    row |= {"runs at once": at_once} if at_once > 1 else {}
+    row |= {"plain step, ms": spread(plain, 2, 1e3), "images/s": f"{rate:.0f}"}
+    row |= {"of a matmul's rate": f"{flops * rate / matmul_rate(precision):.0%}", "measured / plain": spread(ratio)}
+    row |= {f"{name} / plain": spread(ratios(values, plain)) for name, values in zip(others, varied, strict=True)}
+    row |= {"plain step's peak memory, MB": memory} if memory else {}
+    if job.fast_error:
+        row["gradient off by (bound)"] = "{error:.1e} ({bound:.1e})".format(**job.fast_error)
+        row["made ready in, s"] = f"{ready:.0f}"
+    # of a step of a run that measures every 50th; hidden from the table
+    row[".seconds"] = statistics.median(plain) * (1 + (statistics.median(ratio) - 1) / 50)
+    return [row]
 
 
-def part_steps(mine) -> str:
-    """Plain and measured step by model, batch size, precision and way; each model and precision in its own process."""
-    precisions = mine.precisions or (
-        ["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_prefers_bf16() else ["32-true"]
-    )
+def cells_steps(mine) -> list[list]:
+    """Those that can be had here; on a CPU no graphs, and few that are compiled, which takes a minute."""
+    usual = ["bf16-mixed", "32-true"] if ON_GPU or hardware.cpu_prefers_bf16() else ["32-true"]
     cells = []
-    for model in mine.models:
-        for precision in precisions:
-            batches = mine.batches if ON_GPU or precision != "32-true" else [B for B in mine.batches if B in (16, 128)]
-            own = [sys.executable, __file__, "--cell", f"{model},{precision}", "--seconds", str(mine.seconds)]
-            own += ["--ways", ",".join(mine.ways), "--batches", ",".join(map(str, batches))]
-            with subprocess.Popen(own, stdout=subprocess.PIPE, text=True) as process:
-                for line in process.stdout:
-                    if line.startswith("{"):
-                        cells.append(json.loads(line))
-                        mine.keep("steps", steps_table(cells))
-            if process.returncode:
-                status = f"ended with status {process.returncode}"
-                cells.append({"model": model, "precision": precision, "plain": status})
-    return steps_table(cells)
+    for model, precision in itertools.product(mine.models, mine.precisions or usual):
+        double = precision == "32-true"
+        batches = mine.batches if ON_GPU or not double else [B for B in mine.batches if B in (16, 128)]
+        for B, way in itertools.product(batches, mine.ways):
+            narrow = model.startswith("resnet18") and not double and B in (16, 128, 256, 512)
+            if ON_GPU or way == "eager" or way == "compile" and narrow:
+                cells.append([model, precision, B, way])
+    return cells
 
 
-def steps_table(cells: list[dict]) -> str:
-    """The table of steps, and from it the time for the report's grid once all of its batch sizes are there."""
-    used = [name for name in COLUMNS if any(name in c for c in cells)]
-    text = table([COLUMNS[name] for name in used], [[str(c.get(name, "")) for name in used] for c in cells])
-    fastest = {}
-    for c in cells:
-        if c["model"] == "resnet18-64" and "seconds" in c:
-            fastest[c["B"]] = min(fastest.get(c["B"], c["seconds"]), c["seconds"])
+def variants(job: TrainingJob, words: list, on_gpu: bool) -> dict:
+    """{what is different: a plain step}, to be timed beside the usual one; none but on a GPU.
+
+    The usual step takes cuDNN's deterministic kernels (`--deterministic on`).
+    """
+    if not on_gpu:
+        return {}
+    step = step_of(job)
+
+    def chosen(benchmark: bool) -> None:
+        flags = torch.backends.cudnn
+        before = flags.benchmark, flags.deterministic
+        flags.benchmark, flags.deterministic = benchmark, False
+        try:
+            step()
+        finally:
+            flags.benchmark, flags.deterministic = before
+
+    acts = {"cudnn.benchmark": lambda: chosen(True), "without cudnn.deterministic": lambda: chosen(False)}
+    if job.args.precision == "bf16-mixed":
+        acts["16-mixed"] = step_of(make_job(*words, "--precision", "16-mixed"))
+    return acts
+
+
+@contextlib.contextmanager
+def companions(cell: list, at_once: int, mine):
+    """Time in the block while `at_once` - 1 other processes time the same cell; all begin together."""
+    if at_once == 1 and not mine.meet:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as own:
+        folder, count = mine.meet.rsplit(",", 1) if mine.meet else (own, at_once)
+        more = [*child("steps", [cell], mine), "--meet", f"{own},{at_once}"]
+        how = {"stdout": subprocess.DEVNULL, "preexec_fn": end_with_parent}
+        processes = [subprocess.Popen(more, **how) for _ in range(at_once - 1)]
+        try:
+            Path(folder, str(os.getpid())).touch()
+            end = time.monotonic() + MEET_SECONDS
+            while len(os.listdir(folder)) < int(count):
+                if time.monotonic() > end:
+                    raise RuntimeError(f"{count} processes did not come together within {MEET_SECONDS} s")
+                time.sleep(0.01)
+            yield
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+def after_steps(rows: list[dict]) -> str:
+    """The time for the report's grid, once all of its batch sizes are there."""
+    fastest: dict[int, float] = {}
+    for row in rows:
+        if row["model"] == "resnet18-64" and ".seconds" in row and "runs at once" not in row:
+            fastest[row["B"]] = min(fastest.get(row["B"], math.inf), row[".seconds"])
     sizes = (16, 32, 64, 128, 256, 512)
-    if set(sizes) <= fastest.keys():  # 9 runs of 64 epochs at each size, every 50th step measured
-        hours = sum(9 * 64 * -(-40_000 // B) * fastest[B] for B in sizes) / 3600
-        text += (
-            "\n\nThe steps of the report's grid (figures 4-12: 54 runs of 64 epochs, ResNet-18 of width 64, every 50th "
-            f"step measured) would take {hours:.1f} hours, at each batch size the fastest way above, one run at a time."
-        )
-    return text
-
-
-def cell(mine) -> None:
-    """One model and precision: a JSON line for each batch size and way."""
-    model, precision = mine.cell.split(",")
-    peak = matmul_rate(precision)
-    for B in mine.batches:
-        for way in mine.ways:
-            if not ON_GPU and (way in ("graph", "both") or way == "compile" and B not in (16, 128, 256, 512)):
-                continue
-            if not ON_GPU and way == "compile" and (not model.startswith("resnet18") or precision == "32-true"):
-                continue  # compiling takes a minute there
-            torch._dynamo.reset()
-            words = [*model_options(model), "--bs", B, "--precision", precision, "--compile", "off", *WAYS[way]]
-            said, began = {"model": model, "precision": precision, "B": B, "way": way}, time.perf_counter()
-            try:
-                job = make_job(*words)
-            except (fast.Unfit, data.InputError) as e:
-                print(json.dumps(said | {"plain": str(e)}), flush=True)
-                continue
-            if job.fast_error:
-                said["ready"] = f"{time.perf_counter() - began:.0f}"
-                said["off"] = "{error:.1e} ({bound:.1e})".format(**job.fast_error)
-            flops = flops_of_image(job)
-            if ON_GPU:
-                hardware.reset_peak_memory(DEVICE)
-                seconds(step_of(job), 3)
-                said["memory"] = f"{hardware.peak_memory_mb(DEVICE):.0f}"
-            plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds, least=3)
-            rate, ratio = B / statistics.median(plain), ratios(measured, plain)
-            said |= {"plain": spread(plain, 2, 1e3), "rate": f"{rate:.0f}", "share": f"{flops * rate / peak:.0%}"}
-            said |= {"ratio": spread(ratio), "seconds": B / rate * (1 + (statistics.median(ratio) - 1) / 50)}
-            print(json.dumps(said), flush=True)
-            del job
-            gc.collect()
+    if not set(sizes) <= fastest.keys():
+        return ""
+    hours = sum(9 * 64 * -(-40_000 // B) * fastest[B] for B in sizes) / 3600  # 9 runs of 64 epochs at each size
+    return (
+        "\n\nThe steps of the report's grid (figures 4-12: 54 runs of 64 epochs, ResNet-18 of width 64, every 50th "
+        f"step measured) would take {hours:.1f} hours, at each batch size the fastest way above, one run at a time."
+    )
 
 
 def reports_way(job: TrainingJob):
@@ -250,26 +289,34 @@ def reports_way(job: TrainingJob):
     return act
 
 
-def part_measured(mine) -> str:
+def wide_and_narrow(mine) -> list[list]:
+    """ResNet-18s at the smallest and at the usual batch size."""
+    models = [m for m in mine.models if m.startswith("resnet18")]
+    return [[m, B] for m in models for B in mine.batches if B in (16, 128)]
+
+
+def part_measured(mine, model: str, B: int) -> list[dict]:
     """The measured step, without and with a random mask, beside the plain one and beside the report's way."""
-    rows = []
-    for model in [m for m in mine.models if m.startswith("resnet18")]:
-        for B in [B for B in mine.batches if B in (16, 128)]:
-            job = make_job(*model_options(model), "--bs", B, "--compile", "off")
-            acts = [step_of(job), step_of(job, True), step_of(job, True, masks=True), reports_way(job)]
-            plain, measured, masked, theirs = in_turn(acts, 4 * mine.seconds)
-            found = (measured, plain), (masked, plain), (theirs, plain), (measured, theirs)
-            rows.append(
-                [model, job.args.precision, str(B), spread(plain, 1, 1e3), *(spread(ratios(*f)) for f in found)]
-            )
-    head = ["model", "precision", "B", "plain step, ms", "measured / plain", "with a random mask / plain"]
-    head += ["report's way / plain"]
-    return table([*head, "measured / report's way"], rows)
+    job = make_job(*model_options(model), "--bs", B, "--compile", "off")
+    acts = [step_of(job), step_of(job, True), step_of(job, True, masks=True), reports_way(job)]
+    plain, measured, masked, theirs = in_turn(acts, 4 * mine.seconds)
+    row = {"model": model, "B": B, "precision": job.args.precision, "plain step, ms": spread(plain, 1, 1e3)}
+    found = {"measured / plain": (measured, plain), "with a random mask / plain": (masked, plain)}
+    found |= {"report's way / plain": (theirs, plain), "measured / report's way": (measured, theirs)}
+    return [row | {name: spread(ratios(*both)) for name, both in found.items()}]
 
 
-def part_families(mine) -> str:
+FAMILIES = "measured step, split", "measured step, all controls", "probe", "isotropy", "curvature"
+
+
+@functools.cache
+def families_job() -> TrainingJob:
+    return make_job("--width", "16", "--bs", "128", "--measure", "full", "--compile", "off", images=9000)
+
+
+def part_families(mine, family: str) -> list[dict]:
     """What each family of `--measure full` costs, in plain steps, and what it is counted at; width 16, B = 128."""
-    job = make_job("--width", "16", "--bs", "128", "--measure", "full", "--compile", "off", images=9000)
+    job = families_job()
     batch, F3 = job.train.batch(job.train.epoch(0, 0), 0, 128), 3 * 128  # a plain step in forwards of one image
     account, shares = job.state.measure_seconds, ("chunks", "label_share", "permutations", "fresh", "truth")
 
@@ -279,99 +326,84 @@ def part_families(mine) -> str:
 
     probed = sum(map(len, epochwise.probe_indices(job.context)))
     costs = epochwise.counted_costs(job.args, job.args.bs, sum(p.numel() for p in job.parameters), probed)
-    families = {  # name: what is timed, its counted cost in plain steps
-        "measured step, split": (lambda: step(True, {}), 5 / 3),
-        "measured step, all controls": (lambda: step(True, {"steps": 1}), 5 / 3 + costs["steps"] / F3),
-        f"probe, {probed:,} examples": (lambda: epochwise.probe(job.context), costs["probe"] / F3),
+    acts = {  # family: what is timed, its counted cost in plain steps
+        FAMILIES[0]: (lambda: step(True, {}), 5 / 3),
+        FAMILIES[1]: (lambda: step(True, {"steps": 1}), 5 / 3 + costs["steps"] / F3),
+        "probe": (lambda: epochwise.probe(job.context), costs["probe"] / F3),
         "isotropy": (lambda: epochwise.isotropy(job.context), costs["isotropy"] / F3),
         "curvature": (lambda: epochwise.curvature(job.context), costs["curvature"] / F3),
     }
-    rows = []
-    for name, (act, counted) in families.items():
-        plain, family = in_turn([lambda: step(False, {}), act], mine.seconds, 3 if name == "curvature" else 5)
-        rows.append([name, spread(ratios(family, plain)), f"{counted:.2f}"])
-        if name.startswith("measured"):
-            rows[-1].append(f"{(statistics.median(ratios(family, plain)) - 1) / 50:.1%} of a run")
-        else:
-            rows[-1].append("")
-    whole = sum(account[name] for name in shares)
-    parts = ", ".join(f"{name} {account[name] / whole:.0%}" for name in shares)
-    said = table(["family", "plain steps, measured", "counted", "at every 50 steps"], rows)
-    return f"{said}\n\nOf all controls: {parts}. Plain step: {spread(plain, 1, 1e3)} ms."
+    act, counted = acts[family]
+    plain, measured = in_turn([lambda: step(False, {}), act], mine.seconds, 3 if family == "curvature" else 5)
+    in_words = f"{family}, {probed:,} examples" if family == "probe" else family
+    row = {"family": in_words, "plain steps, measured": spread(ratios(measured, plain)), "counted": f"{counted:.2f}"}
+    row["at every 50 steps"] = row["of it"] = ""
+    if family in FAMILIES[:2]:
+        row["at every 50 steps"] = f"{(statistics.median(ratios(measured, plain)) - 1) / 50:.1%} of a run"
+    if family == FAMILIES[1]:
+        whole = sum(account[name] for name in shares)
+        row["of it"] = ", ".join(f"{name} {account[name] / whole:.0%}" for name in shares)
+    return [row | {"plain step, ms": spread(plain, 1, 1e3)}]
 
 
-def part_data(mine) -> str:
+def part_data(mine, B: int) -> list[dict]:
     """The data path alone: gather, crop, flip, normalise; beside a `DataLoader` with torchvision's transforms."""
-    rows, workers = [], min(hardware.cores(), 8)
-    batches = [B for B in mine.batches if B in (16, 128, 1024)]
+    workers = min(hardware.cores(), 8)
     # As many as the largest batch needs for three times what all workers have ahead.
-    args = parsed("--synthetic-train", max(20_000, 9 * workers * max(batches, default=0)), "--synthetic-test", 10)
+    args = parsed("--synthetic-train", max(20_000, 9 * workers * B), "--synthetic-test", 10)
     source = sources.load(args)
-    everything = torch.arange(len(source.x_train))
-    for B in batches:
-        job = make_job("--width", "16", "--bs", B, "--compile", "off")
-        own = data.TrainSet(source.x_train, source.y_train, source.y_train, source.mean, source.std, DEVICE, True)
-        plan, steps = own.epoch(0, 0), len(everything) // B
-        number = iter(range(1 << 60))
-        acts = [lambda: own.batch(plan, next(number) % steps, B), step_of(job)]  # noqa: B023
-        batch, step = in_turn(acts, mine.seconds)
-        epoch = statistics.median(in_turn([lambda: own.epoch(0, 1)], 1.0)[0]) / steps  # noqa: B023
-        mean = [t + epoch for t in batch]
-        theirs, images, began = loader(source, B, workers, ON_GPU), 0, 0.0
-        for number_of, (x, y) in enumerate(theirs):
-            x, y = x.to(DEVICE), y.to(DEVICE)
-            images += len(y)
-            if number_of == 3 * workers:  # the first ones were made ahead, as up to 2 a worker are at any time
-                data.synchronize(DEVICE)
-                began, images = time.perf_counter(), 0
-        data.synchronize(DEVICE)
-        loaded = images / (time.perf_counter() - began)
-        share = spread(ratios(mean, step), 2, 100)
-        speed = B / statistics.median(mean)
-        rows.append(
-            [str(B), spread(mean, 2, 1e3), f"{speed:.0f}", f"{loaded:.0f}", f"{speed / loaded:.0f}", f"{share} %"]
-        )
-    loader_name = f"DataLoader, {workers} workers, images/s"
-    head = [
-        "B",
-        "batch with its part of the epoch's plan, ms",
-        "images/s",
-        loader_name,
-        "times",
-        "of a plain step, width 16",
-    ]
-    return table(head, rows)
+    job = make_job("--width", "16", "--bs", B, "--compile", "off")
+    own = data.TrainSet(source.x_train, source.y_train, source.y_train, source.mean, source.std, DEVICE, True)
+    plan, steps = own.epoch(0, 0), len(source.x_train) // B
+    number = iter(range(1 << 60))
+    acts = [lambda: own.batch(plan, next(number) % steps, B), step_of(job)]
+    batch, step = in_turn(acts, mine.seconds)
+    epoch = statistics.median(in_turn([lambda: own.epoch(0, 1)], 1.0)[0]) / steps
+    mean = [t + epoch for t in batch]
+    theirs, images, began = loader(source, B, workers, ON_GPU), 0, 0.0
+    for number_of, (x, y) in enumerate(theirs):
+        x, y = x.to(DEVICE), y.to(DEVICE)
+        images += len(y)
+        if number_of == 3 * workers:  # the first ones were made ahead, as up to 2 a worker are at any time
+            data.synchronize(DEVICE)
+            began, images = time.perf_counter(), 0
+    data.synchronize(DEVICE)
+    loaded = images / (time.perf_counter() - began)
+    speed = B / statistics.median(mean)
+    row = {"B": B, "batch with its part of the epoch's plan, ms": spread(mean, 2, 1e3), "images/s": f"{speed:.0f}"}
+    row |= {f"DataLoader, {workers} workers, images/s": f"{loaded:.0f}", "times": f"{speed / loaded:.0f}"}
+    return [row | {"of a plain step, width 16": f"{spread(ratios(mean, step), 2, 100)} %"}]
 
 
-def part_run(mine) -> str:
+def part_run(mine, model: str) -> list[dict]:
     """Whole commands in turn: train.py in 32-true and in bf16-mixed, otherwise with its defaults, and
     benchmarks/plain_loop.py (float32), on as many examples."""
     rows, precisions = [], mine.precisions or ["32-true", "bf16-mixed"]
     resolved = parsed()
     hardware.resolve(resolved)
-    for model in [m for m in mine.models if m.startswith("resnet18")]:
-        narrow = model == "resnet18-16"
-        steps, train_images = (1500 if ON_GPU else 150, 25_600) if narrow or ON_GPU else (30, 5_120)
-        base = [*model_options(model), "--bs", "128", "--synthetic-train", str(train_images), "--synthetic-test", "100"]
-        ours, theirs = {precision: [] for precision in precisions}, []
-        for _ in range(mine.repeats):
-            for precision, runs in ours.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.01", "--max-steps", str(steps)]
-                    own += ["--precision", precision, "--runs", folder, "--name", "r"]
-                    runs.append(run_train([*base, *own], Path(folder) / "r"))
-            theirs.append(run_plain([*base, "--steps", str(steps), "--workers", str(min(hardware.cores(), 8))]))
+    narrow = model == "resnet18-16"
+    steps, train_images = (1500 if ON_GPU else 150, 25_600) if narrow or ON_GPU else (30, 5_120)
+    base = [*model_options(model), "--bs", "128", "--synthetic-train", str(train_images), "--synthetic-test", "100"]
+    ours, theirs = {precision: [] for precision in precisions}, []
+    for _ in range(mine.repeats):
         for precision, runs in ours.items():
-            speed, whole, memory = (
-                [[run[name] for run in some] for some in (runs, theirs)]
-                for name in ("images_per_second", "command_seconds", "peak_memory_mb")
-            )
-            row = [model, precision + " (auto)" * (precision == resolved.precision), str(steps)]
-            row += [spread(speed[0], 0), spread(speed[1], 0), spread(ratios(*speed))]
-            row += [", ".join(f"{statistics.median(some):.0f}" for some in both) for both in (whole, memory)]
-            rows.append(row)
-    head = ["model, B = 128", "precision", "steps", "train.py, images/s", "plain loop, images/s", "times"]
-    return table([*head, "whole command, s (ours, plain)", "peak memory, MB (ours, plain)"], rows)
+            with tempfile.TemporaryDirectory() as folder:
+                own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.01", "--max-steps", str(steps)]
+                own += ["--precision", precision, "--runs", folder, "--name", "r"]
+                runs.append(run_train([*base, *own], Path(folder) / "r"))
+        theirs.append(run_plain([*base, "--steps", str(steps), "--workers", str(min(hardware.cores(), 8))]))
+    for precision, runs in ours.items():
+        speed, whole, memory = (
+            [[run[name] for run in some] for some in (runs, theirs)]
+            for name in ("images_per_second", "command_seconds", "peak_memory_mb")
+        )
+        row = {"model, B = 128": model, "precision": precision + " (auto)" * (precision == resolved.precision)}
+        row |= {"steps": steps, "train.py, images/s": spread(speed[0], 0), "plain loop, images/s": spread(speed[1], 0)}
+        row["times"] = spread(ratios(*speed))
+        for name, both in (("whole command, s (ours, plain)", whole), ("peak memory, MB (ours, plain)", memory)):
+            row[name] = ", ".join(f"{statistics.median(some):.0f}" for some in both)
+        rows.append(row)
+    return rows
 
 
 def run_train(words: list[str], folder: Path) -> dict:
@@ -389,77 +421,171 @@ def run_plain(words: list[str]) -> dict:
     return json.loads(said.splitlines()[-1]) | {"command_seconds": time.perf_counter() - began}
 
 
-def part_memory(mine) -> str:
+def part_memory(mine, precision: str, measuring: str) -> list[dict]:
     """Peak memory of training at B = 1024, width 64, beside the plain loop in the same precision."""
-    rows, B, steps = [], 1024, 3
-    for precision in ("32-true", "bf16-mixed"):
-        base = ["--width", "64", "--bs", str(B), "--synthetic-train", "2400", "--synthetic-test", "100"]
-        for measuring in ("off", "split"):
-            with tempfile.TemporaryDirectory() as folder:
-                own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.1", "--max-steps", str(steps)]
-                own += ["--precision", precision, "--measure", measuring, "--runs", folder, "--name", "r"]
-                ours = run_train([*base, *own], Path(folder) / "r")["peak_memory_mb"]
-            theirs = run_plain([*base, "--steps", str(steps), *(["--autocast"] if precision != "32-true" else [])])[
-                "peak_memory_mb"
-            ]
-            rows.append([precision, measuring, f"{ours:.0f}", f"{theirs:.0f}", f"{ours / theirs:.2f}"])
+    steps, base = 3, "--width 64 --bs 1024 --synthetic-train 2400 --synthetic-test 100".split()
+    with tempfile.TemporaryDirectory() as folder:
+        own = ["--dataset", "synthetic", "--noise", "0.5", "--val-frac", "0.1", "--max-steps", str(steps)]
+        own += ["--precision", precision, "--measure", measuring, "--runs", folder, "--name", "r"]
+        ours = run_train([*base, *own], Path(folder) / "r")["peak_memory_mb"]
+    cast = ["--autocast"] if precision != "32-true" else []
+    theirs = run_plain([*base, "--steps", str(steps), *cast])["peak_memory_mb"]
     kind = "held on the GPU" if ON_GPU else "of the process, without the plain loop's workers"
-    return table(["precision", "--measure", f"train.py, MB {kind}", "plain loop, MB", "times"], rows)
+    row = {"precision": precision, "--measure": measuring, f"train.py, MB {kind}": f"{ours:.0f}"}
+    return [row | {"plain loop, MB": f"{theirs:.0f}", "times": f"{ours / theirs:.2f}"}]
 
 
-def part_logging(mine) -> str:
+def part_logging(mine, model: str, B: int) -> list[dict]:
     """What writing one measured step's values costs, as a share of the 50 steps that lie between two of them."""
-    rows = []
-    for model in [m for m in mine.models if m.startswith("resnet18")]:
-        for B in [B for B in mine.batches if B in (16, 128)]:
-            job = make_job(*model_options(model), "--bs", B, "--compile", "off")
-            batch = job.train.batch(job.train.epoch(0, 0), 0, B)
-            values = train.train_step(job, batch, 0, measured=True)
-            with tempfile.TemporaryDirectory() as folder:
-                record = Record(Path(folder) / "r", active=True, began=0.0)
-                record.claim(False)
-                record.configure({"options": vars(job.args)})
-                record.open_events({})
+    job = make_job(*model_options(model), "--bs", B, "--compile", "off")
+    batch = job.train.batch(job.train.epoch(0, 0), 0, B)
+    values = train.train_step(job, batch, 0, measured=True)
+    with tempfile.TemporaryDirectory() as folder:
+        record = Record(Path(folder) / "r", active=True, began=0.0)
+        record.claim(False)
+        record.configure({"options": vars(job.args)})
+        record.open_events({})
 
-                def write() -> None:
-                    record.log(0, values)  # noqa: B023
-                    record.flush()  # noqa: B023
+        def write() -> None:
+            record.log(0, values)
+            record.flush()
 
-                plain, written = in_turn([step_of(job), write], mine.seconds)
-                record.close()
-            share = spread(ratios(written, plain), 3, 100 / 50)
-            rows.append([model, str(B), spread(plain, 1, 1e3), spread(written, 2, 1e3), f"{share} %"])
-    head = ["model", "B", "plain step, ms", "write and flush of a measured step, ms", "of 50 steps"]
-    return table(head, rows)
+        plain, written = in_turn([step_of(job), write], mine.seconds)
+        record.close()
+    row = {"model": model, "B": B, "plain step, ms": spread(plain, 1, 1e3)}
+    row["write and flush of a measured step, ms"] = spread(written, 2, 1e3)
+    return [row | {"of 50 steps": f"{spread(ratios(written, plain), 3, 100 / 50)} %"}]
 
 
-def part_scaling(mine) -> str:
+def part_scaling(mine, of: str, n: int) -> list[dict]:
     """Cost as the training set and the model grow (as the batch grows: the table of steps)."""
-    rows = []
-    for n in (10_000, 50_000, 200_000):
+    if of == "training images":
         images, labels = torch.zeros(n, 32, 32, 3, dtype=torch.uint8), torch.zeros(n, dtype=torch.int64)
         own = data.TrainSet(images, labels, labels, (0.5,) * 3, (0.2,) * 3, DEVICE, True)
-        plan = statistics.median(in_turn([lambda: own.epoch(0, 0)], 1.0)[0])  # noqa: B023
+        plan = statistics.median(in_turn([lambda: own.epoch(0, 0)], 1.0)[0])
         epoch = own.epoch(0, 0)
-        batch = in_turn([lambda: own.batch(epoch, 3, 128)], 1.0)[0]  # noqa: B023
+        batch = in_turn([lambda: own.batch(epoch, 3, 128)], 1.0)[0]
         held = own.images.rows.untyped_storage().nbytes() / 2**20
-        rows.append([f"{n:,}", f"{1e3 * plan:.1f}", f"{1e9 * plan / n:.0f}", spread(batch, 2, 1e3), f"{held:.0f}"])
-    sets = table(
-        ["training images", "an epoch's plan, ms", "of it per image, ns", "batch of 128, ms", "images held, MB"], rows
-    )
-    rows = []
-    for width in (8, 16, 32, 64):
-        job = make_job("--width", width, "--bs", 128, "--compile", "off")
-        plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds)
-        P, flops = sum(p.numel() for p in job.parameters), flops_of_image(job)
-        rate = flops * 128 / statistics.median(plain) / 1e9
-        found = spread(plain, 1, 1e3), spread(ratios(measured, plain)), f"{flops / 1e9:.3f}", f"{rate:.0f}"
-        rows.append([str(width), f"{P:,}", *found])
-    head = ["width, B = 128", "parameters", "plain step, ms", "measured / plain", "GFLOP an image", "GFLOP/s"]
-    return sets + "\n\n" + table(head, rows)
+        row = {of: f"{n:,}", "an epoch's plan, ms": f"{1e3 * plan:.1f}", "of it per image, ns": f"{1e9 * plan / n:.0f}"}
+        return [row | {"batch of 128, ms": spread(batch, 2, 1e3), "images held, MB": f"{held:.0f}"}]
+    job = make_job("--width", n, "--bs", 128, "--compile", "off")
+    plain, measured = in_turn([step_of(job), step_of(job, measured=True)], mine.seconds)
+    P, flops = sum(p.numel() for p in job.parameters), flops_of_image(job)
+    row = {of: n, "parameters": f"{P:,}", "plain step, ms": spread(plain, 1, 1e3)}
+    row |= {"measured / plain": spread(ratios(measured, plain)), "GFLOP an image": f"{flops / 1e9:.3f}"}
+    return [row | {"GFLOP/s": f"{flops * 128 / statistics.median(plain) / 1e9:.0f}"}]
 
 
-PARTS = {name.removeprefix("part_"): part for name, part in list(globals().items()) if name.startswith("part_")}
+class Part(NamedTuple):
+    """A table. Each of its cells is timed by itself: an error costs that one alone."""
+
+    measure: Callable[..., list[dict]]  # (options, *cell) -> rows {heading: text}; what begins with a dot is not shown
+    names: tuple[str, ...]  # headings of what names a cell
+    cells: Callable[[argparse.Namespace], list[list]]
+    after: Callable[[list[dict]], str] = lambda rows: ""  # what stands below the table
+
+
+SIZES_OF_SETS, WIDTHS = (10_000, 50_000, 200_000), (8, 16, 32, 64)
+PARTS = {
+    "steps": Part(part_steps, ("model", "precision", "B", "way", "runs at once"), cells_steps, after_steps),
+    "measured": Part(part_measured, ("model", "B"), wide_and_narrow),
+    "families": Part(part_families, ("family",), lambda mine: [[name] for name in FAMILIES]),
+    "data": Part(part_data, ("B",), lambda mine: [[B] for B in mine.batches if B in (16, 128, 1024)]),
+    "run": Part(part_run, ("model, B = 128",), lambda mine: [[m] for m in mine.models if m.startswith("resnet18")]),
+    "memory": Part(
+        part_memory,
+        ("precision", "--measure"),
+        lambda mine: [[p, m] for p in ("32-true", "bf16-mixed") for m in ("off", "split")],
+    ),
+    "logging": Part(part_logging, ("model", "B"), wide_and_narrow),
+    "scaling": Part(
+        part_scaling,
+        ("", ""),
+        lambda mine: [["training images", n] for n in SIZES_OF_SETS] + [["width, B = 128", w] for w in WIDTHS],
+    ),
+}
+
+
+# --------------------------------------------------------------------------------------------------- one cell at a time
+
+
+def measure_cells(mine) -> int:
+    """In a process of its own: the rows of each cell as a line of JSON. After an error that may have left the GPU unusable
+    the process ends, with status `BROKEN`, for the others to be timed in a fresh one."""
+    name, cells = json.loads(mine.cells)
+    for cell in cells:
+        try:
+            rows = PARTS[name].measure(mine, *cell)
+        except Exception as e:  # of any library
+            memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
+            known = memory or isinstance(e, (fast.Unfit, data.InputError)) and not isinstance(e, fast.CaptureFailed)
+            words = "out of memory" if memory else str(e) if known else f"{type(e).__name__}: {e}"
+            print(json.dumps([failed(name, cell, words)]), flush=True)
+            if not known:
+                return BROKEN
+            e.__traceback__ = None  # whose frames hold the tensors
+        else:
+            print(json.dumps(rows), flush=True)
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
+    return 0
+
+
+def failed(name: str, cell: list, why: str) -> dict:
+    """The row of a cell that could not be timed."""
+    named = {heading or str(cell[0]): value for heading, value in zip(PARTS[name].names, cell, strict=False)}
+    return named | {"failed": (why.strip().splitlines() or [""])[0][:160]}
+
+
+def child(name: str, cells: list[list], mine) -> list[str]:
+    """The command that times these cells of a part."""
+    words = ["--cells", json.dumps([name, cells]), "--seconds", str(mine.seconds), "--repeats", str(mine.repeats)]
+    return [sys.executable, __file__, *words, *(["--precisions", ",".join(mine.precisions)] if mine.precisions else [])]
+
+
+def end_with_parent() -> None:
+    """In a process just started: be killed when its parent has ended, however that ended."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def run_cells(name: str, cells: list[list], mine, end: float = math.inf) -> Iterator[tuple[list, list[dict]]]:
+    """Each cell with its rows, as soon as they are there, timed in another process, and in a fresh one after an error.
+
+    Whatever has not been timed by `end`, on the monotonic clock, is left out.
+    """
+    left = list(cells)
+    while left and time.monotonic() < end:
+        how = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": end_with_parent}
+        process = subprocess.Popen(child(name, left, mine), **how)
+        stop = threading.Timer(end - time.monotonic(), process.kill) if end < math.inf else None
+        if stop:
+            stop.start()
+        try:
+            for line in process.stdout:
+                if line.startswith("["):
+                    yield left.pop(0), json.loads(line)
+            status = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            if stop:
+                stop.cancel()
+        if left and status not in (0, BROKEN) and time.monotonic() < end:  # the process has died of this one
+            cell = left.pop(0)
+            yield cell, [failed(name, cell, f"its process ended with status {status}")]
+
+
+def tables(rows: list[dict]) -> str:
+    """A table of the rows, or several: one for each heading that a first column has."""
+    found = []
+    for first in dict.fromkeys(next(iter(row)) for row in rows):
+        own = [row for row in rows if next(iter(row)) == first]
+        head = list(dict.fromkeys(name for row in own for name in row if not name.startswith(".")))
+        head.sort(key="failed".__eq__)  # it comes last
+        found.append(table(head, [[str(row.get(name, "")) for name in head] for row in own]))
+    return "\n\n".join(found)
 
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -480,7 +606,7 @@ def where() -> str:
 
 def about(part: str) -> str:
     """What a part measures, in one line."""
-    return " ".join(PARTS[part].__doc__.split())
+    return " ".join(PARTS[part].measure.__doc__.split())
 
 
 def keep(out: Path, part: str, place: str, text: str) -> None:
@@ -496,7 +622,7 @@ def keep(out: Path, part: str, place: str, text: str) -> None:
     out.write_text(new)
 
 
-def main() -> None:
+def main() -> int:
     p = argparse.ArgumentParser(description="Measure how fast it is.", allow_abbrev=False)
     p.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=f"of {', '.join(PARTS)} (all)")
     listed = lambda text: text.split(",")  # noqa: E731
@@ -512,11 +638,12 @@ def main() -> None:
     )
     p.add_argument("--repeats", type=int, default=5, help="of whole commands")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
-    p.add_argument("--cell", help=argparse.SUPPRESS)
+    p.add_argument("--cells", help=argparse.SUPPRESS)
+    p.add_argument("--meet", help=argparse.SUPPRESS)
     mine = p.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    if mine.cell:
-        return cell(mine)
+    if mine.cells:
+        return measure_cells(mine)
     if set(mine.ways) - WAYS.keys():
         raise data.InputError(f"--ways {','.join(mine.ways)}: not among {', '.join(WAYS)}")
     for model, precision in itertools.product(mine.models, mine.precisions or ["auto"]):
@@ -533,16 +660,19 @@ def main() -> None:
         keep(mine.out, what, place, f"## {name.capitalize()}: {about(name)}\n\n{line}\n\n{text}")
         return f"{place} ({took})"
 
-    mine.keep = save
     for name in mine.parts or PARTS:
-        began = time.perf_counter()
-        text = PARTS[name](mine)
-        print(f"\n{about(name)}\n{save(name, text)}\n\n{text}", flush=True)
+        began, rows = time.perf_counter(), []
+        for _, more in run_cells(name, PARTS[name].cells(mine), mine):
+            rows += more
+            said = save(name, tables(rows) + PARTS[name].after(rows))
+        if rows:
+            print(f"\n{about(name)}\n{said}\n\n{tables(rows)}{PARTS[name].after(rows)}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
     except data.InputError as e:
         cmdline.complain(e, "speed.py")
         sys.exit(2)

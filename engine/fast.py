@@ -7,13 +7,15 @@ Measured steps and a short last batch take the eager network, so nothing is comp
 import gc
 import os
 import shutil
+import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from data import Batch, InputError
+from data import Batch, Epoch, InputError
 from engine import files
 from engine.hardware import reset_peak_memory
 from gradsplit import keep_buffers
@@ -27,6 +29,7 @@ COMPILE_FROM_IMAGES = 500_000  # of a whole run
 # itself far off, it may instead be TIMES as far from the gradient in full precision as that is.
 BOUND, TIMES = {"64-true": 1e-9, "32-true": 0.05}, 1.5
 SMALL_SCALE = 256.0  # of the loss, at which the check's float16 gradients neither overflow nor vanish
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 GRAPH_WARMUP = 3  # steps before a capture, in which libraries choose and allocate what they need
 
 
@@ -34,12 +37,16 @@ class Unfit(RuntimeError):
     """A fast path that cannot be had here, or that would change results."""
 
 
+class CaptureFailed(Unfit):
+    """A CUDA graph could not be captured. What the process has on the GPU may be unusable after that."""
+
+
 def has_compiler() -> bool:
     """Whether the C++ compiler is there that torch.compile needs on a CPU, and on a GPU for what launches its kernels."""
     return any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "clang++"))
 
 
-def choose(args, on_gpu: bool, world_size: int, dropout: bool, images: int) -> None:
+def choose(args, on_gpu: bool, world_size: int, images: int) -> None:
     """Replace "auto" in `args.compile` and `args.graph`, for a run of `images` training images in all.
 
     `--compile auto` is on for a ResNet-18 of at most COMPILE_TO_WIDTH channels on one CPU process, at batches of at least
@@ -54,11 +61,8 @@ def choose(args, on_gpu: bool, world_size: int, dropout: bool, images: int) -> N
         raise InputError("--compile on: torch.compile needs a C++ compiler, and there is no g++ or clang++ here")
     if args.graph == "auto":
         args.graph = "off"
-    elif args.graph == "on":
-        if not on_gpu or world_size > 1 or args.strategy == "ddp":
-            raise InputError("--graph on: needs one CUDA GPU and one process, without ddp")
-        if dropout:
-            raise InputError(f"--graph on: not for {args.model}, whose dropout draws anew in every step")
+    elif args.graph == "on" and (not on_gpu or world_size > 1 or args.strategy == "ddp"):
+        raise InputError("--graph on: needs one CUDA GPU and one process, without ddp")
 
 
 def compiled(module: nn.Module) -> nn.Module:
@@ -81,14 +85,35 @@ def small_scale(job):
         job.scaler.update(before)
 
 
+def next_batch(job, plan: Epoch, number: int, measured: bool) -> Batch:
+    """Batch `number` of an epoch as its step takes it: for one that is replayed not cut out of the images, which the
+    captured graph does itself. Measured steps and a short last batch take the eager network."""
+    args, size = job.args, min(job.args.bs, len(job.train) - number * job.args.bs)
+    replayed = job.graph is not None and size == args.bs and not (measured and args.measure != "off")
+    return job.train.batch(plan, number, args.bs, job.fabric.global_rank, job.fabric.world_size, cut=not replayed)
+
+
+def is_replayed(job, batch: Batch) -> bool:
+    """Whether `next_batch` made this batch for the captured graph."""
+    return job.graph is not None and batch.x.dim() == 1
+
+
 class Graph:
-    """The forward and backward of a full batch, captured once as a CUDA graph and replayed; the optimizer stays outside,
-    for a captured learning rate would be frozen."""
+    """Cutting out a full batch, its forward and backward, captured once as a CUDA graph and replayed; the optimizer stays
+    outside, for a captured learning rate would be frozen.
+
+    What draws random numbers within, dropout, draws the eager step's: torch has a replay begin with the seed that its
+    generator has then, at offset 0, and `seed_dropout` sets it before each step.
+    """
 
     def __init__(self, job, batch: Batch, gradient) -> None:
-        """`gradient(job, batch)` puts the gradient into `.grad` and returns the logits; `batch` gives the shapes."""
-        self.x, self.y = batch.x.clone(), batch.y.clone()
-        static = batch._replace(x=self.x, y=self.y)
+        """`gradient(job, batch)` puts the gradient into `.grad` and returns the logits; `batch`, without cut images, gives
+        the shapes."""
+        self.starts, self.y = batch.x.clone(), batch.y.clone()
+
+        def forward_and_backward() -> Tensor:
+            return gradient(job, batch._replace(x=job.train.pixels(self.starts), y=self.y))
+
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # a cast made outside the graph must not be used inside
         side = torch.cuda.Stream()
@@ -98,12 +123,12 @@ class Graph:
                 side.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(side):
                     for _ in range(GRAPH_WARMUP):
-                        gradient(job, static)
+                        forward_and_backward()
                         job.optimizer.zero_grad(set_to_none=True)
                 torch.cuda.current_stream().wait_stream(side)
                 self.graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graph):  # with .grad unset, backward makes it in the graph's own memory
-                    self.logits = gradient(job, static)
+                    self.logits = forward_and_backward()
         finally:
             torch.set_autocast_cache_enabled(caching)
         self.gradients = [p.grad for p in job.parameters]
@@ -111,7 +136,7 @@ class Graph:
 
     def __call__(self, job, batch: Batch) -> Tensor:
         """Put the gradient of `batch` into `.grad`; returns the logits. Both are overwritten by the next call."""
-        self.x.copy_(batch.x)
+        self.starts.copy_(batch.x)
         self.y.copy_(batch.y)
         self.graph.replay()
         for p, g in zip(job.parameters, self.gradients, strict=True):
@@ -127,7 +152,8 @@ def make_ready(job, gradient) -> None:
     args = job.args
     if args.compile == args.graph == "off":
         return
-    batch = job.train.batch(job.train.epoch(args.seed, 0), 0, args.bs, job.fabric.global_rank, job.fabric.world_size)
+    plan = job.train.epoch(args.seed, 0)
+    batch = next_batch(job, plan, 0, measured=False)
     asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
     mixed = args.precision not in BOUND
     with keep_buffers(job.module), small_scale(job):
@@ -138,14 +164,16 @@ def make_ready(job, gradient) -> None:
             exact, _ = batch_gradient(job.context, batch, full_precision=True)
         try:
             if args.graph == "on":
-                job.graph = Graph(job, batch, gradient)
+                starts = job.train.batch(plan, 0, args.bs, cut=False)
+                job.graph = Graph(job, starts, gradient)
             job.context.seed_dropout(0)
-            (job.graph or gradient)(job, batch)
+            job.graph(job, starts) if job.graph else gradient(job, batch)
         except Exception as e:  # a compiler and its back ends raise all sorts
             why = (str(e).strip().splitlines() or [""])[0]
             job.optimizer.zero_grad(set_to_none=True)
             job.graph = None
-            raise Unfit(f"{asked}: failed here ({type(e).__name__}: {why})") from e
+            kind = CaptureFailed if args.graph == "on" else Unfit
+            raise kind(f"{asked}: failed here ({type(e).__name__}: {why})") from e
         fast_row = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
     error, bound = distance(fast_row, exact if mixed else eager), BOUND.get(args.precision)
@@ -169,6 +197,19 @@ def make_ready_or_go_without(job, gradient, say) -> None:
             raise
         say(f"warning: {e}; this run goes on without")
         job.refused = True
+
+
+def is_own_process() -> bool:
+    """Whether this process is that of `python train.py`, and nobody else's, such as a test's."""
+    main = getattr(sys.modules["__main__"], "__file__", None)
+    return main is not None and Path(main).resolve() == TRAIN
+
+
+def start_again_without_graph() -> NoReturn:
+    """Put a fresh process in the place of this one, under its id, that goes on with the run without `--graph`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, str(TRAIN), *sys.argv[1:], "--graph=off", "--resume"])
 
 
 def distance(row: list[Tensor], other: list[Tensor]) -> float:

@@ -129,7 +129,7 @@ def prepare(
     rates = course(args, steps_per_epoch)
     total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
     dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
-    fast.choose(args, device.type == "cuda", fabric.world_size, dropout, total_steps * args.bs)
+    fast.choose(args, device.type == "cuda", fabric.world_size, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
     heavy_ball = optim.OPTIMIZERS[args.optimizer].heavy_ball
     context = MeasuringContext(

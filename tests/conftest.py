@@ -24,11 +24,57 @@ SIXTEEN = "--synthetic-train 40 --synthetic-test 8 --width 4 --bs 8".split()
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--with", default="", help="options added to every tiny run: --with=--compile, --with=--graph")
+    text = "options added to every tiny run, in one word: --with=--compile, '--with=--accelerator cuda --graph'"
+    parser.addoption("--with", default="", help=text)
+    text = "add each test's outcome and seconds to FILE, a line of JSON each, and leave out tests that it holds already"
+    parser.addoption("--times", metavar="FILE", help=text)
 
 
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
+    if config.getoption("--times") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Times(Path(config.getoption("--times"))))
+
+
+class Times:
+    """What `--times` does. A test that has begun twice and never ended, such as one that kills its process, is left out too."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, {}
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be cut off
+        self.known = [json.loads(line) for line in lines if line.endswith("}")]
+
+    def write(self, **line) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line) + "\n")
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        ended = {line["test"] for line in self.known if "outcome" in line}
+        begun = [line["test"] for line in self.known if "outcome" not in line]
+        for name in {name for name in begun if begun.count(name) > 1} - ended:
+            self.write(test=name, outcome="never ended", seconds=0.0)
+            ended.add(name)
+        left_out = [item for item in items if item.nodeid in ended]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.nodeid not in ended]
+
+    def pytest_collectreport(self, report) -> None:
+        if report.failed:
+            self.write(test=report.nodeid, outcome="failed", seconds=0.0, why=str(report.longrepr)[-2000:])
+
+    def pytest_runtest_logstart(self, nodeid) -> None:
+        self.write(test=nodeid)
+
+    def pytest_runtest_logreport(self, report) -> None:
+        took, outcome, why = self.seconds.get(report.nodeid, (0.0, "passed", ""))
+        if report.outcome != "passed" and outcome != "failed":
+            outcome = report.outcome
+            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
+            why = text[-2000:]
+        self.seconds[report.nodeid] = took + report.duration, outcome, why
+        if report.when == "teardown":
+            took, outcome, why = self.seconds.pop(report.nodeid)
+            self.write(test=report.nodeid, outcome=outcome, seconds=round(took, 3), **({"why": why} if why else {}))
 
 
 @pytest.fixture(autouse=True)
@@ -95,12 +141,30 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def fabric_run(*options: str) -> list[str]:
-    """The command `fabric run` with a free port and these options; the test is skipped where there is no `fabric`."""
-    program = Path(sys.executable).parent / "fabric"
-    if not program.exists():
-        pytest.skip("no `fabric` script in this environment: lightning_fabric came with pytorch-lightning")
-    return [str(program), "run", "--accelerator=cpu", f"--main-port={free_port()}", *options, "train.py"]
+def without(argv: list[str], *names: str) -> list[str]:
+    """`argv` without these options and the value after each, wherever and however often they stand."""
+    return [w for before, w in zip(["", *argv], argv) if w not in names and before not in names]
+
+
+def accelerator() -> str:
+    """Where tiny runs happen: of several `--accelerator`, as `--with` adds one, the last counts."""
+    return [value for name, value in zip(TINY, TINY[1:]) if name == "--accelerator"][-1]
+
+
+def need_devices(count: int) -> None:
+    """Skip the test where tiny runs happen on GPUs and there are fewer than `count`."""
+    if accelerator() != "cpu" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
+
+
+def fabric_run(*options: str, program: Path = Path(sys.executable).parent / "fabric") -> list[str]:
+    """The command `fabric run` with a free port, the tiny runs' accelerator and these options, before the script's own.
+
+    Where lightning_fabric came with pytorch-lightning there is no `fabric` script; its module is the same command.
+    """
+    pytest.importorskip("click", reason="`fabric run` needs click")
+    command = [str(program), "run"] if program.exists() else [sys.executable, "-m", "lightning_fabric.cli"]
+    return [*command, f"--accelerator={accelerator()}", f"--main-port={free_port()}", *options, "train.py"]
 
 
 ZYGOTE = """
@@ -147,8 +211,7 @@ class Zygote:
 
     def start(self, argv: list[str] | None = None, code: str | None = None, ranks: int = 1) -> list[int]:
         """Start `train.main(argv)` or `code` on `ranks` processes, set up as torchrun does; returns their pids."""
-        if "cuda" in TINY and torch.cuda.device_count() < ranks:
-            pytest.skip(f"needs {ranks} GPUs")
+        need_devices(ranks)
         environments = [{}]
         if ranks > 1:
             shared = {

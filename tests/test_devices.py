@@ -16,7 +16,7 @@ from torch import nn
 import gradsplit
 import measure
 import train
-from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, series, summary, weights
+from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, need_devices, series, summary, weights, without
 from engine import options
 from test_metrics import job_for, warm
 
@@ -191,6 +191,13 @@ def test_batchnorm_on_cpu_processes_warns_and_averages(zygote, tmp_path):
     assert not torch.allclose(a["bn1.running_var"], b["bn1.running_var"], rtol=0, atol=1e-12)
 
 
+def test_launchers_get_the_options_of_the_tests():
+    given = ["--accelerator", "cpu", "--bs", "8", "--threads", "1", "--accelerator", "cuda"]
+    assert without(given, "--accelerator", "--threads") == ["--bs", "8"]
+    command = fabric_run("--devices=2", program=Path("/nowhere/fabric"))  # it came with pytorch-lightning
+    assert command[1:3] == ["-m", "lightning_fabric.cli"] and command[-2:] == ["--devices=2", "train.py"]
+
+
 def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **more)
 
@@ -198,21 +205,18 @@ def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedPr
 @pytest.mark.slow
 def test_all_launchers_start_the_same_run(tmp_path):
     """`python --devices 2`, `fabric run` and `torchrun`: the same bits, threads shared out, one run's folder each."""
-    bin = Path(sys.executable).parent
+    torchrun = sys.executable, "-m", "torch.distributed.run"  # what the script of that name starts
+    need_devices(2)
     argv = [*TINY, "--norm", "gn", "--noise", "0.5", "--max-steps", "6", "--runs", str(tmp_path)]
-    at = argv.index("--threads")
-    del argv[at : at + 2]
-    at = argv.index("--accelerator")
-    plain = argv[:at] + argv[at + 2 :]
-    at = plain.index("--precision")
-    plain = plain[:at] + plain[at + 2 :]
+    argv = without(argv, "--threads")
+    plain = without(argv, "--accelerator", "--precision")
     commands = {
         "python": [sys.executable, "train.py", *argv, "--devices", "2"],
         "fabric": [
             *fabric_run("--devices=2", "--precision=32-true"),
             *plain,
         ],
-        "torchrun": [str(bin / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), "train.py", *argv],
+        "torchrun": [*torchrun, "--nproc_per_node", "2", "--master_port", free_port(), "train.py", *argv],
     }
     for name, command in commands.items():
         result = launch([*command, "--name", name], tmp_path)
@@ -227,10 +231,9 @@ def test_all_launchers_start_the_same_run(tmp_path):
 
 
 def test_bad_input_is_said_once(tmp_path):
+    need_devices(2)
     argv = [*TINY, "--noise", "2", "--runs", str(tmp_path / "runs")]
-    fabric = fabric_run("--devices=2")
-    at = argv.index("--accelerator")
-    result = launch([*fabric, *argv[:at], *argv[at + 2 :]], tmp_path)
+    result = launch([*fabric_run("--devices=2"), *without(argv, "--accelerator")], tmp_path)
     assert result.returncode == 1 and not (tmp_path / "runs").exists()  # the launcher's status
     assert result.stderr.count("train.py: error: --noise: '2' is not a number from 0 to 1") == 1
 

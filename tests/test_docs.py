@@ -13,7 +13,7 @@ import noise
 import noises
 import report
 import sweep
-from benchmarks import planted
+from benchmarks import lease, planted
 from conftest import ROOT
 from engine import options
 
@@ -255,6 +255,7 @@ OTHERS = {
     "--n",
     "--dist",
     "--seeds",
+    "--times",
     "--with",
     "--main-port",
     "--master-port",
@@ -265,7 +266,14 @@ OTHERS = {
 
 
 def test_every_option_named_in_the_text_exists():
-    parsers = [options.parser(), sweep.parser(), report.parser(), noise.command_line(), planted.parser()]
+    parsers = [
+        options.parser(),
+        sweep.parser(),
+        report.parser(),
+        noise.command_line(),
+        planted.parser(),
+        lease.parser(),
+    ]
     subparsers = [sub for p in parsers for a in p._actions if isinstance(a.choices, dict) for sub in a.choices.values()]
     known = {name for p in [*parsers, *subparsers] for a in p._actions for name in a.option_strings} | OTHERS
     text = {

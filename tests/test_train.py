@@ -13,8 +13,19 @@ import torch
 
 import schedules
 import train
-from conftest import ROOT, SIXTEEN, TINY, fabric_run, same_weights, series, summary, weights
-from engine import hardware
+from conftest import (
+    ROOT,
+    SIXTEEN,
+    TINY,
+    accelerator,
+    fabric_run,
+    same_weights,
+    series,
+    summary,
+    weights,
+    without,
+)
+from engine import hardware, options
 
 SERIES = {  # docs/measurements.md, at measured steps
     *("train/loss", "train/acc", "train/acc_clean", "train/acc_noisy"),
@@ -170,24 +181,23 @@ def test_checkpoint_loads_as_plain_data(go):
 @pytest.mark.slow
 def test_fabric_run_is_the_same_run(go, tmp_path):
     """`fabric run` with one process, with nothing but the accelerator given: the same bits, precision resolved alike."""
-    argv = [*TINY, "--noise", "0.5"]
-    for option in ("--accelerator", "--precision"):
-        at = argv.index(option)
-        del argv[at : at + 2]
+    argv = without([*TINY, "--noise", "0.5"], "--accelerator", "--precision")
     argv += ["--runs", str(tmp_path / "runs")]
     result = subprocess.run(
         [*fabric_run(), *argv, "--name", "a"], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
     result = subprocess.run(
-        [sys.executable, "train.py", "--accelerator", "cpu", *argv, "--name", "b"],
+        [sys.executable, "train.py", "--accelerator", accelerator(), *argv, "--name", "b"],
         cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "3"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     a, b = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
     assert same_weights(a, b) and series(a) == series(b)
     precision = [json.loads((f / "config.json").read_text())["options"]["precision"] for f in (a, b)]
-    assert precision[0] == precision[1] == ("bf16-mixed" if hardware.cpu_prefers_bf16() else "32-true")
+    resolved = options.parse(["--dataset", "synthetic", "--accelerator", accelerator()])
+    hardware.resolve(resolved)
+    assert precision == [resolved.precision] * 2
 
 
 def test_fashion_mnist_in_one_channel(go, real_data):
