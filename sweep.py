@@ -232,7 +232,7 @@ def run_sweep(args, extra: list[str]) -> int:
         backend: Backend = RayTasks(Request(args.ray, share, size, threads, args.jobs, args.retries))
     else:
         slots = [groups[i % len(groups)] if groups else None for i in range(jobs_at_once)]
-        backend = LocalProcesses(slots, threads)
+        backend = LocalProcesses(slots, threads, len(queue))
     ended, interrupted = run_jobs(queue, runs, backend, done, skipped, again, args.minutes)
     # a run that was never started may have been run by another process
     statuses = [

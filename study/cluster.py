@@ -164,3 +164,6 @@ class RayTasks:
         for ref in self.active.values():
             # first an interrupt, which the task passes on to its run, then the end of both; waiting tasks never start
             self.ray.cancel(ref, force=force)
+
+    def close(self) -> None:
+        """Nothing to let go of: Ray ends with this process."""

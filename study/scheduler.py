@@ -49,6 +49,9 @@ class Backend(Protocol):
     def stop(self, force: bool) -> None:
         """Ask all runs to save and end, or end them at once."""
 
+    def close(self) -> None:
+        """The last run has ended: let go of what starting runs needs."""
+
 
 class StopSignals:
     """Signals that ask a run to save and end, as a flag: `asked` counts them. A context manager; old handlers come back."""
@@ -230,5 +233,7 @@ def run_jobs(
         except BaseException:  # such as a full disk: no run is left behind
             scheduler.abandon(stop)
             raise
+        finally:
+            backend.close()
     scheduler.progress.bar.close()
     return scheduler.ended, not complete
