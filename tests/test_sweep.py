@@ -317,7 +317,7 @@ def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
     assert fake("--grid", "wd=9 bs=16,32 epochs=1", "--grid", "bs=64 epochs=1") == 1  # several: forked
     err = capsys.readouterr().err
     assert err.count("failed: killed by signal 9; last line: step 1 is done") == 2
-    assert history(tmp_path)[-1][:2] == ["end", "bs64_epochs1"]
+    assert history(tmp_path)[-1][:2] == ["end", "bs64_wd0.0005_epochs1"]
 
 
 def test_a_reason_is_of_this_attempt(tmp_path):
