@@ -234,11 +234,11 @@ class Slots:
         where += f" on GPU {on}" if self.groups else ""
         return where + (f", {self.threads} threads each" + " process" * (self.size > 1) if self.threads else ", on Ray")
 
-    def backend(self, args, place, most: int | None) -> Backend:
-        """The scheduler's back end; `most` runs at a time on Ray. Raises `InputError`."""
+    def backend(self, args, place, most: int | None, runs: int) -> Backend:
+        """The scheduler's back end for so many `runs`; `most` at a time on Ray. Raises `InputError`."""
         if not args.ray:
             groups = self.groups or [None]
-            return LocalProcesses([groups[i % len(groups)] for i in range(self.at_once)], self.threads)
+            return LocalProcesses([groups[i % len(groups)] for i in range(self.at_once)], self.threads, runs)
         if self.size > 1 and args.per_gpu > 1:
             raise InputError(f"--per-gpu {args.per_gpu}: on Ray a run of --devices {self.size} has whole GPUs")
         share = 0 if place.accelerator == "cpu" else self.size / args.per_gpu
@@ -300,7 +300,7 @@ def run_grid(args, extra: list[str], runs: Path, jobs: list[Job], done: dict[str
         print(f"# {len(queue)} of {len(jobs)} runs to do ({known}), {slots.words(args)}")
         return 0
     write_jobs(runs, jobs, args.words)
-    backend = slots.backend(args, place, args.jobs)
+    backend = slots.backend(args, place, args.jobs, len(queue))
     runs = runs.resolve() if args.ray else runs  # a worker starts elsewhere
     ended, interrupted = run_jobs(queue, runs, backend, done, len(jobs) - len(queue), again, args.minutes)
     # a run that was never started may have been run by another process
@@ -356,7 +356,7 @@ def run_tuned(args, extra: list[str], runs: Path) -> int:
     place = options.parser().parse_args(extra)
     slots = slots_of(args, place)
     # on Ray as many at a time as there are cells: each trial of a cell then knows how those before it ended
-    backend = slots.backend(args, place, args.jobs or len(search.cells))
+    backend = slots.backend(args, place, args.jobs or len(search.cells), len(search.planned()))
     _, interrupted = run_jobs([], search.folder, backend, {}, 0, set(), args.minutes, search)
     print("\n".join(search.table()))
     if interrupted or search.stopped:

@@ -167,3 +167,6 @@ class RayTasks:
 
     def stop_run(self, name: str) -> None:
         self.ray.cancel(self.active[name], force=False)
+
+    def close(self) -> None:
+        """Nothing to let go of: Ray ends with this process."""

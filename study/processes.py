@@ -16,11 +16,19 @@ from typing import NamedTuple
 from data import InputError
 from engine import jsonfiles, locks, schema
 from engine.identity import differences
+from study.forkserver import ForkedRun, ForkServer, possible
 from study.grids import Job
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+# What train.py imports only where it is needed, and every run of a sweep needs.
+LATE_IMPORTS = (
+    "torch.utils.tensorboard",
+    "tensorboard.plugins.hparams.metadata",
+    "tensorboard.plugins.hparams.plugin_data_pb2",
+)
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
 LOG_TAIL = 65536  # bytes of a log that are read for a reason
+WARMING = 0.1  # seconds between looks at a server of forked runs that is not ready
 STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 
@@ -144,7 +152,7 @@ def make_folder(runs: Path) -> None:
         raise InputError(f"--runs {runs}: cannot be written ({e.strerror})") from e
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: subprocess.Popen | ForkedRun) -> None:
     """End a run at once, all of its processes: they are a process group of their own."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -159,35 +167,54 @@ class Exit(NamedTuple):
 
 
 class LocalProcesses:
-    """The scheduler's back end for this machine: a process for each run, one in each of `slots` (GPUs, or None for the CPU)."""
+    """The scheduler's back end for this machine: a process for each run, one in each of `slots` (GPUs, or None for the CPU).
 
-    def __init__(self, slots: list[str | None], threads: int) -> None:
+    Runs of one process on the CPU are forked from one that has imported train.py, where that is possible.
+    """
+
+    def __init__(self, slots: list[str | None], threads: int, runs: int) -> None:
+        """`runs`: how many there are to start; for a single one no server is worth its start."""
         self.threads = threads
         self.free = list(slots)
-        self.active: dict[str, tuple[subprocess.Popen, str | None, int]] = {}  # by run: process, slot, log's first byte
+        self.active: dict[
+            str, tuple[subprocess.Popen | ForkedRun, str | None, int]
+        ] = {}  # process, slot, log's first byte
+        on_cpu = all(slot is None for slot in slots)
+        self.server = ForkServer(TRAIN, LATE_IMPORTS) if runs > 1 and on_cpu and possible() else None
 
     def has_room(self) -> bool:
-        return bool(self.free)
+        return bool(self.free) and not (self.server and self.server.warming())
 
     def start(self, job: Job, argv: list[str], folder: Path, log: Path, again: bool) -> None:
         slot = self.free[0]
         env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
+        process: subprocess.Popen | ForkedRun | None = None
         with open(log, "ab") as out:
-            # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
-            process = subprocess.Popen(
-                argv, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True
-            )
-            self.active[job.name] = (process, self.free.pop(0), out.tell())
+            begin = out.tell()
+            if self.server and job.args.devices in (1, "auto"):
+                process = self.server.start(argv[1:], out.fileno())
+            if process is None:
+                # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
+                process = subprocess.Popen(
+                    argv,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    stdin=subprocess.DEVNULL,
+                    env=env,
+                    start_new_session=True,
+                )
+            self.active[job.name] = (process, self.free.pop(0), begin)
 
     def wait(self, seconds: float) -> list[tuple[str, Exit]]:
-        time.sleep(seconds)
+        if not (self.server and self.server.warming(WARMING)):
+            time.sleep(seconds)
         ended = []
         for name, (process, slot, begin) in list(self.active.items()):
             code = process.poll()
             if code is not None:
                 del self.active[name]
                 self.free.append(slot)
-                ended.append((name, Exit(code, begin)))
+                ended.append((name, Exit(code, begin, getattr(process, "lost", ""))))
         return ended
 
     def stop(self, force: bool) -> None:
@@ -196,3 +223,7 @@ class LocalProcesses:
 
     def stop_run(self, name: str) -> None:
         self.active[name][0].terminate()
+
+    def close(self) -> None:
+        if self.server:
+            self.server.close()

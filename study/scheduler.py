@@ -53,6 +53,9 @@ class Backend(Protocol):
     def stop_run(self, name: str) -> None:
         """Ask one run to save and end."""
 
+    def close(self) -> None:
+        """The last run has ended: let go of what starting runs needs."""
+
 
 class Source(Protocol):
     """Runs that follow from how others go, such as the trials of a search (`tuning.Search`)."""
@@ -288,5 +291,7 @@ def run_jobs(
         except BaseException:  # such as a full disk: no run is left behind
             scheduler.abandon(stop)
             raise
+        finally:
+            backend.close()
     scheduler.progress.bar.close()
     return scheduler.ended, not complete

@@ -103,6 +103,7 @@ class InProcess:
 def test_entries_from_outside_train_sweep_resume_and_report(added, tmp_path, monkeypatch):
     names = {name: getattr(subprocess, name) for name in ("STDOUT", "DEVNULL")}
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=InProcess, **names))
+    monkeypatch.setattr(processes, "possible", lambda: False)  # to fork: that process would not know the entries
     monkeypatch.setattr(scheduler, "POLL", 0.01)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     runs, out = tmp_path / "runs", tmp_path / "report"

@@ -27,6 +27,7 @@ FAKE = Path(__file__).with_name("fake_train.py")
 def fake(tmp_path, monkeypatch):
     """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_train.py."""
     monkeypatch.setattr(processes, "TRAIN", FAKE)
+    monkeypatch.setattr(processes, "LATE_IMPORTS", ())
     monkeypatch.setattr(scheduler, "POLL", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
@@ -313,6 +314,10 @@ def test_failures_without_a_folder_or_a_word(fake, tmp_path, capsys):
     assert "wd9.0_epochs1: failed: killed by signal 9; last line: step 1 is done" in capsys.readouterr().err
     assert fake("--grid", "wd=9 epochs=1", "--status") == 0
     assert "stopped   killed" in capsys.readouterr().out
+    assert fake("--grid", "wd=9 bs=16,32 epochs=1", "--grid", "bs=64 epochs=1") == 1  # several: forked
+    err = capsys.readouterr().err
+    assert err.count("failed: killed by signal 9; last line: step 1 is done") == 2
+    assert history(tmp_path)[-1][:2] == ["end", "bs64_wd0.0005_epochs1"]
 
 
 def test_a_reason_is_of_this_attempt(tmp_path):
@@ -400,8 +405,10 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
     assert started(tmp_path) == ["noise0_epochs1"]
 
 
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_second_signal_kills_all_processes_of_a_run(first, fake, tmp_path):
+@pytest.mark.parametrize(
+    ("first", "more"), [(signal.SIGTERM, ()), (signal.SIGUSR1, ()), (signal.SIGTERM, ("--grid", "bs=16 epochs=1"))]
+)
+def test_a_second_signal_kills_all_processes_of_a_run(first, more, fake, tmp_path):
     """The run does not listen, and its second process holds the lock as long as it lives."""
     folder = tmp_path / "runs" / "wd8.0_epochs90"
 
@@ -413,7 +420,7 @@ def test_a_second_signal_kills_all_processes_of_a_run(first, fake, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=signals).start()
-    assert fake("--grid", "wd=8 epochs=90") == 3
+    assert fake("--grid", "wd=8 epochs=90", *more) == 3  # one of several is forked
     assert [w[0] for w in history(tmp_path)] == ["start"]
     for _ in range(100):
         if not processes.is_held(folder):
@@ -472,7 +479,7 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from study import processes
 import sweep
-processes.TRAIN = Path({str(FAKE)!r})
+processes.TRAIN, processes.LATE_IMPORTS = Path({str(FAKE)!r}), ()
 sweep.main(sys.argv[1:])
 """
     argv = ["--grid", "bs=16,32 epochs=30", "--jobs", "1", "--runs", str(tmp_path / "runs")]
