@@ -112,13 +112,11 @@ def prepare(
     are the labels of `labels.relabel_held_out`."""
     index, held = indices
     device, K = fabric.device, len(source.classes)
-    matrix = loss_matrix(args, source.y_train[index], labels, K, by_epoch)
+    true, fake = source.y_train[index], args.fake_mask
+    matrix = loss_matrix(args, true, labels, K, by_epoch)
     module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
-    true = source.y_train[index]
-    mask = None
-    if args.fake_mask is not None:
-        mask = fake_mask(len(index), args.fake_mask, data.generator(args.noise_seed, "fake-mask"))
+    mask = None if fake is None else fake_mask(len(index), fake, data.generator(args.noise_seed, "fake-mask"))
     train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
     sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
     val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
@@ -150,7 +148,7 @@ def prepare(
         loss=build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype())),
         seed=args.seed,
         noise_seed=args.noise_seed,
-        fake_mask=args.fake_mask is not None,
+        fake_mask=fake is not None,
         has_dropout=dropout,
         momentum=lambda: optimizer.param_groups[0].get("momentum", math.nan),
         held_out=val[0],
