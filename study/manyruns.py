@@ -251,9 +251,8 @@ def write_full_report(
         write_findings(page, judge(best, margins, "tuned"))
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
-    write_losses(page, settings)
-    write_stopping(page, settings)
-    write_detection(page, settings)
+    for write in (write_losses, write_stopping, write_detection):
+        write(page, settings)
     if reference:
         page.heading(2, "Beside the report")
         write_comparison(page, runs, reference)
