@@ -18,9 +18,9 @@ from engine import fast, noisefile, options
 from engine.course import course
 from engine.examples import Examples
 from engine.hardware import sum_over_ranks
-from engine.labels import fake_mask, loss_matrix
+from engine.labels import ByEpoch, fake_mask, loss_matrix
 from gradsplit import sync_batchnorms
-from losses import build_loss
+from losses import ExampleLoss, build_loss
 from measure import MeasuringContext, MeasuringOptions, MeasuringState
 from schedules import Course
 
@@ -145,7 +145,7 @@ def prepare(
         steps_per_epoch=steps_per_epoch,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
-        loss=build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype())),
+        loss=training_loss(args, true, labels, K, by_epoch, device),
         seed=args.seed,
         noise_seed=args.noise_seed,
         fake_mask=fake is not None,
@@ -158,6 +158,14 @@ def prepare(
     return TrainingJob(
         args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto
     )
+
+
+def training_loss(
+    args, true: Tensor, labels: Tensor, K: int, by_epoch: ByEpoch | None, device: torch.device
+) -> ExampleLoss | None:
+    """The run's loss with its transition matrix, if it takes one, on the device; None for the cross-entropy."""
+    matrix = loss_matrix(args, true, labels, K, by_epoch)
+    return build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype()))
 
 
 def on_device(module: nn.Module, device: torch.device, synchronize: bool) -> nn.Module:
