@@ -21,7 +21,7 @@ from test_report import plant
 from test_sweep import cluster  # noqa: F401
 
 FAKE = Path(__file__).with_name("fake_trial.py")
-GRID = ["--grid", "noise=0,0.5 bs=16,64", "--seeds", "0,1,2", "--epochs", "9", "--measure", "full"]
+GRID = ["--grid", "noise=0.5 bs=16,64", "--seeds", "0,1", "--epochs", "9", "--measure", "full"]
 TUNE = ["--tune", "lr=log:0.0001:10", "--trials", "6"]
 
 
@@ -151,25 +151,25 @@ def test_without_optuna_one_line_says_what_to_install(tmp_path, capsys, monkeypa
 def test_each_cell_is_tuned_on_other_seeds_and_judged_at_the_grids(fake, tmp_path, capsys):
     assert fake(*GRID, "--tune", "lr=log:0.0001:10", "--trials", "8", "--tune-seeds", "7,8", "--jobs", "4") == 0
     out = capsys.readouterr().out
-    assert "12 of 12 runs finished" in out and "val/acc is maximized, with seed 7, 8" in out
+    assert "4 of 4 runs finished" in out and "val/acc is maximized, with seed 7, 8" in out
     found = searches(tmp_path)
-    assert len(found) == 4
+    assert len(found) == 2
     judged = {path.parent.name for path in (tmp_path / "runs").glob("*/config.json")}
-    assert judged == {name for search in found.values() for name in search["judged"]} and len(judged) == 12
+    assert judged == {name for search in found.values() for name in search["judged"]} and len(judged) == 4
     for search in found.values():
         assert search["complete"] and search["seeds"] == ["7", "8"] and len(search["trials"]) == 8
         value, best = search["best"]["values"]["lr"], search["best"]["number"]
         noise, bs = search["options"]["noise"], search["options"]["bs"]
         expected = {
             f"noise{noise:g}_bs{bs}_lr{float(value)}_epochs9_measure-full_seed{s}_noise-seed{s}_split-seed{s}"
-            for s in (0, 1, 2)
+            for s in (0, 1)
         }
         assert set(search["judged"]) == expected
         complete = [t for t in search["trials"] if t["state"] == "complete"]
         assert best == max(complete, key=lambda t: t["value"])["number"]
         assert all(t["evaluations"] < 9 for t in search["trials"] if t["state"] == "pruned")
     states = Counter(t["state"] for search in found.values() for t in search["trials"])
-    assert states["pruned"] and states["complete"] and states["diverged"] + states["pruned"] + states["complete"] == 32
+    assert states["pruned"] and states["complete"] and states["diverged"] + states["pruned"] + states["complete"] == 16
     begun = starts(tmp_path)
     assert {measure for *_, measure in begun} == {"off"}  # trials measure nothing
     assert {name.rpartition("_seed")[2] for name, *_ in begun} == {"7", "8"}
@@ -177,7 +177,7 @@ def test_each_cell_is_tuned_on_other_seeds_and_judged_at_the_grids(fake, tmp_pat
     assert len(both) == states["complete"]  # what is ended early is not trained with the second seed
     assert fake(*GRID, "--tune", "lr=log:0.0001:10", "--trials", "8", "--tune-seeds", "7,8") == 0
     assert starts(tmp_path) == begun  # nothing is repeated
-    assert "12 of 12 runs finished (12 of them before)" in capsys.readouterr().out
+    assert "4 of 4 runs finished (4 of them before)" in capsys.readouterr().out
 
 
 def test_the_same_line_gives_the_same_trials_also_when_stopped(fake, tmp_path, capsys, monkeypatch):
@@ -192,7 +192,7 @@ def test_the_same_line_gives_the_same_trials_also_when_stopped(fake, tmp_path, c
         def looked(self):
             nonlocal stopped
             stopped += 1
-            if stopped in (3, 9, 30):
+            if stopped in (3, 25, 60):
                 os.kill(os.getpid(), signal.SIGTERM)
             return actual(self)
 
@@ -200,7 +200,7 @@ def test_the_same_line_gives_the_same_trials_also_when_stopped(fake, tmp_path, c
         statuses = []
         while not statuses or statuses[-1] == 3:
             statuses.append(sweep.main([*few, "--runs", str(tmp_path / "again" / "runs")]))
-    assert statuses[-1] == 0 and len(statuses) == 4
+    assert statuses[-1] == 0 and len(statuses) > 2
     (again,) = searches(tmp_path / "again").values()
     assert [tried(search) for search in whole.values()] == [tried(again)]
     resumed = [words for words in starts(tmp_path / "again") if int(words[1]) > 0]
@@ -224,7 +224,7 @@ def test_killed_sweeps_on_one_journal_share_and_finish_it(zygote, fake, tmp_path
     argv = [*GRID, *TUNE, "--jobs", "2", "--runs", str(tmp_path / "runs")]
     code = SWEEP.format(root=str(ROOT), fake=str(FAKE), argv=argv)
     pids = zygote.start(code=code, ranks=2)
-    while len(list((tmp_path / "runs").glob("tuning/*/*_seed1000/summary.json"))) < 5:
+    while len(list((tmp_path / "runs").glob("tuning/*/*_seed1000/summary.json"))) < 4:
         time.sleep(0.01)
     for pid in pids:
         os.kill(pid, signal.SIGKILL)  # their runs go on
@@ -232,13 +232,13 @@ def test_killed_sweeps_on_one_journal_share_and_finish_it(zygote, fake, tmp_path
     zygote.start(code=code, ranks=2)
     assert zygote.wait() == [0, 0], zygote.output(0) + zygote.output(1)
     found = searches(tmp_path)
-    assert len(found) == 4
+    assert len(found) == 2
     for search in found.values():
         assert [t["number"] for t in search["trials"]] == [0, 1, 2, 3, 4, 5] and search["complete"]
-        assert len(search["judged"]) == 3
+        assert len(search["judged"]) == 2
     begun = Counter((name, int(epoch)) for name, epoch, *_ in starts(tmp_path))
     assert (
-        len({name for name, _ in begun}) == 24 and max(begun.values()) == 1
+        len({name for name, _ in begun}) == 12 and max(begun.values()) == 1
     )  # no trial twice, none from its start again
     assert not list((tmp_path / "runs").glob("tuning/*/.*trial*.lock"))
 
@@ -289,10 +289,10 @@ def test_a_search_on_a_ray_cluster(cluster, fake, tmp_path):  # noqa: F811
 # --------------------------------------------------------------------------------------------------------- report
 
 
-def planted(folder: Path, seeds=(0, 1, 2), fixed: bool = True) -> None:
+def planted(folder: Path, seeds=(0, 1, 2), budgets=("steps", "epochs"), fixed: bool = True) -> None:
     """A tuned sweep: at its own rate each size memorizes alike, at the one rate the larger ones memorize more."""
     common = "--dataset synthetic --synthetic-train 2000 --epochs 2 --sched onecycle --width 8"
-    for budget in ("steps", "epochs"):
+    for budget in budgets:
         for noise in (0.0, 0.5):
             for i, B in enumerate((16, 64, 256)):
                 cell = f"{common} --sched-{budget} {50 if budget == 'steps' else 2} --noise {noise} --bs {B}"
@@ -353,7 +353,7 @@ def test_the_report_of_a_tuned_sweep_beside_one_rate(tmp_path, capsys):
 
 
 def test_the_report_of_tuned_cells_alone_and_of_damaged_searches(tmp_path, capsys):
-    planted(tmp_path / "runs", seeds=(0,), fixed=False)
+    planted(tmp_path / "runs", seeds=(0,), budgets=("epochs",), fixed=False)
     folder = tmp_path / "runs" / "tuning" / "lr-0"
     cut, other, earlier, *_ = sorted(folder.glob("*.json"))
     cut.write_text(cut.read_text()[:100])
