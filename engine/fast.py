@@ -152,9 +152,27 @@ def make_ready(job, gradient) -> None:
     args = job.args
     if args.compile == args.graph == "off":
         return
+    asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
+    try:
+        compare_with_eager(job, gradient, asked)
+    except Exception as e:
+        job.graph = None
+        if args.graph == "off" or isinstance(e, Unfit):
+            raise
+        if isinstance(e.__context__, Unfit):  # putting things back has failed after it
+            raise e.__context__ from e
+        raise CaptureFailed(failure(asked, e)) from e  # errors of a GPU are noticed late
+
+
+def failure(asked: str, e: Exception) -> str:
+    return f"{asked}: failed here ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})"
+
+
+def compare_with_eager(job, gradient, asked: str) -> None:
+    """The work of `make_ready`, with what was `asked` for in words."""
+    args = job.args
     plan = job.train.epoch(args.seed, 0)
     batch = next_batch(job, plan, 0, measured=False)
-    asked = " ".join(f"--{name} on" for name in ("compile", "graph") if getattr(args, name) == "on")
     mixed = args.precision not in BOUND
     with keep_buffers(job.module), small_scale(job):
         job.context.seed_dropout(0)
@@ -169,11 +187,8 @@ def make_ready(job, gradient) -> None:
             job.context.seed_dropout(0)
             job.graph(job, starts) if job.graph else gradient(job, batch)
         except Exception as e:  # a compiler and its back ends raise all sorts
-            why = (str(e).strip().splitlines() or [""])[0]
             job.optimizer.zero_grad(set_to_none=True)
-            job.graph = None
-            kind = CaptureFailed if args.graph == "on" else Unfit
-            raise kind(f"{asked}: failed here ({type(e).__name__}: {why})") from e
+            raise (CaptureFailed if args.graph == "on" else Unfit)(failure(asked, e)) from e
         fast_row = [p.grad for p in job.parameters]
         job.optimizer.zero_grad(set_to_none=True)
     error, bound = distance(fast_row, exact if mixed else eager), BOUND.get(args.precision)
@@ -184,7 +199,6 @@ def make_ready(job, gradient) -> None:
     reset_peak_memory(job.fabric.device)  # the check's passes are not the run's
     job.fast_error = {"of": "full precision" if mixed else "eager", "error": error, "bound": bound}
     if not error <= bound:
-        job.graph = None
         raise Unfit(f"{asked}: the gradient is off by {error:.2g} of its norm, more than {bound:.2g}")
 
 

@@ -249,6 +249,38 @@ def test_a_replayed_step_is_given_positions_alone(captured):
     assert stand_in.batch.x.shape == eager.x.shape
 
 
+def test_what_a_failed_capture_breaks_does_not_hide_it(monkeypatch):
+    """Errors of a GPU come late: while things are put back, or when the gradients are compared."""
+
+    def refuse(*_) -> None:
+        raise RuntimeError("capture refused")
+
+    @contextlib.contextmanager
+    def broken(module):
+        yield
+        raise RuntimeError("unusable")
+
+    @contextlib.contextmanager
+    def broken_at_last(module):
+        try:
+            yield
+        finally:
+            raise RuntimeError("unusable")
+
+    monkeypatch.setattr(fast, "choose", lambda *_: None)
+    job = job_for("--graph", "on", "--compile", "off", "--accelerator", "cpu")
+    for graph, buffers, said in (
+        (refuse, fast.keep_buffers, "capture refused"),
+        (refuse, broken_at_last, "capture refused"),
+        (lambda *_: None, broken, "unusable"),
+    ):
+        monkeypatch.setattr(fast, "Graph", graph)
+        monkeypatch.setattr(fast, "keep_buffers", buffers)
+        with pytest.raises(fast.CaptureFailed, match=rf"--graph on: failed here \(RuntimeError: {said}\)"):
+            fast.make_ready(job, train.plain_gradient)
+        assert job.graph is None
+
+
 def test_a_capture_that_fails_is_left_to_a_fresh_process(go, monkeypatch, capsys):
     """The run's folder stays as it was made, and what goes on with it, without the graph, is the eager run."""
     eager, choose = go("--noise", "0.5", name="a"), fast.choose

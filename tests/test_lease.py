@@ -67,6 +67,7 @@ def started_runs(work: Path) -> list[Path]:
     return list(work.glob("runs/*/config.json"))
 
 
+@pytest.mark.slow
 def test_three_calls_a_kill_and_a_lost_machine(zygote, tmp_path):
     """The runs come out as those of sweeps that nothing interrupted."""
     out, first, second = tmp_path / "out", tmp_path / "first", tmp_path / "second"
