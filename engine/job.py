@@ -113,7 +113,6 @@ def prepare(
     index, held = indices
     device, K = fabric.device, len(source.classes)
     true, fake = source.y_train[index], args.fake_mask
-    matrix = loss_matrix(args, true, labels, K, by_epoch)
     module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     mask = None if fake is None else fake_mask(len(index), fake, data.generator(args.noise_seed, "fake-mask"))
@@ -164,7 +163,6 @@ def training_loss(
     args, true: Tensor, labels: Tensor, K: int, by_epoch: ByEpoch | None, device: torch.device
 ) -> ExampleLoss | None:
     """The run's loss with its transition matrix, if it takes one, on the device; None for the cross-entropy."""
-    matrix = loss_matrix(args, true, labels, K, by_epoch)
     return build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype()))
 
 
