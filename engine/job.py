@@ -163,6 +163,7 @@ def training_loss(
     args, true: Tensor, labels: Tensor, K: int, by_epoch: ByEpoch | None, device: torch.device
 ) -> ExampleLoss | None:
     """The run's loss with its transition matrix, if it takes one, on the device; None for the cross-entropy."""
+    matrix = loss_matrix(args, true, labels, K, by_epoch)
     return build_loss(args.loss, None if matrix is None else matrix.to(device, torch.get_default_dtype()))
 
 
