@@ -49,6 +49,7 @@ MEASURE_DEFAULTS = {
     "split": {"permutations": 1, "null_every": 2, "measure_budget": 0.01},
     "full": {"permutations": 4, "null_every": None, "measure_budget": 0.05},
 }
+LONGEST_NAME = 255  # bytes that file systems allow for a folder's name
 PRECISIONS = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}  # Fabric's short spellings
 
 
@@ -289,6 +290,8 @@ def check(args: argparse.Namespace) -> None:
     folder = os.path.join(args.runs, args.name)
     if os.path.isfile(folder):
         wrong.append(f"--name {args.name}: {folder} is a file, not a run's folder")
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in Path(folder).parts):
+        wrong.append(f"--runs {args.runs}, --name {args.name}: a folder's name has more than {LONGEST_NAME} bytes")
     if folder != folder.encode("utf-8", "ignore").decode():
         wrong.append(f"--runs, --name: TensorBoard cannot write to {folder!a}, whose name is not UTF-8")
     if wrong:
@@ -335,7 +338,7 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
             shown = f"{value:g}" if default and isinstance(value, float) else value
             parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{shown}")
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)).lstrip("-") or "default"  # -x would be an option
-    if len(name) > 180:  # file systems allow 255 bytes
+    if len(name) > 180:  # well below LONGEST_NAME
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name
 

@@ -157,7 +157,10 @@ def make_junk_configs(folder: Path) -> list[str]:
     options += [{"sched_steps": 3, "sched_epochs": 3}, {"noise_type": "file", "noise": 0.5}]
     options += [{"null_every": 2, "measure": "off"}, [], "x", 3, None]
     odd = ("a\0b", "\ud800", "\udcff", "")
-    options += [{key: text} for key in ("dataset", "noise_type", "precision") for text in odd]
+    options += [{key: text} for key in ("noise_type", "precision") for text in odd]
+    options += [
+        {"dataset": text} for text in odd if text
+    ]  # an empty one does no harm where the command line has its own
     options += [{"noise_type": "file", "noise_file": text} for text in odd]
     texts = [json.dumps({"options": content}) for content in options]
     texts += ["", "{", "[]", "null", "{}", '{"options": {"lr": NaN}}', '{"options": {"lr": 1e999}}', "[" * 100_000]

@@ -92,6 +92,7 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
         ("--strategy fsdp", ("--strategy fsdp", "ddp")),
         ("--nois 0.5", ("--nois",)),
         ("--name ../up", ("--name",)),
+        (f"--name {'x' * 256}", ("--name", "255 bytes")),
         ("--sched-steps 10 --sched-epochs 2 --norm gn --width 12", ("--sched-steps", "--width 12")),
     ],
 )
