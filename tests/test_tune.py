@@ -330,7 +330,7 @@ def planted(folder: Path, seeds=(0, 1, 2), budgets=("steps", "epochs"), fixed: b
 
 def test_the_report_of_a_tuned_sweep_beside_one_rate(tmp_path, capsys):
     planted(tmp_path / "runs")
-    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
     printed = capsys.readouterr().out
     page = (tmp_path / "out" / "report.md").read_text()
     main, _, tuned = page.partition("## Tuned cells")
