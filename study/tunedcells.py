@@ -156,7 +156,7 @@ def values_tried(title: str, cells: list[CellSearch]) -> Figure | None:
         positions = positions_of(cells, name)
         row[0].set_ylabel(cells[0].metric)
         for axis, (noise, fake) in zip(row, columns, strict=True):
-            if row is axes[0]:
+            if name == names[0]:
                 axis.set_title(noise_title(noise) + (f", A/A {fake:.0%}" if fake else ""))
             axis.set_xlabel(name)
             for search in sorted(cells, key=place):
