@@ -193,8 +193,8 @@ def test_runs_that_cannot_be_a_folder(capsys, tmp_path):
     refuse(capsys, tmp_path / "file", TINY, "--runs", "not a folder")
     refuse(capsys, tmp_path / "file" / "below", TINY, "--runs", "cannot be written")
     assert train.main([*TINY, "--runs", str(tmp_path / LONG)]) == 2
-    assert "cannot be written (File name too long)" in capsys.readouterr().err
-    refuse(capsys, tmp_path, [*TINY, "--name", LONG], "cannot be written (File name too long)")
+    assert "more than 255 bytes" in capsys.readouterr().err
+    refuse(capsys, tmp_path, [*TINY, "--name", LONG], "more than 255 bytes")
     refuse(capsys, tmp_path, [*TINY, "--name", "file", "--resume"], "--name file", "is a file")
 
 
