@@ -406,9 +406,9 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
 
 
 @pytest.mark.parametrize(
-    ("first", "more"), [(signal.SIGTERM, ()), (signal.SIGUSR1, ()), (signal.SIGTERM, ("--grid", "bs=16 epochs=1"))]
+    ("first", "epochs"), [(signal.SIGTERM, "90"), (signal.SIGUSR1, "90"), (signal.SIGTERM, "90,1")]
 )
-def test_a_second_signal_kills_all_processes_of_a_run(first, more, fake, tmp_path):
+def test_a_second_signal_kills_all_processes_of_a_run(first, epochs, fake, tmp_path):
     """The run does not listen, and its second process holds the lock as long as it lives."""
     folder = tmp_path / "runs" / "wd8.0_epochs90"
 
@@ -420,7 +420,7 @@ def test_a_second_signal_kills_all_processes_of_a_run(first, more, fake, tmp_pat
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=signals).start()
-    assert fake("--grid", "wd=8 epochs=90", *more) == 3  # one of several is forked
+    assert fake("--grid", f"wd=8 epochs={epochs}") == 3  # one of several is forked
     assert [w[0] for w in history(tmp_path)] == ["start"]
     for _ in range(100):
         if not processes.is_held(folder):
