@@ -272,7 +272,7 @@ sys.stdout.flush()
 os._exit(status)
 """
 STOP = """
-def stop(job, batch, step, **_):
+def stop(job, batch, step, *_):
     if step == 2:
         full.append("last.ckpt")
         os.kill(os.getpid(), signal.SIGTERM)
