@@ -22,6 +22,7 @@ from study.grids import Job
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # What train.py imports only where it is needed, and every run of a sweep needs.
 LATE_IMPORTS = (
+    "torchvision",
     "torch.utils.tensorboard",
     "tensorboard.plugins.hparams.metadata",
     "tensorboard.plugins.hparams.plugin_data_pb2",
