@@ -44,6 +44,7 @@ def chi_squared(draws: torch.Tensor) -> float:
     return float(((count - expected) ** 2 / expected).sum())
 
 
+@pytest.mark.slow
 def test_crop_and_flip_have_torchvisions_distribution():
     n = 20_000
     theirs = v2.Compose([v2.RandomCrop(32, padding=4), v2.RandomHorizontalFlip()])

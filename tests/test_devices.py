@@ -37,7 +37,8 @@ def alone(zygote, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(
-    ("bs", "ranks"), [("8", 2), ("53", 2), ("53", 4), pytest.param("8", 4, marks=pytest.mark.slow)]
+    ("bs", "ranks"),
+    [("53", 2), *(pytest.param(bs, ranks, marks=pytest.mark.slow) for bs, ranks in (("8", 2), ("8", 4), ("53", 4)))],
 )
 def test_more_processes_change_only_rounding(zygote, alone, tmp_path, bs, ranks):
     """160 examples: at B = 53 the last batch is a single example, so that all ranks but one are empty-handed; at B = 8
@@ -230,6 +231,7 @@ def test_all_launchers_start_the_same_run(tmp_path):
         assert f'"threads": {max(1, (os.cpu_count() or 1) // 2)}' in config and '"world_size": 2' in config
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once(tmp_path):
     need_devices(2)
     argv = [*TINY, "--noise", "2", "--runs", str(tmp_path / "runs")]

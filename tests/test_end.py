@@ -116,6 +116,7 @@ def test_a_constant_rate_has_no_other_end():
     assert options.run_steps(short, 40) == (30, 30) and options.run_steps(short, 20) == (20, 30)
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_after_its_schedule_but_not_the_other_way_round(go, pair):
     ended, whole = pair
     go(*SCHED, "--end", "epochs", "--resume", name="ended")

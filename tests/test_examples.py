@@ -29,6 +29,7 @@ def test_a_loop_of_ones_own(tmp_path):
     assert len((ROOT / "examples" / "plain_loop.py").read_text().splitlines()) <= 45
 
 
+@pytest.mark.slow
 def test_a_transformer(tmp_path):
     found = re.findall(
         r"loss ([\d.]+), cos\(majority, minority\) (\S+), of random parts (\S+)", run("text_transformer.py", tmp_path)

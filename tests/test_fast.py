@@ -134,6 +134,7 @@ def test_where_nobody_asked_the_run_goes_on_without(go, uncompiled, monkeypatch,
         torch.testing.assert_close(c[name], eager[name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_short_last_batch_takes_the_eager_network(go, uncompiled):
     """160 examples in batches of 48: the last has 16. In float64 both ways give the same run."""
     words = "--noise", "0.5", "--bs", "48", "--precision", "64-true"

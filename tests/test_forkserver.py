@@ -197,6 +197,7 @@ def of_train():
     server.close()
 
 
+@pytest.mark.slow
 def test_a_forked_run_has_the_bits_of_a_plain_one(of_train, tmp_path):
     argv = [*TINY, "--noise", "0.5", "--measure", "full", "--measure-budget", "0.5", "--runs", str(tmp_path)]
     with open(tmp_path / "log", "ab") as out:

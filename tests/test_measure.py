@@ -389,7 +389,9 @@ def test_stratified_masks_keep_each_labels_count():
     assert not torch.equal(strict, batch.host_noisy)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize(
+    "mode", ["train", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eval", "separate"))]
+)
 def test_full_leaves_no_trace(go, mode):
     common = ("--noise", "0.5", "--measure-bn", mode)
     a = go(*common, "--permutations", "0", name="a")
@@ -407,6 +409,7 @@ def test_full_leaves_no_trace(go, mode):
     assert all(math.isfinite(v) for points in full.values() for _, v in points)
 
 
+@pytest.mark.slow
 def test_what_a_full_run_leaves(go):
     folder = go("--noise", "0.5", *FULL, "--epochs", "3")
     found, outcome = series(folder), summary(folder)

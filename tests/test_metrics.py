@@ -264,7 +264,7 @@ def pulled(model: str, precision: torch.dtype, cut: bool, watch=None) -> list[li
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("model", ["resnet18", "vgg16-linear"])
+@pytest.mark.parametrize("model", ["resnet18", pytest.param("vgg16-linear", marks=pytest.mark.slow)])
 def test_rows_made_part_by_part_are_the_same_bits(model, precision):
     """Cutting the graph changes nothing, so a model's cuts are where everything passes."""
     whole, parts = (pulled(model, precision, cut) for cut in (False, True))

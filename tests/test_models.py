@@ -101,7 +101,7 @@ for width in (4, 8, 12):
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("threads", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
 def test_narrow_networks_have_right_gradients_and_leave_memory_alone(zygote, threads):
     """In a process of its own: native code that writes where it must not ends the process, and not the tests."""
     assert zygote.run(code=GRADIENTS.format(threads=threads)) == [0], zygote.output()

@@ -121,9 +121,10 @@ def test_steps_do_not_wait_for_the_device(gpu, words):
     assert steps(job, gpu, measured=True) == []
 
 
-FULL = ["--precision 64-true --stratify", pytest.param("--measure-bn separate", marks=pytest.mark.slow)]
+FULL = ["--precision 64-true --stratify", "--measure-bn separate"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", FULL)
 def test_measurements_stay_on_their_device(gpu, monkeypatch, words):
     for name, few in (("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2), ("ISOTROPY_PARTS", 3)):

@@ -49,7 +49,7 @@ def written(folder: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again(zygote, tmp_path, times):
     """SIGKILL at random moments, many of them within a checkpoint (one is written after every step), and resumed."""
     argv = [*NOISY, "--runs", str(tmp_path), "--epochs", str(min(16, 2 * times)), "--measure-every", "3"]
@@ -487,6 +487,7 @@ def test_a_signal_once_there_is_a_folder(go, monkeypatch, capsys, measure):
     assert_same_run(whole, folder)
 
 
+@pytest.mark.slow
 def test_a_grown_run_keeps_its_first_plan(go):
     """Five steps afford full measurements six steps apart, fifteen four: they stay at 4, 10, ..., as they began."""
     options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "6")

@@ -328,6 +328,7 @@ def test_a_checkpoint_without_accumulators_is_gone_on_from(go, capsys):
         assert f"examples.{next(iter(wrong))}" in result and "Traceback" not in result
 
 
+@pytest.mark.slow
 def test_two_processes_accumulate_what_one_does(zygote, tmp_path):
     argv = [
         *TINY,
