@@ -8,6 +8,7 @@ from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value, null_tag, while_trained
 from study.settings import Setting, group_by
+from study.stats import LEAST_SEEDS, interval
 from study.stopping import CELL_HEADER, cell_text, mean_text
 
 PAIR = "cos_clean_noisy"
@@ -57,6 +58,53 @@ def loss_rows(runs: list[Run]) -> list[list[str]]:
     return rows
 
 
+def compared_values(run: Run) -> dict[str, float]:
+    """What is compared seed by seed: cosine minus null and the ratio's logarithm in each half of the run, and the end."""
+    values = gradient_values(run)
+    found = {}
+    for i, half in enumerate(HALVES):
+        cosine, null, ratio = values[3 * i : 3 * i + 3]
+        if cosine is not None and null is not None:
+            found[f"cosine minus null, {half}"] = cosine - null
+        if ratio:
+            found[f"norm, noisy / clean, {half}"] = float(np.log(ratio))
+    found |= {name: value for tag, name in FINAL.items() if (value := last_value(run, tag)) is not None}
+    return found
+
+
+def compared_rows(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows): every loss against the cross-entropy of the same cell and seed, where three seeds or more have both.
+
+    Differences with their 95 % interval; of the norms' ratio, a factor.
+    """
+    columns = [f"{name}, {half}" for half in HALVES for name in ("cosine minus null", "norm, noisy / clean")]
+    columns += FINAL.values()
+    rows = []
+    cells = group_by(sorted(runs, key=order), lambda r: (r.budget, r.cell, r.options["wd"]))
+    for same in cells.values():
+        of_loss = group_by(same, lambda r: r.options["loss"])
+        plain = {r.seed: compared_values(r) for r in of_loss.pop("ce", [])}
+        for loss, others in of_loss.items():
+            pairs = [(compared_values(r), plain[r.seed]) for r in others if r.seed in plain]
+            shown = [
+                compared_text(name, [a[name] - b[name] for a, b in pairs if name in a and name in b])
+                for name in columns
+            ]
+            if any(shown):
+                rows.append([literal(loss), *cell_text(others[0]), str(len(pairs)), *shown])
+    return columns, rows
+
+
+def compared_text(name: str, differences: list[float]) -> str:
+    """Mean difference and its interval; of logarithms of a ratio, the factor."""
+    if len(differences) < LEAST_SEEDS or not np.isfinite(differences).all():
+        return ""
+    i = interval(differences)
+    if name.startswith("norm"):
+        return f"{np.exp(i.mean):.2f} times [{np.exp(i.low):.2f}, {np.exp(i.high):.2f}]"
+    return f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]"
+
+
 def write_losses(page: Page, settings: list[Setting]) -> None:
     """A table for each group of settings that differ in their loss alone; nothing where there is one loss."""
     apart = group_by([s for s in settings if s.ratio_runs], lambda s: without_loss(s.ratio_runs[0]))
@@ -65,14 +113,17 @@ def write_losses(page: Page, settings: list[Setting]) -> None:
         runs = [r for s in alike for r in s.ratio_runs if r.finished and not r.fake]
         if len({r.options["loss"] for r in runs}) > 1:
             label = min((s.label for s in alike), key=len)  # the cross-entropy's, where it is among them
-            tables.append((label, loss_rows(runs)))
+            tables.append((label, loss_rows(runs), *compared_rows(runs)))
     if not tables:
         return
     page.heading(2, "Losses")
     names = [f"{name}, {half}" for half in HALVES for name in ("cos(clean, noisy)", "its null", "norm, noisy / clean")]
-    for label, rows in tables:
+    for label, rows, columns, compared in tables:
         page.text(literal(label))
         page.table(["loss", *CELL_HEADER, "runs", *names, *FINAL.values()], rows)
+        if compared:
+            page.text("Against `ce`, seed by seed, with the 95 % interval (t) of each difference alone:")
+            page.table(["loss", *CELL_HEADER, "seeds", *columns], compared)
     page.text(
         "Gradients are those of the loss that trains. Cosine and null: means over the first and the second half of the measured steps "
         "that have both; the null is that of random masks, where a run has them. Ratio of the norms: geometric mean; of random masks it "

@@ -22,7 +22,7 @@ from engine import checks, labels, options
 from engine.noisefile import shares, transitions
 from gradsplit import Meter
 from noises import NOISES, Noise
-from study import figures, findings, gallery, settings, verdicts
+from study import figures, findings, gallery, objectives, results, settings, verdicts
 from study.grids import expand
 from study.runfolders import Run
 from test_metrics import job_for, warm
@@ -468,6 +468,19 @@ def test_a_report_sets_losses_side_by_side_and_judges_them_apart(tmp_path, monke
     assert ce[9] == "0.105 ± 0.007" and ce[11] == "2.250 ± 0.000" and ce[12] == "0.500 ± 0.000"
     assert mae[0] == "mae" and mae[6] == "0.305 ± 0.007" and mae[8] == "0.500 ± 0.000"
     assert page.count("## Results: ") == 2 and "loss mae" in page
+
+
+def test_losses_are_compared_with_the_cross_entropy_seed_by_seed(tmp_path):
+    for seed in (0, 1, 2):
+        planted(tmp_path, "--loss mae", seed, 0.3 + 0.1 * seed, 0.5)
+        planted(tmp_path, "", seed, 0.6, 1.5)
+    columns, (row,) = objectives.compared_rows(results.load_runs([str(tmp_path)], progress=False))
+    of = dict(zip(columns, row[-len(columns) :], strict=True))
+    assert row[0] == "mae" and row[-len(columns) - 1] == "3"
+    # -0.3, -0.2 and -0.1: 0.1 is their deviation, 4.303 the quantile of t with two degrees of freedom
+    assert of["cosine minus null, first half"] == of["cosine minus null, second half"] == "-0.200 [-0.448, +0.048]"
+    assert of["norm, noisy / clean, first half"] == "0.33 times [0.33, 0.33]"
+    assert of["memorized"] == "+0.000 [+0.000, +0.000]"
 
 
 def test_settings_of_other_losses_and_optimizers_are_judged_apart():
