@@ -1,6 +1,7 @@
 """Shared by the tests: tiny runs in this process, their series, and the real data where it lies beside the repository."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -21,6 +22,13 @@ TINY = (
 ).split()  # 160 training examples, 5 steps an epoch
 # For runs in 16 bits, which CPUs without AMX emulate at a second a step: 32 training examples, 4 steps an epoch.
 SIXTEEN = "--synthetic-train 40 --synthetic-test 8 --width 4 --bs 8".split()
+
+
+# Workers share the cores out: threads of one that wait for each other, spinning, would keep the others from theirs.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
 
 
 def pytest_addoption(parser) -> None:
