@@ -231,7 +231,10 @@ def max_steps(c: Command) -> object:
 def sched_length(unit: str, *values: int) -> Generator:
     def make(c: Command) -> object:
         given = any(c.value(f"sched_{other}") for other in ("steps", "epochs", "examples"))
-        return c.rng.choice(values) if not given and c.chance(0.3) else None
+        length = c.rng.choice(values) if not given and c.chance(0.3) else None
+        if length and c.value("sched") == "cyclic":  # a triangle has two steps at least, however large the batch
+            return None if unit == "examples" else max(length, 2)
+        return length
 
     return make
 
