@@ -129,14 +129,18 @@ def peak_elsewhere(kind: str, name: str, B: int) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--bs", type=int, default=128)
     p.add_argument("--pairs", type=int, default=15, help="times that each kind of step is timed")
     p.add_argument("--network", choices=["resnet18", "transformer"])
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--memory", help="print the peak of this kind of step, in MiB, and nothing else")
-    args = p.parse_args()
+    return p
+
+
+def main() -> None:
+    args = parser().parse_args()
     torch.set_num_threads(args.threads)
     if args.memory:
         print(peak(args.memory, args.network, args.bs))

@@ -417,8 +417,8 @@ def run_plain(words: list[str]) -> dict:
     """`python benchmarks/plain_loop.py ...`: what it prints, and the seconds of the whole command."""
     began = time.perf_counter()
     own = [sys.executable, str(ROOT / "benchmarks" / "plain_loop.py"), *words]
-    said = subprocess.run(own, check=True, capture_output=True, text=True).stdout
-    return json.loads(said.splitlines()[-1]) | {"command_seconds": time.perf_counter() - began}
+    printed = subprocess.run(own, check=True, capture_output=True, text=True).stdout
+    return json.loads(printed.splitlines()[-1]) | {"command_seconds": time.perf_counter() - began}
 
 
 def part_memory(mine, precision: str, measuring: str) -> list[dict]:
@@ -664,9 +664,9 @@ def main() -> int:
         began, rows = time.perf_counter(), []
         for _, more in run_cells(name, PARTS[name].cells(mine), mine):
             rows += more
-            said = save(name, tables(rows) + PARTS[name].after(rows))
+            place_and_date = save(name, tables(rows) + PARTS[name].after(rows))
         if rows:
-            print(f"\n{about(name)}\n{said}\n\n{tables(rows)}{PARTS[name].after(rows)}", flush=True)
+            print(f"\n{about(name)}\n{place_and_date}\n\n{tables(rows)}{PARTS[name].after(rows)}", flush=True)
     return 0
 
 

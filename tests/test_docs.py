@@ -13,7 +13,7 @@ import noise
 import noises
 import report
 import sweep
-from benchmarks import lease, planted
+from benchmarks import lease, meter, planted
 from conftest import ROOT
 from engine import options
 
@@ -273,6 +273,7 @@ def test_every_option_named_in_the_text_exists():
         noise.command_line(),
         planted.parser(),
         lease.parser(),
+        meter.parser(),
     ]
     subparsers = [sub for p in parsers for a in p._actions if isinstance(a.choices, dict) for sub in a.choices.values()]
     known = {name for p in [*parsers, *subparsers] for a in p._actions for name in a.option_strings} | OTHERS
