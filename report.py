@@ -134,17 +134,17 @@ def make_report(args) -> int:
             print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
         return 0
     runs = results.load_runs(args.paths, left_out=left_out)
-    if not runs:
+    searches = read_searches(args.paths, left_out) if args.out or args.export else []
+    if not runs and not searches:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
-    searches = read_searches(args.paths, left_out) if args.out else []
     for line in left_out:
         print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
     reference = read_curves(Path(args.reference)) if args.reference else []
     if args.csv:
         print(tables.write_tables(runs, Path(args.csv)))
     if args.export:
-        exports.export_runs(runs, Path(args.export))
+        exports.export_runs(runs, Path(args.export), [(s.name, s.content) for s in searches])
         print(f"{len(runs)} runs -> {args.export} ({Path(args.export).stat().st_size / 1e6:.2f} MB)")
     if not args.out:
         return 0

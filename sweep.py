@@ -144,7 +144,9 @@ def parser() -> cmdline.Parser:
     )
     g.add_argument("--with-1024", action="store_true", help="the report's batch sizes and 1024")
     g.add_argument(
-        "--seeds", metavar="S,S,...", help="seeds of initialization, noise and split, together (presets but quick: 0)"
+        "--seeds",
+        metavar="S,S,...",
+        help="seeds of initialization, noise and split, together (presets but quick and medium: 0)",
     )
     g.add_argument("--runs", default="runs", metavar="DIR", help="where the runs are")
     g.add_argument(

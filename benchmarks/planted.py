@@ -268,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description="Error rates of the verdict rules on planted sweeps.", allow_abbrev=False)
     p.add_argument("--sweeps", type=int, default=200, metavar="N", help="planted sweeps of each kind")
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds of each sweep")
-    p.add_argument("--preset", choices=["budget", "quick"], default="budget", help="whose grid")
+    p.add_argument("--preset", choices=["budget", "medium", "quick"], default="budget", help="whose grid")
     p.add_argument(
         "--effect",
         type=float,

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(1 << (drop - 1))) & ~np.uint32((1 << drop) - 1)).view("<f4")
 
 
-def export_runs(runs: list[Run], path: Path) -> None:
+def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]] = ()) -> None:
     """Write the series of many runs into one compressed .npz without pickles, whole or not at all. Raises `CannotWrite`.
 
     `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
     steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
+    `searches`: (name, content of its file) of searches by tuned sweeps; where there are any, the file has them as the JSON text
+    `searches`, {"searches": [[name, content], ...]}.
     """
     grids: dict[bytes, int] = {}
     arrays, values, listed, first = {}, [], [], 0
@@ -48,6 +51,8 @@ def export_runs(runs: list[Run], path: Path) -> None:
         "runs": np.frombuffer(text, np.uint8),
         "values": np.concatenate(values) if values else np.zeros(0, "<f4"),
     }
+    if searches := list(searches):
+        arrays["searches"] = np.frombuffer(json.dumps({"searches": searches}).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     with whole_file(path, "--export") as temporary:
@@ -90,6 +95,20 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
         fields = {k: about[k] for k in ("name", "resolved", "summary", "versions")}
         runs.append(Run(**fields, options=opts, series=series, source=str(path)))
     return runs
+
+
+def read_exported_searches(path: Path) -> list[tuple[str, dict]]:
+    """(name, content) of the searches in an exported file that `read_export` has read. Raises `InputError` where they are damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            listed = jsonfiles.parse_json(z["searches"].tobytes(), path)["searches"] if "searches" in z.files else []
+        if not all(isinstance(name, str) and isinstance(content, dict) for name, content in listed):
+            raise ValueError("a search without a name")
+        return [(name, content) for name, content in listed]
+    except InputError:
+        raise
+    except Exception as e:  # as above
+        raise InputError(f"{path}: its searches cannot be read ({str(e).splitlines()[0][:100]})") from e
 
 
 def finite(steps: np.ndarray, values: np.ndarray) -> Series:

@@ -22,6 +22,15 @@ QUICK = (  # so few images that a narrow network comes to fit its wrong labels w
     "measure=full measure-every=20 measure-budget=0.6 chunks=2 permutations=2 "
 )
 
+MEDIUM = (  # 10,000 images; 800 steps are 20 epochs of them at B = 256
+    "dataset=cifar10 subset=12500 val-frac=0.2 width=16 no-augment=on epochs=20 seed+noise-seed+split-seed=0,1,2,3,4 "
+    "measure=full measure-budget=0.1 "
+)
+RATES = "bs+lr=16:0.025,32:0.05,64:0.1,128:0.2,256:0.4 "  # one lr/B
+FULL = (  # measured as in the report's plots
+    "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 noise=0,0.2,0.5 sched=onecycle sched-steps=5000 end=schedule measure-bn=eval "
+)
+
 # A preset's parts, each a list of grids; {sizes} are the report's batch sizes. An A/A run measures a fake noisy set.
 PRESETS = {
     "report": {
@@ -47,6 +56,20 @@ PRESETS = {
         ],  # all of the training at 256, a sixteenth at 16
         "epochs": [QUICK + "noise=0,0.5 bs=16,64,256 sched-epochs=20"],
         "aa": [QUICK + "fake-mask=0.5 bs=16,64,256 sched-epochs=20"],
+    },
+    "medium": {
+        "steps": [MEDIUM + "noise=0,0.2,0.5 bs=16,32,64,128,256 sched=onecycle sched-steps=800 end=schedule"],
+        "epochs": [MEDIUM + "noise=0,0.2,0.5 bs=16,32,64,128,256 sched=onecycle sched-epochs=20"],
+        "constant": [MEDIUM + "noise=0,0.5 bs=16,64,256 sched=constant"],
+        "scaled": [
+            MEDIUM + RATES + "noise=0,0.5 sched=onecycle sched-steps=800 end=schedule",
+            MEDIUM + RATES + "noise=0,0.5 sched=onecycle sched-epochs=20",
+        ],
+        "aa": [MEDIUM + "fake-mask=0.5 bs=16,64,256 sched=onecycle sched-epochs=20"],
+    },
+    "full-cpu": {
+        "16-32": [FULL + "bs=16,32"],
+        "64-128": [FULL + "bs=64,128"],
     },
 }
 

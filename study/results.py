@@ -9,6 +9,7 @@ from data import InputError
 from study.exports import read_export
 from study.reference import read_curves
 from study.runfolders import Run, is_run, read_folder
+from study.searches import FOLDER as SEARCHES
 
 
 def load_runs(paths: list[str], progress: bool = True, left_out: list[str] | None = None) -> list[Run]:
@@ -34,7 +35,7 @@ def iter_runs(paths: list[str], progress: bool = True, left_out: list[str] | Non
             runs += read_curves(path)
         elif path.is_dir():
             inside = [path] if is_run(path) else sorted(p for p in path.iterdir() if is_run(p))
-            if not inside:
+            if not inside and not (path / SEARCHES).is_dir():  # a tuned sweep's runs come after its searches
                 raise InputError(f"{path}: no run in it (a run's folder holds a config.json)")
             folders += inside
         else:

@@ -1,6 +1,7 @@
 """The searches of tuned sweeps, read back for reports: what was tried, what was chosen, and which runs are at it.
 
-A search's file (`tuning.Search.write`) lies in RUNS/tuning/SEARCH/CELL.json and names its judged runs in RUNS.
+A search's file (`tuning.Search.write`) lies in RUNS/tuning/SEARCH/CELL.json and names its judged runs in RUNS. An exported
+file holds the searches of what it was made from.
 """
 
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from data import InputError
 from engine import jsonfiles, options
+from study.exports import read_exported_searches
 from study.runfolders import Cell, Run, is_run
 
 FORMAT = "label-noise search 1"
@@ -30,7 +32,8 @@ class Tried:
 
 @dataclass
 class CellSearch:
-    """The search of one cell. `best`: the values chosen so far; `judged`: {run in `runs`: its values}, also earlier choices."""
+    """The search of one cell. `runs`: the folder or exported file of its runs; `best`: the values chosen so far; `judged`:
+    {run in `runs`: its values}, also earlier choices; `content`: of its file, for an export."""
 
     name: str
     runs: Path
@@ -44,6 +47,7 @@ class CellSearch:
     trials: list[Tried]
     best: Tried | None
     judged: dict[str, dict[str, str]]
+    content: dict = field(repr=False)
 
     @property
     def key(self) -> tuple:
@@ -90,14 +94,14 @@ class Searches:
     earlier: list[Run] = field(default_factory=list)
 
 
-def checked(content: dict, path: Path) -> CellSearch:
+def checked(content: dict, name: str, runs: Path) -> CellSearch:
     """A search from the content of its file. Raises `ValueError`, `KeyError` or `TypeError` where that is not one."""
     if content.get("format") != FORMAT:
         raise ValueError
     plain = vars(options.parser().parse_args([]))
     given = plain | {k: v for k, v in content["options"].items() if k in plain}
     cell = Run(
-        "", given | {"model": given["model"] or "resnet18", "noise": given["noise"] or 0.0}, {}, {}, {}, str(path)
+        "", given | {"model": given["model"] or "resnet18", "noise": given["noise"] or 0.0}, {}, {}, {}, str(runs)
     )
     Cell(*cell.cell)  # every field of it can be computed
     space = {str(k): str(v) for k, v in content["space"].items()}
@@ -122,21 +126,32 @@ def checked(content: dict, path: Path) -> CellSearch:
         [str(s) for s in content["seeds"]],
         int(content["most"]),
     )
-    return CellSearch(path.stem, path.parents[2], cell, space, *about, bool(content["complete"]), trials, best, judged)
+    state = (bool(content["complete"]), trials, best, judged)
+    return CellSearch(name, runs, cell, space, *about, *state, content)
 
 
 def read_searches(paths: list[str], left_out: list[str]) -> list[CellSearch]:
-    """The searches beside the runs of every folder of `paths`, the oldest first. One that cannot be read is added to `left_out`."""
-    found = []
+    """The searches of every exported file and folder of runs of `paths`, the oldest of each first.
+
+    One that cannot be read is added to `left_out`, as "NAME: reason".
+    """
+    found: list[CellSearch] = []
+
+    def add(name: str, runs: Path, where: Path, content: Callable[[], dict]) -> None:
+        try:
+            found.append(checked(content(), name, runs))
+        except InputError as e:
+            left_out.append(f"{where.name}: {e}")
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError):
+            left_out.append(f"{where.name}: {where}: not the file of a search")
+
+    for path in dict.fromkeys(Path(p) for p in paths if Path(p).suffix == ".npz" and Path(p).is_file()):
+        for name, content in read_exported_searches(path):
+            add(name, path, path / name, lambda content=content: content)
     folders = dict.fromkeys(Path(p) for p in paths if Path(p).is_dir() and not is_run(Path(p)))
     files = [file for folder in folders for file in folder.glob(f"{FOLDER}/*/*.json")]
     for file in sorted(files, key=lambda file: (file.lstat().st_mtime_ns, file)):
-        try:
-            found.append(checked(jsonfiles.read_json(file) or {}, file))
-        except InputError as e:
-            left_out.append(f"{file.name}: {e}")
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError):
-            left_out.append(f"{file.name}: {file}: not the file of a search")
+        add(file.stem, file.parents[2], file, lambda file=file: jsonfiles.read_json(file) or {})
     return found
 
 
@@ -150,9 +165,10 @@ def sort_runs(runs: list[Run], cells: list[CellSearch]) -> Searches:
     """`runs` by what they are to the searches `cells`, the oldest first."""
     newest = {identity(search): search for search in cells if search.best is not None and search.judged}
     found = Searches(cells)
-    owners = {str(s.runs / name): s for s in cells for name in s.judged}
+    owners = {(str(s.runs), name): s for s in cells for name in s.judged}
     for run in runs:
-        search = owners.get(run.source)
+        places = (run.source, str(Path(run.source).parent))  # of an exported run its file, of another its folder
+        search = next((owners[place, run.name] for place in places if (place, run.name) in owners), None)
         if search is None:
             found.fixed.append(run)
         elif newest.get(identity(search)) is search and search.judged[run.name] == search.best.values:

@@ -24,6 +24,11 @@ TINY = (
 SIXTEEN = "--synthetic-train 40 --synthetic-test 8 --width 4 --bs 8".split()
 
 
+def slow(*values) -> list:
+    """Values of a parameter whose tests are left out but for `-m slow`."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
+
+
 # Workers share the cores out: threads of one that wait for each other, spinning, would keep the others from theirs.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:

@@ -16,7 +16,7 @@ from torch import nn
 import gradsplit
 import measure
 import train
-from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, need_devices, series, summary, weights, without
+from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, need_devices, series, slow, summary, weights, without
 from engine import options
 from test_metrics import job_for, warm
 
@@ -38,7 +38,7 @@ def alone(zygote, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.mark.parametrize(
     ("bs", "ranks"),
-    [("53", 2), *(pytest.param(bs, ranks, marks=pytest.mark.slow) for bs, ranks in (("8", 2), ("8", 4), ("53", 4)))],
+    slow(("53", 2), ("8", 2), ("8", 4), ("53", 4)),
 )
 def test_more_processes_change_only_rounding(zygote, alone, tmp_path, bs, ranks):
     """160 examples: at B = 53 the last batch is a single example, so that all ranks but one are empty-handed; at B = 8
@@ -179,6 +179,7 @@ def test_first_step_in_float32(zygote, tmp_path):
             assert b[tag][0][1] == pytest.approx(a[tag][0][1], rel=1e-5, abs=1e-5), tag
 
 
+@pytest.mark.slow
 def test_batchnorm_on_cpu_processes_warns_and_averages(zygote, tmp_path):
     """torch has no SyncBatchNorm there: each rank normalises its own share, and the saved statistics are the mean."""
     argv = [*TINY, "--precision", "64-true", "--max-steps", "1", "--runs", str(tmp_path)]
@@ -314,6 +315,7 @@ def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     assert float((after[0] - after[1]).norm() / after[1].norm()) < 2e-2  # and the optimizer divided by it once
 
 
+@pytest.mark.slow
 def test_sixteen_bit_overflow_skips_the_update_and_halves_the_scale():
     job = job_for("--precision", "16-mixed")
     batch = warm(job)

@@ -48,12 +48,14 @@ def test_the_weights_are_those_of_the_whole_run(capsys, pair):
     assert "--end" not in told[1]
 
 
+@pytest.mark.slow
 def test_what_is_measured_until_then_is_the_same(pair):
     ended, whole = map(series, pair)
     for tag in ("train/loss", "grad/cos_clean_noisy", "null/permuted_cos_clean_noisy", "optim/lr"):
         assert ended[tag] == [(step, value) for step, value in whole[tag] if step < 7]
 
 
+@pytest.mark.slow
 def test_figures_and_findings_take_it_for_the_whole_run(pair):
     ended, whole = map(runfolders.read_folder, pair)
     assert ended.setting == whole.setting and (ended.cell, ended.budget, ended.length) == (whole.cell, "steps", 7)
@@ -127,6 +129,7 @@ def test_a_run_may_go_on_after_its_schedule_but_not_the_other_way_round(go, pair
         identity.continue_from(now, {"options": vars(first)})
 
 
+@pytest.mark.slow
 def test_more_steps_and_more_epochs_end_with_the_schedule_too(go, pair):
     for name, few, more in (("a", ("--max-steps", "3"), ("--max-steps", "19")), ("b", ("--epochs", "1"), ())):
         short = go(*SCHED, "--end", "schedule", *few, name=name)

@@ -109,6 +109,7 @@ def test_a_graph_that_is_wrong_is_not_replayed(monkeypatch):
     assert job.graph is None and not job.auto and job_for().auto
 
 
+@pytest.mark.slow
 def test_where_nobody_asked_the_run_goes_on_without(go, uncompiled, monkeypatch, capsys):
     """A compiler that breaks: `--compile on` ends in one line, `auto` warns and trains as if there were none."""
 
@@ -359,6 +360,7 @@ def test_clean_and_noisy_add_up_to_the_compiled_gradient():
     assert fast.distance([p.grad for p in job.parameters], gradsplit.add_rows(rows)) < 1e-12
 
 
+@pytest.mark.slow
 def test_a_profile_is_written_and_changes_nothing(go):
     a, b = go(name="a"), go("--profile", "3", "--epochs", "3", name="b")
     assert series(a)["train/loss"] == series(b)["train/loss"][:5]

@@ -96,6 +96,7 @@ def test_the_forward_is_freed_with_its_last_mask():
         ahead.row(batch.y, ~batch.noisy)
 
 
+@pytest.mark.slow
 def test_masks_and_probe_leave_no_trace(go, capsys):
     """The same bits with and without; series where they are due, and the line that says so."""
     with_masks = go("--noise", "0.5", "--measure-budget", "1", name="with")

@@ -74,8 +74,8 @@ def test_a_case_is_a_function_of_its_seed(world):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self")
 @pytest.mark.parametrize("what", ["steps", "runs"])
 def test_memory_and_open_files_stay_flat(tmp_path, what):
-    """At most 25 MB of trend over 3,000 measured steps and 40 over 30 runs, and no open file more."""
-    call, bound = {"steps": ("over_steps(3000", 25), "runs": ("over_runs(30", 40)}[what]
+    """At most 15 MB of trend over 1,500 measured steps and 30 over 20 runs, and no open file more."""
+    call, bound = {"steps": ("over_steps(1500", 15), "runs": ("over_runs(20", 30)}[what]
     code = f"""
 import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
 import leaks, pathlib

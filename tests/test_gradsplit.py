@@ -15,7 +15,7 @@ from torch import nn
 
 import gradsplit
 import train
-from conftest import ROOT
+from conftest import ROOT, slow
 from gradsplit import Meter
 from test_metrics import job_for, warm
 
@@ -193,7 +193,7 @@ def test_true_labels_by_a_loss_of_ones_own_are_those_of_the_closed_form():
 # ------------------------------------------------------------------------------------------------- against a run's own
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize("mode", ["train", *slow("eval", "separate")])
 @pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-6), ("64-true", 1e-12)])
 def test_the_meter_equals_a_runs_series(mode, precision, bound):
     job = job_for("--precision", precision, "--measure-bn", mode, "--permutations", "3")
@@ -358,6 +358,7 @@ def test_two_processes_are_one(zygote, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ elsewhere
 
 
+@pytest.mark.slow
 def test_it_is_installed_alone(tmp_path):
     pytest.importorskip("setuptools", reason="pip install . without a network needs setuptools in this environment")
     source, there = tmp_path / "source", tmp_path / "site"

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from conftest import ROOT, TINY
 
 REPORTS_ONLY = ("matplotlib", "scipy", "markdown", "pandas")
@@ -16,6 +18,7 @@ sys.exit(train.main(argv))
 """
 
 
+@pytest.mark.slow
 def test_training_and_sweeps_need_nothing_of_what_reports_need(tmp_path):
     argv = [*TINY, "--noise", "0.5", "--max-steps", "1", "--runs", str(tmp_path), "--name", "r"]
     command = [sys.executable, "-c", CODE, ",".join(REPORTS_ONLY), *argv]

@@ -198,6 +198,7 @@ def test_runs_that_cannot_be_a_folder(capsys, tmp_path):
     refuse(capsys, tmp_path, [*TINY, "--name", "file", "--resume"], "--name file", "is a file")
 
 
+@pytest.mark.slow
 def test_as_a_process_too(tmp_path):
     result = subprocess.run(
         [sys.executable, "train.py", "--noise", "2", "--runs", str(tmp_path / "runs")],

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import TINY
+from conftest import TINY, slow
 from engine import hardware, interrupts, sources
 from study import cluster
 
@@ -115,7 +115,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("cancelled", [True, False])
+@pytest.mark.parametrize("cancelled", [True, *slow(False)])
 def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
     """`work` as on a Ray worker, without Ray: a run that leaves a rank behind, or whose task is cancelled."""
     code = "import subprocess; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True)"

@@ -18,7 +18,7 @@ import gradsplit
 import measure
 import metrics
 import train
-from conftest import TINY, same_weights, series, summary, weights
+from conftest import TINY, same_weights, series, slow, summary, weights
 from engine.job import JobState, TrainingJob
 from gradsplit import batchnorm_mode, sync_batchnorms
 from test_metrics import job_for, warm
@@ -389,9 +389,7 @@ def test_stratified_masks_keep_each_labels_count():
     assert not torch.equal(strict, batch.host_noisy)
 
 
-@pytest.mark.parametrize(
-    "mode", ["train", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("eval", "separate"))]
-)
+@pytest.mark.parametrize("mode", slow("train", "eval", "separate"))
 def test_full_leaves_no_trace(go, mode):
     common = ("--noise", "0.5", "--measure-bn", mode)
     a = go(*common, "--permutations", "0", name="a")

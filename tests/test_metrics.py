@@ -14,7 +14,7 @@ import metrics
 import models
 import noises
 import train
-from conftest import TINY
+from conftest import TINY, slow
 from engine import options, sources
 from engine.job import TrainingJob
 from gradsplit import Forward, cut_graph
@@ -79,7 +79,7 @@ def test_split_equals_three_backward_passes(mode, precision, bound):
     assert got["grad/clean_fraction"] == 1 - batch.n_noisy / 32
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("64-true", 1e-12), ("bf16-mixed", 3e-2)])
+@pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("64-true", 1e-12), *slow(("bf16-mixed", 3e-2))])
 def test_clean_plus_noisy_is_the_training_gradient(precision, bound):
     job = job_for("--precision", precision)
     batch = warm(job)

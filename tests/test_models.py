@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 import models
+from conftest import slow
 
 
 def count(name: str, C: int, width: int = 64, norm: str = "bn") -> int:
@@ -101,7 +102,7 @@ for width in (4, 8, 12):
 """
 
 
-@pytest.mark.parametrize("threads", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 4))])
+@pytest.mark.parametrize("threads", slow(1, 2, 4))
 def test_narrow_networks_have_right_gradients_and_leave_memory_alone(zygote, threads):
     """In a process of its own: native code that writes where it must not ends the process, and not the tests."""
     assert zygote.run(code=GRADIENTS.format(threads=threads)) == [0], zygote.output()

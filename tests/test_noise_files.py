@@ -18,7 +18,7 @@ import noise
 from engine import noisefile, sources
 from engine import options
 import datasets
-from conftest import ROOT, TINY, same_weights, series
+from conftest import ROOT, TINY, same_weights, series, slow
 from test_inputs import LONG, refuse
 
 pytestmark = pytest.mark.filterwarnings("error::UserWarning")  # a warning on standard error would be a second line
@@ -99,7 +99,7 @@ def test_human_labels_of_another_set(human, real_data, capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------- the same, from a file
 
 
-@pytest.mark.parametrize("argv", ["--noise-type instance --noise 0.3", "--noise-type dynamic --noise 0.5"])
+@pytest.mark.parametrize("argv", ["--noise-type instance --noise 0.3", *slow("--noise-type dynamic --noise 0.5")])
 def test_a_run_repeats_from_its_noise_npz(argv, go):
     a = go(*argv.split(), "--noise-seed", "3", name="a")
     b = go("--noise-type", "file", "--noise-file", str(a / "noise.npz"), name="b")
@@ -317,6 +317,7 @@ def test_inspect_cifar10n(human, capsys):
     refused(capsys, ["inspect", f"{human}:worst"], "no labels 'worst'", "worse_label")
 
 
+@pytest.mark.slow
 def test_the_command_as_a_process(tmp_path):
     command = [sys.executable, "noise.py"]
     argv = ["make", str(tmp_path / "a.npz"), *SYNTHETIC, "--noise", "0.5"]

@@ -457,6 +457,7 @@ def test_x_in_steps_epochs_and_examples(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
     """Rate 0.2 is better at batch 64 and worse at 16; each cell is drawn and judged at its own best."""
     for seed in range(3):
@@ -503,6 +504,7 @@ def test_findings_at_equal_ratio(tmp_path):
     assert setting.scaled == []  # one rate: no two sizes of one ratio
 
 
+@pytest.mark.slow
 def test_the_verdicts_name_what_earlier_runs_lack(tmp_path, capsys):
     """Runs of before `grad/difference` and `probe/memorized_excess`: what they have is judged, the rest is named."""
     sweep_of(tmp_path / "runs", 3)

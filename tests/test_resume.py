@@ -14,7 +14,7 @@ import torch
 
 import epochwise
 import train
-from conftest import TINY, same_weights, series, summary, weights
+from conftest import TINY, same_weights, series, slow, summary, weights
 from engine import labels, record
 
 NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "1e-6"]
@@ -49,7 +49,7 @@ def written(folder: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", slow(2, 20))
 def test_killed_again_and_again(zygote, tmp_path, times):
     """SIGKILL at random moments, many of them within a checkpoint (one is written after every step), and resumed."""
     argv = [*NOISY, "--runs", str(tmp_path), "--epochs", str(min(16, 2 * times)), "--measure-every", "3"]
@@ -88,7 +88,7 @@ def whole(zygote, tmp_path_factory) -> Path:
     return runs / "whole"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
 def test_a_signal_saves_and_status_is_3(zygote, whole, tmp_path, name):
     argv = [*NOISY, "--runs", str(tmp_path), "--epochs", "4"]
     (pid,) = zygote.start([*argv, "--name", "cut"])
@@ -134,7 +134,7 @@ def test_second_interrupt_by_handler():
             os.kill = original
 
 
-@pytest.mark.parametrize("how", ["truncated", "garbage", "missing", "both"])
+@pytest.mark.parametrize("how", ["truncated", "missing", *slow("garbage", "both")])
 def test_damaged_checkpoint(zygote, whole, tmp_path, how):
     argv = [*NOISY, "--epochs", "4", "--runs", str(tmp_path)]
     shutil.copytree(whole, tmp_path / "cut")
@@ -162,12 +162,11 @@ def test_resume_without_a_run_starts_it_and_a_finished_one_is_left(go, capsys):
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("grow", [("--epochs", "2", "4"), ("--max-steps", "7", "13")])
-def test_a_finished_run_may_grow(go, grow):
-    option, few, more = grow
-    go("--noise", "0.5", option, few, name="a")
-    a = go("--noise", "0.5", option, more, "--resume", name="a")
-    b = go("--noise", "0.5", option, more, name="b")
+@pytest.mark.parametrize(("option", "before", "after"), [*slow(("--epochs", "2", "4")), ("--max-steps", "7", "13")])
+def test_a_finished_run_may_grow(go, option, before, after):
+    go("--noise", "0.5", option, before, name="a")
+    a = go("--noise", "0.5", option, after, "--resume", name="a")
+    b = go("--noise", "0.5", option, after, name="b")
     assert_same_run(a, b)
 
 
@@ -473,7 +472,7 @@ def test_events_are_on_the_disk_before_their_checkpoint(go, monkeypatch):
     assert (folder / "summary.json").stat().st_ino in synced
 
 
-@pytest.mark.parametrize("measure", ["split", "full"])
+@pytest.mark.parametrize("measure", ["split", *slow("full")])
 def test_a_signal_once_there_is_a_folder(go, monkeypatch, capsys, measure):
     options = ("--noise", "0.5", "--measure", measure, "--measure-budget", "5", "--epochs", "1")
     whole = go(*options, name="whole")
@@ -548,13 +547,14 @@ os._exit(status)
 """
 
 
-@pytest.mark.parametrize(("ahead", "at"), [(0, [5, 10, 15]), (1, [15])])
+@pytest.mark.parametrize(("ahead", "at"), [*slow((0, [5, 10, 15])), (1, [15])])
 def test_the_clock_of_rank_0_decides_for_all(zygote, tmp_path, ahead, at):
     argv = [*TINY, "--noise", "0.5", "--norm", "gn", "--epochs", "3", "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run(code=CLOCK.format(ahead=ahead, argv=argv), ranks=2) == [0, 0], zygote.output()
     assert f"written {at}" in zygote.output(0) and "written []" in zygote.output(1)
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):
     original = train.checkpoint
     monkeypatch.setattr(train, "checkpoint", lambda *args: (time.sleep(0.8), original(*args)))

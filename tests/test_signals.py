@@ -168,6 +168,7 @@ def held_out(*argv: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tenso
     return source.y_train[indices[1]], relabel_held_out(args, source, indices, given), indices[0]
 
 
+@pytest.mark.slow
 def test_validation_labels_follow_the_law_of_the_noise(tmp_path):
     true, given, _ = held_out("--noise", "0.5", "--noise-type", "symmetric")
     assert int((given != true).sum()) == pytest.approx(400, abs=57)  # half of 800, four standard deviations
@@ -267,6 +268,7 @@ def columns(folder) -> dict[str, np.ndarray]:
         return dict(z)
 
 
+@pytest.mark.slow
 def test_examples_are_ranked_and_leave_no_trace(go):
     """With `--measure off` and the option or without, weights and series are the same; the file repeats `detect/*`."""
     argv = "--noise 0.5 --epochs 3 --measure off".split()
@@ -292,6 +294,7 @@ def test_examples_are_ranked_and_leave_no_trace(go):
     assert all(true[i] == label for i, label in zip(actual["index"], actual["label"], strict=True))
 
 
+@pytest.mark.slow
 def test_interrupted_within_an_epoch_the_accumulators_go_on(go, tmp_path):
     argv = "--noise 0.5 --epochs 3 --examples".split()
     whole = go(*argv, name="whole")
@@ -305,6 +308,7 @@ def test_interrupted_within_an_epoch_the_accumulators_go_on(go, tmp_path):
     assert (whole / "examples.npz").read_bytes() == (cut / "examples.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_accumulators_is_gone_on_from(go, capsys):
     """One of an earlier version: they begin with the first epoch that is followed from its start."""
     argv = "--noise 0.5 --epochs 4 --examples".split()

@@ -252,6 +252,33 @@ def test_the_quick_study_can_be_judged():
     assert {(j.args.bs, j.args.seed) for j in aa} == {(B, s) for B in (16, 64, 256) for s in range(3)}
 
 
+def test_the_medium_study_can_be_judged():
+    """Five seeds with a split each; the two budgets train the largest batch alike; one lr/B beside one rate."""
+    jobs = preset("medium")
+    assert len(jobs) == 2 * 75 + 30 + 80 + 15  # a scaled rate of 0.1 is the fixed one
+    assert {(j.args.seed, j.args.noise_seed, j.args.split_seed) for j in jobs} == {(s, s, s) for s in range(5)}
+    for budget in ("steps", "epochs"):
+        cells = {(j.args.noise, j.args.bs, j.args.seed) for j in preset("medium", budget)}
+        assert len(cells) == 3 * 5 * 5
+    n = 12_500 * 4 // 5
+    assert {
+        options.sched_steps(j.args, -(-n // 256)) for j in jobs if j.args.bs == 256 and j.args.sched != "constant"
+    } == {800}
+    assert {j.args.lr / j.args.bs for j in preset("medium", "scaled")} == {0.1 / 64}
+    assert len(preset("medium", "aa")) == 15
+
+
+def test_the_reports_own_cells_are_measured_as_its_plots():
+    jobs = preset("full-cpu")
+    report = {(j.args.sched, j.args.bs, j.args.noise): j.args for j in preset("report", "4-12")}
+    assert len(jobs) == 12 and len(preset("full-cpu", "16-32")) == 6
+    for a in (j.args for j in jobs):
+        theirs = report[a.sched, a.bs, a.noise]
+        named = ("dataset", "model", "width", "epochs", "lr", "momentum", "wd", "val_frac", "sched_steps", "end")
+        assert [getattr(a, name) for name in named] == [getattr(theirs, name) for name in named]
+        assert a.measure_bn == "eval"
+
+
 # --------------------------------------------------------------------------------------------------------- scheduler
 
 
@@ -447,6 +474,7 @@ def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys
         ]  # no step twice, none left out
 
 
+@pytest.mark.slow
 def test_a_time_limit_lets_runs_save(fake, tmp_path, capsys):
     """--minutes ends a sweep in time; the same command goes on, and no step is lost or made twice."""
     argv = ("--grid", "bs=16,32 epochs=70", "--jobs", "2")
@@ -471,6 +499,7 @@ def test_a_time_limit_ends_at_once_what_does_not_save(monkeypatch):
     assert scheduler.TimeLimit(None).allows_start() and scheduler.TimeLimit(None).stops_asked() == 0
 
 
+@pytest.mark.slow
 def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
     """SIGKILL leaves the children alive; a new sweep neither starts them twice nor gives them up."""
     code = f"""
@@ -655,7 +684,7 @@ def test_a_real_run_and_a_real_failure(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
     """Killed in its second run and started again: the same series as never killed, and the first run untouched."""
-    own = [*TINY, "--epochs", "25", "--checkpoint-minutes", "0"]
+    own = [*TINY, "--epochs", "12", "--checkpoint-minutes", "0"]
     argv = ["--grid", "noise=0.5 seed=0,1", *own]
     names = [job.name for job in grids.expand(["noise=0.5 seed=0,1"], own, "--grid")]
     process = subprocess.Popen(

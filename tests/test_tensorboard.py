@@ -330,6 +330,7 @@ def test_the_best_that_the_checkpoint_knows_of_outlives_better_ones(go, tmp_path
     assert (best(folder)["step"], best(folder)["val_acc"], summary(folder)["best_val_acc"]) == (5, 0.3, 0.3)
 
 
+@pytest.mark.slow
 def test_best_in_mid_epoch_gives_way_when_the_run_grows(go, tmp_path, monkeypatch):
     """--max-steps validates in mid-epoch where a longer run does not: what was best there is not when it goes on."""
     pretend(monkeypatch, step5=0.5, step7=0.9, step10=0.4)

@@ -21,6 +21,7 @@ from conftest import (
     fabric_run,
     same_weights,
     series,
+    slow,
     summary,
     weights,
     without,
@@ -68,7 +69,7 @@ def test_a_run_leaves_what_the_contract_says(go):
     assert not list(folder.glob("*.tmp")) and not (folder / "failed.ckpt").exists()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["32-true", *slow("bf16-mixed")])
 def test_the_same_command_gives_the_same_bits(go, precision):
     options = ("--noise", "0.5", "--precision", precision, "--sched", "cosine")
     options += tuple(SIXTEEN) if precision == "bf16-mixed" else ()
@@ -80,6 +81,7 @@ def test_the_same_command_gives_the_same_bits(go, precision):
     assert not same_weights(a, c) and (a / "noise.npz").read_bytes() == (c / "noise.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_different_noise_seed_changes_only_the_noise(go, monkeypatch):
     """Same initial network, same examples in the same order under the same crops, other labels."""
     seen = {}
@@ -98,6 +100,7 @@ def test_a_different_noise_seed_changes_only_the_noise(go, monkeypatch):
         assert torch.equal(x, x2) and torch.equal(true, true2) and not torch.equal(y, y2)
 
 
+@pytest.mark.slow
 def test_measuring_in_eval_mode_leaves_no_trace(go):
     a = go("--noise", "0.5", "--measure", "off", name="a")
     b = go("--noise", "0.5", "--measure-bn", "eval", name="b")
@@ -200,6 +203,7 @@ def test_fabric_run_is_the_same_run(go, tmp_path):
     assert precision == [resolved.precision] * 2
 
 
+@pytest.mark.slow
 def test_fashion_mnist_in_one_channel(go, real_data):
     argv = "--dataset fmnist --model resnet18 --subset 200 --noise 0.2 --epochs 1".split()
     folder = go(*argv, "--data-dir", str(real_data))

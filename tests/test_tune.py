@@ -3,12 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import report
@@ -362,3 +364,40 @@ def test_the_report_of_tuned_cells_alone_and_of_damaged_searches(tmp_path, capsy
     assert f"left out {cut.name}" in err and f"left out {other.name}" in err
     page = (tmp_path / "out" / "report.md").read_text()
     assert "## Tuned cells" in page and "1 runs are left out: they are at values" in page
+
+
+def test_an_export_holds_the_searches(tmp_path, capsys):
+    """A report on the file is that on the folder, also through a second export and merged with other runs."""
+    planted(tmp_path / "runs")
+    pages = []
+    for path, made in (("runs", "a.npz"), ("a.npz", "b.npz"), ("b.npz", "c.npz")):
+        out = ["--out", str(tmp_path / "out"), "--format", "svg"]
+        assert report.main([str(tmp_path / path), *out, "--export", str(tmp_path / made)]) == 0
+        pages.append((tmp_path / "out" / "report.md").read_text())
+    assert pages[0] == pages[1] == pages[2] and "at each cell's tuned rate" in pages[0]
+    with np.load(tmp_path / "a.npz") as z:
+        arrays = dict(z)
+    content = json.loads(arrays["searches"].tobytes())
+    content["searches"][0][1]["trials"] = 3
+    np.savez(tmp_path / "one.npz", **arrays | {"searches": np.frombuffer(json.dumps(content).encode(), np.uint8)})
+    capsys.readouterr()
+    assert report.main([str(tmp_path / "one.npz"), "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
+    assert f"left out {content['searches'][0][0]}" in capsys.readouterr().err
+    for damaged in (b"[]", b'{"searches": 1}', b'{"searches": [[1, 2]]}', b"\xff"):
+        np.savez(tmp_path / "bad.npz", **arrays | {"searches": np.frombuffer(damaged, np.uint8)})
+        assert report.main([str(tmp_path / "bad.npz"), "--out", str(tmp_path / "out")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "bad.npz" in err
+
+
+def test_searches_without_a_judged_run_are_a_report(tmp_path, capsys):
+    planted(tmp_path / "runs")
+    for folder in (tmp_path / "runs").iterdir():
+        if folder.name != "tuning":
+            shutil.rmtree(folder)
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "## Tuned cells" in page and "has its best values run at the judged seeds yet" in page
+    (tmp_path / "empty").mkdir()
+    assert report.main([str(tmp_path / "empty"), "--out", str(tmp_path / "out")]) == 2
+    assert "no run in it" in capsys.readouterr().err
