@@ -301,8 +301,8 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     return figure
 
 
-def by_ratio(title: str, runs: list[Run]) -> Figure | None:
-    """Final validation accuracy against lr/B and against lr/(B(1-m)), every finished run a point.
+def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
+    """Final validation accuracy against lr/B and, where the runs are `of_sgd`, against lr/(B(1-m)), every finished run a point.
 
     Colour: batch size; shape: schedule; filling: in what its length is given.
     """
@@ -311,10 +311,11 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
         return None
     levels = sorted({r.cell.noise for r in runs})
     fillings = {"any": "full", "steps": "full", "epochs": "none", "examples": "left"}
-    figure = Figure(figsize=(max(3.4 * len(levels), 6) + 1.2, 6.6), layout="constrained")
-    axes = figure.subplots(2, len(levels), sharey=True, sharex="row", squeeze=False)
+    names = ["lr / B", "lr / (B (1 - m))"][: 1 + of_sgd]
+    figure = Figure(figsize=(max(3.4 * len(levels), 6) + 1.2, 3.0 * len(names) + 0.6), layout="constrained")
+    axes = figure.subplots(len(names), len(levels), sharey=True, sharex="row", squeeze=False)
     headline(figure, title)
-    for row, with_m, name in zip(axes, (False, True), ("lr / B", "lr / (B (1 - m))"), strict=True):
+    for row, with_m, name in zip(axes, (False, True), names, strict=False):
         row[0].set_ylabel("final validation accuracy")
         for axis, noise in zip(row, levels, strict=True):
             axis.set_title(noise_title(noise))
@@ -343,11 +344,8 @@ def by_ratio(title: str, runs: list[Run]) -> Figure | None:
         if len(budgets) > 1
     ]
     figure.legend(handles=marks, title="batch size", loc="outside right center")
-    footer(
-        figure,
-        f"{len(runs)} finished runs; m: the momentum, for one-cycle its {contrasts.PEAK_MOMENTUM} at the largest rate",
-        runs,
-    )
+    about = f"; m: the momentum, for one-cycle its {contrasts.PEAK_MOMENTUM} at the largest rate" * of_sgd
+    footer(figure, f"{len(runs)} finished runs{about}", runs)
     return figure
 
 

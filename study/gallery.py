@@ -48,6 +48,9 @@ class Gallery:
     def report_figures(self, s: Setting) -> None:
         """The report's three series over time, for each schedule and budget of a setting."""
         fmnist = any(r.options["dataset"] == "fmnist" for r in s.runs)
+        of_report = not fmnist or all(
+            r.options["model"].startswith("vgg") for r in s.runs
+        )  # its Fashion-MNIST is VGG's
         for tag, label, with_clean, first, first_fmnist in KINDS:
             for sched in figures.scheds_of(s.ratio_runs):
                 i = figures.REPORT_SCHEDS.index(sched) if sched in figures.REPORT_SCHEDS else None  # others: no number
@@ -57,6 +60,7 @@ class Gallery:
                     if not runs:
                         continue
                     number = first_fmnist if fmnist and i == 0 else None if fmnist or i is None else first + i
+                    number = number if of_report else None
                     pairs = figures.ratio_pairs(runs)  # figures 13 and 14; any other grid of rates has no number
                     wanted = [(None if pairs else number, tag.replace("/", "-"), one_rate, False)]
                     if s.ratio and tag == "val/acc":
@@ -98,8 +102,8 @@ class Gallery:
 
     def summaries(self, s: Setting, number: str) -> None:
         """Final accuracies against lr/B, and the best batch size against noise."""
-        title = f"Accuracy by lr/B and by lr/(B(1-m)) ({s.label})"
-        self.add(f"ratio{number}", title, "no finished run", figures.by_ratio, s.ratio_runs)
+        title = f"Accuracy by lr/B{' and by lr/(B(1-m))' * s.of_sgd} ({s.label})"
+        self.add(f"ratio{number}", title, "no finished run", figures.by_ratio, s.ratio_runs, s.of_sgd)
         title = f"Best batch size against noise ({s.label})"
         reason = "needs finished runs of three batch sizes"
         self.add(f"best-batch{number}", title, reason, figures.best_batch_sizes, s.runs)

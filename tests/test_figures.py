@@ -252,6 +252,8 @@ def test_budgets_look_different_against_the_ratio():
     assert len({line.get_fillstyle() for line in figure.axes[0].get_lines()}) == 3
     assert legend(figure)[-3:] == [f"schedule in {b}" for b in lengths]
     assert not any("schedule in" in text for text in legend(figures.by_ratio("t", runs[:1])))
+    assert [axis.get_xlabel() for axis in figure.axes] == ["lr / B", "lr / (B (1 - m))"]
+    assert [axis.get_xlabel() for axis in figures.by_ratio("t", runs, of_sgd=False).axes] == ["lr / B"]
 
 
 def test_no_two_batch_sizes_and_rates_share_a_colour():
