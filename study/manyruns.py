@@ -17,6 +17,7 @@ from study.runvalues import last_value
 from study.searches import CellSearch, sort_runs
 from study.settings import Setting, group_by, group_settings
 from study.stopping import write_stopping
+from study.telltales import write_telltales
 from study.tunedcells import write_tuned
 from study.units import tuned
 from study.verdicts import Judged, judge, write_findings, write_rules
@@ -232,6 +233,7 @@ def write_full_report(
     at_tuned = write_tuned(page, found, look, formats, margins)
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
+    write_telltales(page, settings)
     write_losses(page, settings)
     write_stopping(page, settings)
     write_detection(page, settings)
