@@ -97,8 +97,8 @@ def probe(context: MeasuringContext) -> dict:
         values["probe/other"] = float((~memorized & ~recovered).double().mean())
         values["probe/auc"] = metrics.auc(loss[:n], loss[n:])
         if context.confusion is not None:
-            found = predicted[:n].long(), true[:n], y[:n]
-            values["probe/memorized_excess"] = metrics.memorized_excess(*found, context.confusion)
+            examples = predicted[:n].long(), true[:n], y[:n]
+            values["probe/memorized_excess"] = metrics.memorized_excess(*examples, context.confusion)
     if len(clean):
         values["probe/clean_acc"] = float((predicted[n:] == y[n:]).double().mean())
     return values

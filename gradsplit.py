@@ -94,9 +94,9 @@ def example_losses(loss: Loss | None, output: Tensor, labels: Tensor) -> Tensor:
         return each if labels.dim() == 1 else each.view(len(labels), -1).mean(1)
     each = loss(output, labels)
     if not isinstance(each, Tensor) or each.shape != labels.shape[:1]:
-        found = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+        kind = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
         raise ValueError(
-            f"loss= returned {found}; it must return one value for each example, ({len(labels)},): "
+            f"loss= returned {kind}; it must return one value for each example, ({len(labels)},): "
             'reduction="none", and a sum or mean over the other dimensions'
         )
     return each
@@ -940,10 +940,8 @@ class Meter:
     def _batch(self, x: Any, y: Tensor, noisy: Tensor, true: Tensor | None) -> Batch:
         """The global batch, of which these are this process's share; here the host waits for a `noisy` on a GPU."""
         if not isinstance(noisy, Tensor) or noisy.dtype != torch.bool:
-            found = str(noisy.dtype) if isinstance(noisy, Tensor) else type(noisy).__name__
-            raise TypeError(
-                f"noisy is {found}; it must be a tensor of torch.bool with one entry for each example, (B,)"
-            )
+            kind = str(noisy.dtype) if isinstance(noisy, Tensor) else type(noisy).__name__
+            raise TypeError(f"noisy is {kind}; it must be a tensor of torch.bool with one entry for each example, (B,)")
         if noisy.dim() != 1 or y.dim() < 1 or len(noisy) != len(y):
             raise ValueError(
                 f"noisy of shape {tuple(noisy.shape)} for y of shape {tuple(y.shape)}: it must have one entry for each example, (B,)"

@@ -276,8 +276,8 @@ class one_line:
 
     def __exit__(self, kind, e, trace) -> None:
         if isinstance(e, (Exception, SystemExit)) and not isinstance(e, InputError):
-            said = (str(e).strip().splitlines() or [""])[0]
-            raise InputError(f"{self.what} raised {type(e).__name__}: {said}") from e
+            message = (str(e).strip().splitlines() or [""])[0]
+            raise InputError(f"{self.what} raised {type(e).__name__}: {message}") from e
 
 
 @dataclass(frozen=True)

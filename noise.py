@@ -62,12 +62,12 @@ def make(args) -> str:
         index = data.drawn(N, args.split_seed, args.subset)
     else:
         index, _ = data.split(N, args.val_frac, args.split_seed, args.subset)
-    labels, said, _ = relabel(args, source, index)
+    labels, ledger, _ = relabel(args, source, index)
     try:
-        noisefile.save(out, index, source.y_train[index], labels, said["dynamic"])
+        noisefile.save(out, index, source.y_train[index], labels, ledger["dynamic"])
     except OSError as e:
         raise InputError(f"{out}: cannot be written ({e.strerror})") from e
-    return noisefile.describe_labels(said, source.classes) + f"\n{out}: sha256 {said['noise_npz_sha256']}"
+    return noisefile.describe_labels(ledger, source.classes) + f"\n{out}: sha256 {ledger['noise_npz_sha256']}"
 
 
 def idle(args) -> list[str]:

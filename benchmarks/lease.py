@@ -121,12 +121,12 @@ class Call:
 
     def finished_folders(self) -> list[Path]:
         folders = sorted(self.runs.iterdir()) if self.runs.is_dir() else []
-        found = []
+        finished = []
         for folder in filter(runfolders.is_run, folders):
             with contextlib.suppress(InputError):
                 if runfolders.read_folder(folder, with_series=False).finished:
-                    found.append(folder)
-        return found
+                    finished.append(folder)
+        return finished
 
     def export(self, more: list[str] = ()) -> None:
         """Add finished runs, of WORK and of `more` files, to those exported before, here and in OUT."""

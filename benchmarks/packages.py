@@ -25,14 +25,14 @@ def install(wheels: str, target: Path) -> str | None:
 
     Returns what is wrong, in a line, or None.
     """
-    found = sorted(Path(wheels).glob("*.whl"))
-    if not found:
+    files = sorted(Path(wheels).glob("*.whl"))
+    if not files:
         return f"--wheels {wheels}: no wheel in it"
     done = target / ".installed"
-    names = "\n".join(path.name for path in found)
+    names = "\n".join(path.name for path in files)
     if not done.is_file() or done.read_text() != names:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade"]
-        ended = subprocess.run([*command, "--target", str(target), *map(str, found)], capture_output=True, text=True)
+        ended = subprocess.run([*command, "--target", str(target), *map(str, files)], capture_output=True, text=True)
         if ended.returncode:
             return f"--wheels {wheels}: pip failed ({(ended.stderr.strip().splitlines() or ['no reason given'])[-1]})"
         done.write_text(names)

@@ -301,9 +301,9 @@ def part_measured(mine, model: str, B: int) -> list[dict]:
     acts = [step_of(job), step_of(job, True), step_of(job, True, masks=True), reports_way(job)]
     plain, measured, masked, theirs = in_turn(acts, 4 * mine.seconds)
     row = {"model": model, "B": B, "precision": job.args.precision, "plain step, ms": spread(plain, 1, 1e3)}
-    found = {"measured / plain": (measured, plain), "with a random mask / plain": (masked, plain)}
-    found |= {"report's way / plain": (theirs, plain), "measured / report's way": (measured, theirs)}
-    return [row | {name: spread(ratios(*both)) for name, both in found.items()}]
+    pairs = {"measured / plain": (measured, plain), "with a random mask / plain": (masked, plain)}
+    pairs |= {"report's way / plain": (theirs, plain), "measured / report's way": (measured, theirs)}
+    return [row | {name: spread(ratios(*both)) for name, both in pairs.items()}]
 
 
 FAMILIES = "measured step, split", "measured step, all controls", "probe", "isotropy", "curvature"
@@ -579,13 +579,13 @@ def run_cells(name: str, cells: list[list], mine, end: float = math.inf) -> Iter
 
 def tables(rows: list[dict]) -> str:
     """A table of the rows, or several: one for each heading that a first column has."""
-    found = []
+    blocks = []
     for first in dict.fromkeys(next(iter(row)) for row in rows):
         own = [row for row in rows if next(iter(row)) == first]
         head = list(dict.fromkeys(name for row in own for name in row if not name.startswith(".")))
         head.sort(key="failed".__eq__)  # it comes last
-        found.append(table(head, [[str(row.get(name, "")) for name in head] for row in own]))
-    return "\n\n".join(found)
+        blocks.append(table(head, [[str(row.get(name, "")) for name in head] for row in own]))
+    return "\n\n".join(blocks)
 
 
 # --------------------------------------------------------------------------------------------------------------- results
@@ -596,10 +596,10 @@ def where() -> str:
     if ON_GPU:
         name = torch.cuda.get_device_name()
     else:
-        found = ()
+        models = ()
         with contextlib.suppress(OSError):
-            found = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-        name = f"{found[0] if found else platform.processor() or platform.machine()}, {hardware.cores()} cores"
+            models = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        name = f"{models[0] if models else platform.processor() or platform.machine()}, {hardware.cores()} cores"
         name += f" with {(hardware.cpu_features() or ['no AVX2'])[0]}"  # each feature implies those below it
     return f"{name}; torch {torch.__version__}"
 

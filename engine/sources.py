@@ -270,8 +270,8 @@ def pixels_of(path: str, size: tuple[int, int], where: str) -> Tensor:
     try:
         with Image.open(path) as image:  # reads the header alone
             if image.width * image.height > MEGAPIXELS * 10**6:
-                found = f"{image.width} x {image.height} pixels"
-                raise InputError(f"{where}: {path} has {found}, more than {MEGAPIXELS} megapixels")
+                pixels = f"{image.width} x {image.height} pixels"
+                raise InputError(f"{where}: {path} has {pixels}, more than {MEGAPIXELS} megapixels")
             if image.mode.startswith(("I", "F")):  # Pillow would clip these to 8 bits without a word
                 raise InputError(f"{where}: {path} has pixels of more than 8 bits (mode {image.mode})")
             whole = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)

@@ -178,20 +178,20 @@ def best_shift(units: list[Unit]) -> Estimate:
     sizes = {math.log2(c.B): c.B for c in curves[0]}
     low, high = min(sizes), max(sizes)
     shift = lambda some: statistics.fmean(a - b for a, b in best_log2_pairs(mean_cells(some)))  # noqa: E731
-    found = Estimate(jackknife(curves, shift))
-    found.at_least = any(clean == high or noisy == low for clean, noisy in pairs)
-    found.at_most = any(clean == low or noisy == high for clean, noisy in pairs)
-    if (found.at_least or found.at_most) and len(
-        set(found.values)
+    estimate = Estimate(jackknife(curves, shift))
+    estimate.at_least = any(clean == high or noisy == low for clean, noisy in pairs)
+    estimate.at_most = any(clean == low or noisy == high for clean, noisy in pairs)
+    if (estimate.at_least or estimate.at_most) and len(
+        set(estimate.values)
     ) == 1:  # an end in every curve: no spread to judge by
-        found.at_least = found.at_most = True
+        estimate.at_least = estimate.at_most = True
     ends = sorted({best for pair in pairs for best in pair if best in (low, high)})
     if ends:
         where = " or ".join(f"{'below' if best == low else 'above'} {sizes[best]}" for best in ends)
-        both = found.at_least and found.at_most
-        bound = "no estimate" if both else f"{'at least' if found.at_least else 'at most'} what is estimated"
-        found.notes.append(f"the best batch size may lie {where}: the shift is {bound}")
-    return found
+        both = estimate.at_least and estimate.at_most
+        bound = "no estimate" if both else f"{'at least' if estimate.at_least else 'at most'} what is estimated"
+        estimate.notes.append(f"the best batch size may lie {where}: the shift is {bound}")
+    return estimate
 
 
 # ------------------------------------------------------------------------------------------------------------ lr/B

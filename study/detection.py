@@ -27,9 +27,9 @@ def write_detection(page: Page, settings: list[Setting]) -> None:
         for same in group_by(
             sorted(runs, key=lambda r: (r.budget, r.fake, r.cell)), lambda r: (r.budget, r.fake, r.cell)
         ).values():
-            found = [[v for r in same if (v := last_value(r, tag)) is not None] for tag in DETECTORS]
+            known = [[v for r in same if (v := last_value(r, tag)) is not None] for tag in DETECTORS]
             rows.append(
-                [*cell_text(same[0]), str(len(same)), *(mean_text(values) if values else "" for values in found)]
+                [*cell_text(same[0]), str(len(same)), *(mean_text(values) if values else "" for values in known)]
             )
         if rows:
             tables.append((setting.label, rows))

@@ -230,8 +230,8 @@ def interval_of_means(axis, runs: list[Run], tag: str, color) -> None:
         if len(values):
             half = math.sqrt(float(np.square((high - low) / 2).sum())) / len(values)
             by_size.setdefault(run.cell.B, []).append((float(values.mean()), half))
-    for B, found in by_size.items():
-        middle, half = np.mean([m for m, _ in found]), math.hypot(*(h for _, h in found)) / len(found)
+    for B, moments in by_size.items():
+        middle, half = np.mean([m for m, _ in moments]), math.hypot(*(h for _, h in moments)) / len(moments)
         axis.vlines(B, middle - half, middle + half, color=color, lw=3, alpha=0.35, zorder=2)
 
 

@@ -191,24 +191,24 @@ def gather(finding: Finding, rows: list[RunRow], cells: set[Cell], where: str) -
             elif row.finished:
                 for name in finding.needs:
                     unit[name][row.cell] = row.values[name]
-    found = Gathered({}, [])
+    gathered = Gathered({}, [])
     for seed, unit in sorted(table.items()):
         for cell in sorted(cells - unit[finding.needs[0]].keys()):
             name = lacking.get((seed, cell))
             why = f"its run has no {SERIES_OF.get(name, name)}" if name else "no finished run"
-            found.missing.append(f"{where}: {cell_label(cell)}, seed {seed}: {why}")
+            gathered.missing.append(f"{where}: {cell_label(cell)}, seed {seed}: {why}")
         if len(unit[finding.needs[0]]) == len(cells):
-            found.units[seed] = unit
-    if found.units:
+            gathered.units[seed] = unit
+    if gathered.units:
         try:
-            found.estimate = finding.estimate(list(found.units.values()))
+            gathered.estimate = finding.estimate(list(gathered.units.values()))
         except Incomplete as e:
-            found.missing.append(f"{where}: needs {e}")
-    return found
+            gathered.missing.append(f"{where}: needs {e}")
+    return gathered
 
 
 def subtract_null(
-    finding: Finding, found: Gathered, rows: list[RunRow], budget: str, sizes: set[int]
+    finding: Finding, gathered: Gathered, rows: list[RunRow], budget: str, sizes: set[int]
 ) -> Interval | None:
     """Subtract, seed by seed, the mean of the A/A runs at the tested sizes from the estimate; returns their interval.
 
@@ -221,24 +221,24 @@ def subtract_null(
         by_seed: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in fakes:
             by_seed[row.seed][row.cell.B].append(row.values[name])
-        full = {s: of for s, of in by_seed.items() if sizes <= of.keys() and s in found.units}
+        full = {s: of for s, of in by_seed.items() if sizes <= of.keys() and s in gathered.units}
         return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items()}
 
     fakes = [r for r in rows if r.fake and name in r.values and has_schedule(r.cell)]
     own = complete([r for r in fakes if r.budget in (budget, "any")])
     aa = own if len(own) >= LEAST_SEEDS else complete(fakes)
     if len(aa) < LEAST_SEEDS:
-        found.missing.append(
+        gathered.missing.append(
             f"{BUDGETS[budget]}: A/A runs (--fake-mask) with {SERIES_OF[name]} of three seeds at B {', '.join(map(str, sorted(sizes)))}, "
             f"there are those of {len(aa)}; nothing is subtracted"
         )
         return interval(aa.values()) if aa else None
-    without = [s for s in found.units if s not in aa]
+    without = [s for s in gathered.units if s not in aa]
     if without:
-        found.estimate.notes.append(f"seeds without A/A runs are left out: {', '.join(without)}")
-    kept = zip(found.units, found.estimate.values, strict=True)
-    found.estimate.values = [value - aa[seed] for seed, value in kept if seed in aa]
-    found.units = {s: unit for s, unit in found.units.items() if s in aa}
+        gathered.estimate.notes.append(f"seeds without A/A runs are left out: {', '.join(without)}")
+    kept = zip(gathered.units, gathered.estimate.values, strict=True)
+    gathered.estimate.values = [value - aa[seed] for seed, value in kept if seed in aa]
+    gathered.units = {s: unit for s, unit in gathered.units.items() if s in aa}
     return interval(aa.values())
 
 
@@ -247,11 +247,11 @@ def part_intervals(estimate: Estimate) -> dict[str, Interval]:
     return {name: interval(values, 1 - LEVEL / len(estimate.parts)) for name, values in estimate.parts.items()}
 
 
-def evidence(found: Gathered | None, margin: float) -> Evidence:
+def evidence(gathered: Gathered | None, margin: float) -> Evidence:
     """What one budget says."""
-    if found is None or found.estimate is None:
+    if gathered is None or gathered.estimate is None:
         return Evidence(None)
-    e = found.estimate
+    e = gathered.estimate
     parts = [
         i
         for i in part_intervals(e).values()
@@ -267,13 +267,13 @@ def paired_difference(a: Gathered | None, b: Gathered | None) -> list[float]:
         return []
     sides = []
     common = a.estimate.pieces.keys() & b.estimate.pieces.keys()
-    for found in (a, b):
-        values = found.estimate.values
-        if found.estimate.pieces:
+    for gathered in (a, b):
+        values = gathered.estimate.values
+        if gathered.estimate.pieces:
             if not common:
                 return []
-            values = across(list(over_lines({k: found.estimate.pieces[k] for k in sorted(common)}).values()))
-        sides.append(dict(zip(found.units, values, strict=True)))
+            values = across(list(over_lines({k: gathered.estimate.pieces[k] for k in sorted(common)}).values()))
+        sides.append(dict(zip(gathered.units, values, strict=True)))
     return [sides[0][s] - sides[1][s] for s in sides[0] if s in sides[1]]
 
 
@@ -297,11 +297,11 @@ def needed_seeds(finding: Finding, tables: dict[str, Gathered], result: Result) 
     """How many seeds would resolve every budget, if effects and spreads stay as they are; None where that is not known, and
     where more seeds would not do."""
     needed = []
-    for found in (tables[b] for b in RULED if b in tables):
-        i = interval(found.estimate.values)
-        sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, list(found.units.values()))
+    for gathered in (tables[b] for b in RULED if b in tables):
+        i = interval(gathered.estimate.values)
+        sd = i.sd if i.n >= LEAST_SEEDS else spread_of(finding, list(gathered.units.values()))
         needed.append(
-            None if found.estimate.at_least or found.estimate.at_most else seeds_needed(i.mean, sd, result.margin)
+            None if gathered.estimate.at_least or gathered.estimate.at_most else seeds_needed(i.mean, sd, result.margin)
         )
     there = min((len(tables[b].units) for b in RULED if b in tables), default=0)
     if result.difference and all(needed) and max(needed) <= there:  # both are resolved, but not that they differ
@@ -322,9 +322,9 @@ def show_beside(result: Result, real: list[RunRow], rows: list[RunRow]) -> None:
         there = [r for r in rows if not r.fake and covers(r.cell)]
         for budget in RULED:
             under = [r for r in there if r.budget in (budget, "any")]
-            found = gather(result.finding, under, {r.cell for r in under}, name)
-            if found.estimate is not None:
-                result.corners.setdefault(budget, {})[name] = interval(found.estimate.values)
+            gathered = gather(result.finding, under, {r.cell for r in under}, name)
+            if gathered.estimate is not None:
+                result.corners.setdefault(budget, {})[name] = interval(gathered.estimate.values)
 
 
 def evaluate_finding(
@@ -369,15 +369,15 @@ def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Resul
             continue
         if result.one_budget and budget != "steps":
             continue
-        found = tables[budget] = gather(finding, under, cells, BUDGETS[budget])
-        if finding.null and found.estimate is not None:
-            aa = subtract_null(finding, found, rows, budget, {c.B for c in cells})
+        gathered = tables[budget] = gather(finding, under, cells, BUDGETS[budget])
+        if finding.null and gathered.estimate is not None:
+            aa = subtract_null(finding, gathered, rows, budget, {c.B for c in cells})
             result.aa |= {budget: aa} if aa else {}
-        if found.estimate is not None:
-            result.intervals[budget] = interval(found.estimate.values)
-            result.parts[budget] = part_intervals(found.estimate)
-            result.notes += [f"{BUDGETS[budget]}: {note}" for note in found.estimate.notes]
-        result.missing += found.missing if budget in RULED else []
+        if gathered.estimate is not None:
+            result.intervals[budget] = interval(gathered.estimate.values)
+            result.parts[budget] = part_intervals(gathered.estimate)
+            result.notes += [f"{BUDGETS[budget]}: {note}" for note in gathered.estimate.notes]
+        result.missing += gathered.missing if budget in RULED else []
     show_beside(result, real, rows)
     apart = paired_difference(tables.get("steps"), tables.get("epochs"))
     result.difference = interval(apart) if apart else None
@@ -391,10 +391,10 @@ def decide(result: Result, tables: dict[str, Gathered]) -> None:
     finding, margin = result.finding, result.margin
     steps, epochs = (evidence(tables.get(budget), margin) for budget in RULED)
     if result.one_budget:
-        found = verdict_of_one_budget(steps, finding.direction, margin)
+        judged = verdict_of_one_budget(steps, finding.direction, margin)
     else:
-        found = verdict(steps, epochs, result.difference, finding.direction, margin)
-    if found[0] in finding.gives:
-        result.verdict, result.p = found
-    if result.verdict == "not resolved" and found[0] == "not resolved":
+        judged = verdict(steps, epochs, result.difference, finding.direction, margin)
+    if judged[0] in finding.gives:
+        result.verdict, result.p = judged
+    if result.verdict == "not resolved" and judged[0] == "not resolved":
         result.needed = needed_seeds(finding, tables, result)

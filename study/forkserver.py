@@ -189,10 +189,10 @@ def own_files(script: str) -> dict[str, tuple[int, int]]:
 
 def stamp(path: str) -> tuple[int, int]:
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return 0, 0
-    return found.st_size, found.st_mtime_ns
+    return status.st_size, status.st_mtime_ns
 
 
 def message(what: str, pid: int = 0, code: int = 0) -> bytes:
@@ -202,8 +202,8 @@ def message(what: str, pid: int = 0, code: int = 0) -> bytes:
 def ended_children() -> Iterable[tuple[int, int]]:
     """Process id and exit status of each child that has ended since."""
     with contextlib.suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0]:
-            yield found[0], os.waitstatus_to_exitcode(found[1])
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            yield ended[0], os.waitstatus_to_exitcode(ended[1])
 
 
 def become_a_run(channel: socket.socket, output: int) -> None:

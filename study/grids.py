@@ -113,52 +113,55 @@ def key_of(name: str) -> str:
     return name.strip("-").replace("-", "_")
 
 
-def axes(grid: str, said: str) -> list[list[list[str]]]:
+def axes(grid: str, option: str) -> list[list[list[str]]]:
     """A grid's axes as lists of alternatives, each the options it adds.
 
     `grid`: words NAME=VALUE,VALUE,..., NAME any option of train.py. Two options move together as A+B=VALUE,VALUE
-    (one value for both) or A+B=X:Y,X:Y. A switch takes on or off; `default` leaves an option out. Raises `InputError`.
+    (one value for both) or A+B=X:Y,X:Y. A switch takes on or off; `default` leaves an option out. Raises `InputError` with
+    `option`, which gave the grid, before the reason.
     """
     known = known_options()
-    found = []
+    listed = []
     for word in grid.split():
         names, equals, values = word.partition("=")
         keys = [k.strip("-").replace("_", "-") for k in names.split("+")]
         if not equals or not values:
-            raise InputError(f"{said}: '{word}' is not NAME=VALUE,VALUE,...")
+            raise InputError(f"{option}: '{word}' is not NAME=VALUE,VALUE,...")
         for key in keys:
             if key.replace("-", "_") in PLACES:
-                raise InputError(f"{said}: '{key}' changes where a run happens, not the run; give --{key} for all runs")
+                raise InputError(
+                    f"{option}: '{key}' changes where a run happens, not the run; give --{key} for all runs"
+                )
             if key not in known or key in (*NOT_VARIED, "help"):
-                raise InputError(f"{said}: '{key}' is not an option of train.py that a sweep can vary")
+                raise InputError(f"{option}: '{key}' is not an option of train.py that a sweep can vary")
         alternatives = []
         for value in values.split(","):
             parts = value.split(":") if len(keys) > 1 and ":" in value else [value] * len(keys)
             if len(parts) != len(keys) or not all(parts):
-                raise InputError(f"{said}: '{value}' in '{word}' is not one value for each of {', '.join(keys)}")
+                raise InputError(f"{option}: '{value}' in '{word}' is not one value for each of {', '.join(keys)}")
             alternative = []
             for key, part in zip(keys, parts, strict=True):
                 if known[key].nargs == 0:  # a switch
                     if part not in ("on", "off", "default"):
-                        raise InputError(f"{said}: {key} is a switch, on or off, not '{part}'")
+                        raise InputError(f"{option}: {key} is a switch, on or off, not '{part}'")
                     alternative += [f"--{key}"] * (part == "on")
                 elif part != "default":
                     alternative += [f"--{key}", part]
             alternatives.append(alternative)
-        found.append(alternatives)
-    if not found:
-        raise InputError(f"{said}: it is empty")
-    return found
+        listed.append(alternatives)
+    if not listed:
+        raise InputError(f"{option}: it is empty")
+    return listed
 
 
-def of_seeds(axis: list[list[str]], said: str) -> bool:
+def of_seeds(axis: list[list[str]], option: str) -> bool:
     """Whether an axis sets any of `SEEDS`, and so gives way to --seeds. Raises `InputError` if it sets more."""
     names = {word for alternative in axis for word in alternative if word.startswith("--")}
     more = names - set(SEEDS)
     if names == more:
         return False
     if more:
-        raise InputError(f"--seeds: {said} varies {', '.join(sorted(more))} together with the seed; leave one out")
+        raise InputError(f"--seeds: {option} varies {', '.join(sorted(more))} together with the seed; leave one out")
     return True
 
 
@@ -175,7 +178,7 @@ def axis_names(grids: Iterable[str], several: bool = False) -> set[str]:
 
 
 def expand(
-    grids: list[str], extra: list[str], said: str, seeds: list[str] = (), always: Collection[str] | None = None
+    grids: list[str], extra: list[str], option: str, seeds: list[str] = (), always: Collection[str] | None = None
 ) -> list[Job]:
     """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
 
@@ -188,9 +191,9 @@ def expand(
     always = set(axis_names(grids) if always is None else always) | (set(roles.having(roles.SEED)) if seeds else set())
     length_given = any(word.split("=")[0] in SCHED_LENGTHS for word in extra)
     for grid in grids:
-        alternatives = axes(grid, said)
+        alternatives = axes(grid, option)
         if seeds:
-            alternatives = [a for a in alternatives if not of_seeds(a, said)]
+            alternatives = [a for a in alternatives if not of_seeds(a, option)]
             alternatives.append([[word for name in SEEDS for word in (name, s)] for s in seeds])
         for chosen in itertools.product(*alternatives):
             argv = [word for alternative in chosen for word in alternative]
@@ -200,10 +203,10 @@ def expand(
             try:
                 args = options.parse(argv)
             except InputError as e:
-                raise InputError(f"{said}: {e}") from e
+                raise InputError(f"{option}: {e}") from e
             args.name = options.run_name(args, always)
             job = jobs.setdefault(args.name, Job(argv, args, frozenset(always)))
             other = differences(vars(job.args), vars(args))
             if other:
-                raise InputError(f"{said}: two runs would be called {args.name}: {'; '.join(other.values())}")
+                raise InputError(f"{option}: two runs would be called {args.name}: {'; '.join(other.values())}")
     return list(jobs.values())

@@ -215,8 +215,8 @@ def write_full_report(
 
     `left_out` are the runs and searches that cannot be read, as "NAME: reason"; `searches`: the oldest first.
     """
-    found = sort_runs(runs, list(searches))
-    settings = group_settings(found.fixed)
+    searched = sort_runs(runs, list(searches))
+    settings = group_settings(searched.fixed)
     page.heading(1, "Label noise and SGD: figures and findings")
     write_state(page, runs)
     for s in settings:
@@ -230,7 +230,7 @@ def write_full_report(
         page.text(f"{len(left_out)} more cannot be read and are left out:")
         page.bullets([literal(line) for line in left_out])
     judged = write_judged(page, settings, look, margins, formats) if settings else []
-    at_tuned = write_tuned(page, found, look, formats, margins)
+    at_tuned = write_tuned(page, searched, look, formats, margins)
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
     write_telltales(page, settings)
@@ -239,7 +239,7 @@ def write_full_report(
     write_detection(page, settings)
     if reference:
         page.heading(2, "Beside the report")
-        write_comparison(page, found.fixed, reference)
+        write_comparison(page, searched.fixed, reference)
     return [judged, at_tuned]
 
 

@@ -52,8 +52,8 @@ def loss_rows(runs: list[Run]) -> list[list[str]]:
     cells = group_by(sorted(runs, key=order), lambda r: (r.budget, r.cell, r.options["wd"], r.options["loss"]))
     for same in cells.values():
         columns = zip(*(gradient_values(r) + [last_value(r, tag) for tag in FINAL] for r in same), strict=True)
-        found = [[v for v in column if v is not None and np.isfinite(v)] for column in columns]
-        shown = [mean_text(values, 3) if values else "" for values in found]
+        known = [[v for v in column if v is not None and np.isfinite(v)] for column in columns]
+        shown = [mean_text(values, 3) if values else "" for values in known]
         rows.append([literal(same[0].options["loss"]), *cell_text(same[0]), str(len(same)), *shown])
     return rows
 
@@ -61,15 +61,15 @@ def loss_rows(runs: list[Run]) -> list[list[str]]:
 def compared_values(run: Run) -> dict[str, float]:
     """What is compared seed by seed: cosine minus null and the ratio's logarithm in each half of the run, and the end."""
     values = gradient_values(run)
-    found = {}
+    compared = {}
     for i, half in enumerate(HALVES):
         cosine, null, ratio = values[3 * i : 3 * i + 3]
         if cosine is not None and null is not None:
-            found[f"cosine minus null, {half}"] = cosine - null
+            compared[f"cosine minus null, {half}"] = cosine - null
         if ratio:
-            found[f"norm, noisy / clean, {half}"] = float(np.log(ratio))
-    found |= {name: value for tag, name in FINAL.items() if (value := last_value(run, tag)) is not None}
-    return found
+            compared[f"norm, noisy / clean, {half}"] = float(np.log(ratio))
+    compared |= {name: value for tag, name in FINAL.items() if (value := last_value(run, tag)) is not None}
+    return compared
 
 
 def compared_rows(runs: list[Run]) -> tuple[list[str], list[list[str]]]:

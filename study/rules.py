@@ -49,8 +49,8 @@ class Evidence:
 
     def claims(self, direction: int, margin: float) -> bool:
         """Whether the interval excludes 0 in the claimed direction (0: in either) and does not lie inside the margin."""
-        found = self.signs(margin)
-        return bool(found) if direction == 0 else direction in found
+        signs = self.signs(margin)
+        return bool(signs) if direction == 0 else direction in signs
 
     def refutes(self, direction: int, margin: float) -> bool:
         """Whether the interval lies inside the margin, or on the other side of 0."""
@@ -90,8 +90,10 @@ def verdict(
     return "not resolved", None
 
 
-def verdict_of_one_budget(found: Evidence, direction: int, margin: float) -> tuple[str, float | None]:
+def verdict_of_one_budget(evidence: Evidence, direction: int, margin: float) -> tuple[str, float | None]:
     """*Supported*, *not supported* or *not resolved* where runs have no schedule and so only one budget, and the p value."""
-    if found.claims(direction, margin):
-        return "supported", found.p_claim()
-    return ("not supported", found.p_refute(margin)) if found.refutes(direction, margin) else ("not resolved", None)
+    if evidence.claims(direction, margin):
+        return "supported", evidence.p_claim()
+    return (
+        ("not supported", evidence.p_refute(margin)) if evidence.refutes(direction, margin) else ("not resolved", None)
+    )

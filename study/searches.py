@@ -69,7 +69,7 @@ class CellSearch:
 
     def ends(self) -> list[str]:
         """The tuned options whose best value is within a twentieth of its range from an end: a better one may lie beyond."""
-        found = []
+        near = []
         for name, spec in self.space.items():
             kind, *ends = spec.split(":")
             if self.best is None or kind not in ("log", "lin") or len(ends) != 2:
@@ -78,8 +78,8 @@ class CellSearch:
             low, high, at = (scale(float(x)) for x in (*ends, self.best.values[name]))
             share = (at - low) / (high - low)
             if not 0.05 <= share <= 0.95:
-                found.append(f"{name} {'lower' if share < 0.5 else 'upper'}")
-        return found
+                near.append(f"{name} {'lower' if share < 0.5 else 'upper'}")
+        return near
 
 
 @dataclass
@@ -135,11 +135,11 @@ def read_searches(paths: list[str], left_out: list[str]) -> list[CellSearch]:
 
     One that cannot be read is added to `left_out`, as "NAME: reason".
     """
-    found: list[CellSearch] = []
+    searches: list[CellSearch] = []
 
     def add(name: str, runs: Path, where: Path, content: Callable[[], dict]) -> None:
         try:
-            found.append(checked(content(), name, runs))
+            searches.append(checked(content(), name, runs))
         except InputError as e:
             left_out.append(f"{where.name}: {e}")
         except (ValueError, KeyError, TypeError, AttributeError, StopIteration, OverflowError):
@@ -152,7 +152,7 @@ def read_searches(paths: list[str], left_out: list[str]) -> list[CellSearch]:
     files = [file for folder in folders for file in folder.glob(f"{FOLDER}/*/*.json")]
     for file in sorted(files, key=lambda file: (file.lstat().st_mtime_ns, file)):
         add(file.stem, file.parents[2], file, lambda file=file: jsonfiles.read_json(file) or {})
-    return found
+    return searches
 
 
 def identity(search: CellSearch) -> tuple:
@@ -164,15 +164,15 @@ def identity(search: CellSearch) -> tuple:
 def sort_runs(runs: list[Run], cells: list[CellSearch]) -> Searches:
     """`runs` by what they are to the searches `cells`, the oldest first."""
     newest = {identity(search): search for search in cells if search.best is not None and search.judged}
-    found = Searches(cells)
+    searched = Searches(cells)
     owners = {(str(s.runs), name): s for s in cells for name in s.judged}
     for run in runs:
         places = (run.source, str(Path(run.source).parent))  # of an exported run its file, of another its folder
         search = next((owners[place, run.name] for place in places if (place, run.name) in owners), None)
         if search is None:
-            found.fixed.append(run)
+            searched.fixed.append(run)
         elif newest.get(identity(search)) is search and search.judged[run.name] == search.best.values:
-            found.tuned.append((run, search))
+            searched.tuned.append((run, search))
         else:
-            found.earlier.append(run)
-    return found
+            searched.earlier.append(run)
+    return searched

@@ -126,7 +126,7 @@ def read_space(text: str, in_grid: set[str], given: list[str]) -> list[Dimension
     `in_grid`: options that the grid sets, as named in the parsed options; `given`: words that go to every run. Raises
     `InputError`.
     """
-    known, found = known_options(), {}
+    known, dimensions = known_options(), {}
     everywhere = {key_of(word.partition("=")[0]) for word in given if word.startswith("--")}
     for word in text.split():
         name, equals, spec = word.partition("=")
@@ -143,9 +143,9 @@ def read_space(text: str, in_grid: set[str], given: list[str]) -> list[Dimension
             raise InputError(f"--tune: '{name}' is in the grid, too; give it once")
         if key in everywhere:
             raise InputError(f"--tune: --{name} is given for every run, too; give it once")
-        if name in found:
+        if name in dimensions:
             raise InputError(f"--tune: '{name}' is there twice")
-        found[name] = dimension(name, spec, known[name])
-    if not found:
+        dimensions[name] = dimension(name, spec, known[name])
+    if not dimensions:
         raise InputError("--tune: it is empty")
-    return list(found.values())
+    return list(dimensions.values())

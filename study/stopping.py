@@ -84,12 +84,12 @@ def stops(run: Run) -> dict[str, Stop]:
     if not accuracy or not any(signals.values()):
         return {}
     best = max(accuracy, key=accuracy.__getitem__)
-    found = {"best epoch by clean labels": best, "last epoch": max(accuracy)}
+    epochs = {"best epoch by clean labels": best, "last epoch": max(accuracy)}
     for signal, points in signals.items():
         if points:
             values = averaged(signal.sign * np.array(list(points.values())), signal.average)
-            found[signal.label] = list(points)[chosen(values, signal.patience)]
-    return {rule: Stop(e, accuracy[e], accuracy[best] - accuracy[e]) for rule, e in found.items()}
+            epochs[signal.label] = list(points)[chosen(values, signal.patience)]
+    return {rule: Stop(e, accuracy[e], accuracy[best] - accuracy[e]) for rule, e in epochs.items()}
 
 
 def cell_text(run: Run) -> list[str]:

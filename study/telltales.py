@@ -49,15 +49,15 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
 
 def correlations(runs: list[Run], measure: Callable[[Run], float | None]) -> list[float]:
     """For each seed, the rank correlation over its cells of `measure` with the share memorized, averaged over noise levels."""
-    found = []
+    by_seed = []
     for of_seed in group_by(runs, lambda r: r.seed).values():
         levels = []
         for of_level in group_by(of_seed, lambda r: r.cell.noise).values():
             pairs = [(measure(r), memorized(r)) for r in of_level]
             levels.append(rank_correlation([p for p in pairs if None not in p]))
         known = [rho for rho in levels if rho is not None]
-        found += [statistics.fmean(known)] if known else []
-    return found
+        by_seed += [statistics.fmean(known)] if known else []
+    return by_seed
 
 
 def cell_rows(runs: list[Run]) -> list[list[str]]:

@@ -21,24 +21,26 @@ from study.settings import Setting, group_by, group_settings
 from study.verdicts import Judged, judge, write_findings
 
 
-def write_tuned(page: Page, found: Searches, look: Look, formats: tuple[str, ...], margins: dict[str, float]) -> Judged:
+def write_tuned(
+    page: Page, searched: Searches, look: Look, formats: tuple[str, ...], margins: dict[str, float]
+) -> Judged:
     """Everything that a report says of tuned cells; returns the verdicts. Nothing where there is no search."""
-    if not found.cells:
+    if not searched.cells:
         return []
     page.heading(2, "Tuned cells")
-    for i, (_, cells) in enumerate(group_by(found.cells, lambda s: s.key).items()):
-        write_search(page, cells, found, formats, f"-{i + 1}" if i else "")
-    if found.earlier:
+    for i, (_, cells) in enumerate(group_by(searched.cells, lambda s: s.key).items()):
+        write_search(page, cells, searched, formats, f"-{i + 1}" if i else "")
+    if searched.earlier:
         page.text(
-            f"{len(found.earlier)} runs are left out: they are at values that a search has chosen before it had more trials, or "
+            f"{len(searched.earlier)} runs are left out: they are at values that a search has chosen before it had more trials, or "
             "before a newer search of the same cell."
         )
-    settings = tuned_settings(found)
+    settings = tuned_settings(searched)
     if not settings:
         page.text("No search is complete and has its best values run at the judged seeds yet.")
         return []
     page.heading(2, "Figures at tuned cells")
-    of_name = {(run.name, run.source): run for run, _ in found.tuned}
+    of_name = {(run.name, run.source): run for run, _ in searched.tuned}
     real = lambda runs: [of_name[r.name, r.source] for r in runs]  # noqa: E731
     drawn = [replace(s, runs=real(s.runs), ratio_runs=real(s.runs), all_runs=real(s.runs)) for s in settings]
     add_figures(page, drawn, look, formats, "-tuned-cells")
@@ -53,10 +55,10 @@ def write_tuned(page: Page, found: Searches, look: Look, formats: tuple[str, ...
     return judged
 
 
-def tuned_settings(found: Searches) -> list[Setting]:
+def tuned_settings(searched: Searches) -> list[Setting]:
     """Runs at tuned values in groups that may be compared, without a trace of the values."""
     made = []
-    for pairs in group_by(found.tuned, lambda pair: pair[1].key).values():
+    for pairs in group_by(searched.tuned, lambda pair: pair[1].key).values():
         words = pairs[0][1].words
         settings = group_settings([search.neutral(run) for run, search in pairs])
         made += [replace(s, label=f"{s.label}, {words}", ratio=False, scaled=[]) for s in settings]
@@ -66,7 +68,9 @@ def tuned_settings(found: Searches) -> list[Setting]:
 # ------------------------------------------------------------------------------------------------------------- table
 
 
-def write_search(page: Page, cells: list[CellSearch], found: Searches, formats: tuple[str, ...], suffix: str) -> None:
+def write_search(
+    page: Page, cells: list[CellSearch], searched: Searches, formats: tuple[str, ...], suffix: str
+) -> None:
     """The table and the figures of the cells that were searched alike."""
     first = cells[0]
     space = ", ".join(f"{name} over {spec}" for name, spec in first.space.items())
@@ -79,7 +83,7 @@ def write_search(page: Page, cells: list[CellSearch], found: Searches, formats: 
     header += ["judged seeds", "val/acc", "test/acc"]
     rows = []
     for search in sorted(cells, key=lambda s: (s.cell.setting, place(s))):
-        runs = [run for run, of in found.tuned if of is search and run.finished]
+        runs = [run for run, of in searched.tuned if of is search and run.finished]
         best = search.best
         state = f"{len(search.trials)} of {search.most}" if not search.complete else str(len(search.trials))
         chosen = [f"{best.value:.4f}", *(best.values[name] for name in names)] if best else [""] * (1 + len(names))

@@ -39,16 +39,16 @@ def partitions(seeds: set[Seed]) -> list[dict[Seed, str]]:
     varied = [k for k in range(max(map(len, seeds))) if len({s[k] for s in seeds}) > 1]
     if all(len({s[k] for s in seeds}) == len(seeds) for k in varied):
         return []
-    found: dict[frozenset, dict[Seed, str]] = {}
+    groupings: dict[frozenset, dict[Seed, str]] = {}
     for k in varied:
         groups = defaultdict(set)
         for s in seeds:
             groups[s[k]].add(s)
         sets = [[{s[j] for s in group} for group in groups.values()] for j in varied if j != k]
         if all(all(a == of[0] for a in of) or sum(map(len, of)) == len(set().union(*of)) for of in sets):
-            found.setdefault(frozenset(map(frozenset, groups.values())), {s: s[k] for s in seeds})
-    if found:
-        return list(found.values())
+            groupings.setdefault(frozenset(map(frozenset, groups.values())), {s: s[k] for s in seeds})
+    if groupings:
+        return list(groupings.values())
     units = {s: {s} for s in seeds}
     for a in seeds:
         for b in seeds:
@@ -62,8 +62,8 @@ def poolings(rows: list[RunRow]) -> list[list[RunRow]]:
     """Rows of independent units, in every way of `partitions`: those of one unit are averaged, cell by cell, and stand under the
     unit's name. The rows themselves where seeds are independent as they are."""
     seeds = {tuple(r.seed.split("/")) for r in rows}
-    found = partitions(seeds) if len(set(map(len, seeds))) == 1 else []
-    return [pooled(rows, units) for units in found] or [rows]
+    ways = partitions(seeds) if len(set(map(len, seeds))) == 1 else []
+    return [pooled(rows, units) for units in ways] or [rows]
 
 
 def pooled(rows: list[RunRow], units: dict[Seed, str]) -> list[RunRow]:

@@ -134,10 +134,10 @@ def explanation(setting: str, r: findings.Result) -> str:
         if parts and budget in findings.RULED:
             text += f" {size_words(findings.BUDGETS[budget], parts)}"
     for name in f.corners:
-        found = [(b, r.corners[b][name]) for b in findings.RULED if name in r.corners.get(b, {})]
-        if len(found) == 2 and found[0][1] == found[1][1]:
-            found = found[:1]
-        text += f" At {name}: " + ("; ".join(f"{interval_text(i)} ({b})" for b, i in found) or "no such runs") + "."
+        at_corner = [(b, r.corners[b][name]) for b in findings.RULED if name in r.corners.get(b, {})]
+        if len(at_corner) == 2 and at_corner[0][1] == at_corner[1][1]:
+            at_corner = at_corner[:1]
+        text += f" At {name}: " + ("; ".join(f"{interval_text(i)} ({b})" for b, i in at_corner) or "no such runs") + "."
     for aa in dict.fromkeys(r.aa[budget] for budget in findings.RULED if budget in r.aa):
         text += f" A/A runs: {interval_text(aa)}."
     for label, i in r.beside.items():

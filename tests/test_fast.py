@@ -271,14 +271,14 @@ def test_what_a_failed_capture_breaks_does_not_hide_it(monkeypatch):
 
     monkeypatch.setattr(fast, "choose", lambda *_: None)
     job = job_for("--graph", "on", "--compile", "off", "--accelerator", "cpu")
-    for graph, buffers, said in (
+    for graph, buffers, message in (
         (refuse, fast.keep_buffers, "capture refused"),
         (refuse, broken_at_last, "capture refused"),
         (lambda *_: None, broken, "unusable"),
     ):
         monkeypatch.setattr(fast, "Graph", graph)
         monkeypatch.setattr(fast, "keep_buffers", buffers)
-        with pytest.raises(fast.CaptureFailed, match=rf"--graph on: failed here \(RuntimeError: {said}\)"):
+        with pytest.raises(fast.CaptureFailed, match=rf"--graph on: failed here \(RuntimeError: {message}\)"):
             fast.make_ready(job, train.plain_gradient)
         assert job.graph is None
 

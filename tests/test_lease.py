@@ -332,14 +332,14 @@ def test_packs_give_back_every_byte(tmp_path, monkeypatch):
     for folder, names in folders.items():
         for name in names:
             assert (tmp_path / "data" / folder / name).read_bytes() == whole[name]
-    for damage, said in (
+    for damage, message in (
         (packed["cifar-b/meta"][:-1], "is cut off"),
         (blobs(b"other"), "md5 differs"),
         (b"", "is cut off"),
     ):
         (tmp_path / "data" / "c" / "meta").unlink(missing_ok=True)
         (tmp_path / "packs" / "cifar-b" / "meta").write_bytes(damage)
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             packs.unpack(tmp_path / "packs", tmp_path / "data")
 
 
