@@ -10,12 +10,12 @@ from study.detection import write_detection
 from study.drawing import Look
 from study.gallery import KINDS, add_figures
 from study.markup import literal
-from study.objectives import write_losses
 from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value
 from study.searches import CellSearch, sort_runs
 from study.settings import Setting, group_by, group_settings
+from study.sidebyside import write_side_by_side
 from study.stopping import write_stopping
 from study.telltales import write_telltales
 from study.tunedcells import write_tuned
@@ -234,7 +234,7 @@ def write_full_report(
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
     write_telltales(page, settings)
-    write_losses(page, settings)
+    write_side_by_side(page, settings)
     write_stopping(page, settings)
     write_detection(page, settings)
     if reference:

@@ -22,7 +22,7 @@ from engine import checks, labels, options
 from engine.noisefile import shares, transitions
 from gradsplit import Meter
 from noises import NOISES, Noise
-from study import figures, findings, gallery, objectives, results, settings, verdicts
+from study import figures, findings, gallery, results, settings, sidebyside, verdicts
 from study.grids import expand
 from study.runfolders import Run
 from test_metrics import job_for, warm
@@ -474,7 +474,9 @@ def test_losses_are_compared_with_the_cross_entropy_seed_by_seed(tmp_path):
     for seed in (0, 1, 2):
         planted(tmp_path, "--loss mae", seed, 0.3 + 0.1 * seed, 0.5)
         planted(tmp_path, "", seed, 0.6, 1.5)
-    columns, (row,) = objectives.compared_rows(results.load_runs([str(tmp_path)], progress=False))
+    columns, (row,) = sidebyside.compared_rows(
+        sidebyside.COMPARISONS[0], results.load_runs([str(tmp_path)], progress=False)
+    )
     of = dict(zip(columns, row[-len(columns) :], strict=True))
     assert row[0] == "mae" and row[-len(columns) - 1] == "3"
     # -0.3, -0.2 and -0.1: 0.1 is their deviation, 4.303 the quantile of t with two degrees of freedom
