@@ -124,7 +124,13 @@ def labels(search: CellSearch) -> list[str]:
     other = [f"lr {run.cell.lr:g}"] * ("lr" not in search.space)
     other += [f"momentum {run.cell.momentum:g}"] * ("momentum" not in search.space and run.cell.momentum != 0.9)
     fake = f" (A/A {run.fake:g})" if run.fake else ""
-    return [schedule_words(search), f"{run.cell.noise:g}{fake}", str(run.cell.B), ", ".join(other)]
+    noise = file_noise(search) or f"{run.cell.noise:g}"
+    return [schedule_words(search), f"{noise}{fake}", str(run.cell.B), ", ".join(other)]
+
+
+def file_noise(search: CellSearch) -> str:
+    """The kind of label noise that comes from a file, whose level a search does not know; empty for any other."""
+    return str(search.cell.options["noise_type"]) if search.cell.options.get("noise_file") else ""
 
 
 def schedule_words(search: CellSearch) -> str:
@@ -151,7 +157,7 @@ def values_tried(title: str, cells: list[CellSearch]) -> Figure | None:
     if not any(t.value is not None for s in cells for t in s.trials):
         return None
     names = list(cells[0].space)
-    columns = sorted({(s.cell.cell.noise, s.cell.fake) for s in cells})
+    columns = sorted({(s.cell.cell.noise, s.cell.fake, file_noise(s)) for s in cells})
     size = (max(3.4 * len(columns), 6.0) + 1.2, 2.6 * len(names) + 0.9)
     figure = Figure(figsize=size, layout="constrained")
     headline(figure, title)
@@ -159,12 +165,12 @@ def values_tried(title: str, cells: list[CellSearch]) -> Figure | None:
     for row, name in zip(axes, names, strict=True):
         positions = positions_of(cells, name)
         row[0].set_ylabel(cells[0].metric)
-        for axis, (noise, fake) in zip(row, columns, strict=True):
+        for axis, (noise, fake, kind) in zip(row, columns, strict=True):
             if name == names[0]:
-                axis.set_title(noise_title(noise) + (f", A/A {fake:.0%}" if fake else ""))
+                axis.set_title((kind or noise_title(noise)) + (f", A/A {fake:.0%}" if fake else ""))
             axis.set_xlabel(name)
             for search in sorted(cells, key=place):
-                if (search.cell.cell.noise, search.cell.fake) == (noise, fake):
+                if (search.cell.cell.noise, search.cell.fake, file_noise(search)) == (noise, fake, kind):
                     draw_trials(axis, search, name, positions)
             scale_axis(axis, cells[0].space[name], positions)
     marks = [

@@ -390,6 +390,19 @@ def test_an_export_holds_the_searches(tmp_path, capsys):
         assert err.count("\n") == 1 and "bad.npz" in err
 
 
+def test_noise_from_a_file_is_named_by_its_kind(tmp_path):
+    planted(tmp_path / "runs", seeds=(0,), budgets=("epochs",), fixed=False)
+    for path in (tmp_path / "runs" / "tuning" / "lr-0").glob("*0.5*.json"):
+        content = json.loads(path.read_text())
+        content["options"] |= {"noise": None, "noise_type": "human", "noise_file": "a.pt"}
+        path.write_text(json.dumps(content))
+    assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
+    page = (tmp_path / "out" / "report.md").read_text().partition("## Tuned cells")[2]
+    assert "| onecycle, 2 epochs | human | 256 |" in page and "| onecycle, 2 epochs | 0 | 256 |" in page
+    drawn = [(tmp_path / "out" / f"tuning{end}.svg").read_text() for end in ("", "-b")]  # no noise is another setting
+    assert any("human" in text for text in drawn) and not any("50% label noise" in text for text in drawn)
+
+
 def test_searches_without_a_judged_run_are_a_report(tmp_path, capsys):
     planted(tmp_path / "runs")
     for folder in (tmp_path / "runs").iterdir():
