@@ -81,7 +81,7 @@ def write_telltales(page: Page, settings: list[Setting]) -> None:
             rho = correlations(runs, measure)
             if rho:
                 i = interval(rho)
-                bounds = f"[{i.low:+.2f}, {i.high:+.2f}]" if i.n >= LEAST_SEEDS else ""
+                bounds = f"[{max(i.low, -1):+.2f}, {min(i.high, 1):+.2f}]" if i.n >= LEAST_SEEDS else ""
                 rows.append(
                     [name, str(len(rho)), f"{i.mean:+.2f} {bounds}".strip(), f"{min(rho):+.2f} to {max(rho):+.2f}"]
                 )
@@ -96,7 +96,7 @@ def write_telltales(page: Page, settings: list[Setting]) -> None:
         page.table([*CELL_HEADER, "seeds", *MEASURES, "memorized"], cells)
     page.text(
         "Spearman's rank correlation over the cells of one seed at one noise level (schedules, budgets, batch sizes, rates), averaged "
-        "over noise levels; mean over seeds with its 95 % interval (t). A measure that tells how much a network memorizes is near 1 or "
+        "over noise levels; mean over seeds with its 95 % interval (t, cut at -1 and 1). A measure that tells how much a network memorizes is near 1 or "
         "-1 in every seed. Cells that differ in batch size differ in the noise of both gradients too, and so in every raw cosine: a "
         "correlation is no cause. Memorized: at the end, beyond chance where that was measured. ± one standard deviation over seeds."
     )
