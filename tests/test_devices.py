@@ -168,6 +168,7 @@ def test_one_weight_under_two_processes(zygote):
     assert zygote.run(code=ONE_WEIGHT, ranks=2) == [0, 0], zygote.output(0) + zygote.output(1)
 
 
+@pytest.mark.slow
 def test_first_step_in_float32(zygote, tmp_path):
     """Rounding alone grows 1e5-fold within 50 steps at lr 0.1, so float32 is compared at the first step only."""
     argv = [*TINY, "--norm", "gn", "--noise", "0.5", "--max-steps", "1", "--runs", str(tmp_path)]
@@ -255,6 +256,7 @@ def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
     argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
@@ -268,6 +270,7 @@ def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
     assert torch.load(tmp_path / "r" / "last.ckpt", weights_only=True)["step"] == outcome["steps"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
     argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
@@ -294,7 +297,7 @@ def test_a_fault_on_rank_zero_ends_all_ranks_together(zygote, tmp_path):
 # ---------------------------------------------------------------------------------------------------------- precision
 
 
-@pytest.mark.parametrize("mode", ["train", *(pytest.param(m, marks=pytest.mark.slow) for m in ("eval", "separate"))])
+@pytest.mark.parametrize("mode", slow("train", "eval", "separate"))
 def test_sixteen_bit_gradients_are_scaled_and_measured_unscaled(mode):
     """16-mixed through Fabric's plugin on the CPU: `.grad` carries the scale, the measurements do not."""
     job, full = job_for("--precision", "16-mixed", "--measure-bn", mode), job_for("--measure-bn", mode)

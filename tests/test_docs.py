@@ -118,6 +118,7 @@ LONG_RUNS_ONLY = (
 )
 
 
+@pytest.mark.slow
 def test_the_table_of_series_is_what_a_run_writes(go):
     """Both ways, but for the series that need a longer run."""
     short = "--max-steps 2 --measure-every 1 --epochs 1 --chunks 2 --permutations 2"

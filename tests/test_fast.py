@@ -12,7 +12,7 @@ import torch
 import gradsplit
 import measure
 import train
-from conftest import ROOT, SIXTEEN, TINY, accelerator, same_weights, series, summary, weights
+from conftest import ROOT, SIXTEEN, TINY, accelerator, same_weights, series, slow, summary, weights
 from data import InputError
 from engine import fast, options
 from test_metrics import default_dtype, job_for  # noqa: F401
@@ -219,7 +219,7 @@ def replayed_and_eager(captured, *words: str) -> None:
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", slow("32-true", "16-mixed"))
 def test_the_graph_around_its_replay(captured, precision):
     """Batches get in, gradients get out, running statistics and the short batch are right: the same bits."""
     replayed_and_eager(captured, "--precision", precision)

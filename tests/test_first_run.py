@@ -12,7 +12,7 @@ import gradsplit
 import measure
 import schedules
 import train
-from conftest import same_weights, series, summary
+from conftest import same_weights, series, slow, summary
 from engine import hardware, identity, options, pace
 from gradsplit import batchnorm_mode
 from measure import batch_gradient
@@ -62,7 +62,7 @@ def test_the_masks_cost_what_is_promised():
     assert cost("--permutations 2 --null-every 1 --measure-every 10") == pytest.approx(6 / 30)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize("mode", ["train", *slow("eval", "separate")])
 def test_masks_of_the_split_are_those_of_a_full_measurement(mode):
     """The split reads its nulls off one Gram matrix, on the device; `measure.permuted_values` pulls back mask after mask."""
     job = job_for("--precision", "64-true", "--permutations", "3", "--null-every", "1", "--measure-bn", mode)

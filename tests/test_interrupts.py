@@ -82,6 +82,7 @@ def test_a_signal_while_the_run_waits(zygote, tmp_path, where, name):
     assert [p.name for p in tmp_path.iterdir()] == ["marker"]
 
 
+@pytest.mark.slow
 def test_the_processes_of_other_ranks_end_too():
     quiet = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); input()"
     processes = [subprocess.Popen(["sleep", "600"])]

@@ -200,6 +200,7 @@ def test_series_of_a_step_are_three_backward_passes_with_the_loss(text, mode):
     )
 
 
+@pytest.mark.slow
 def test_all_full_measurements_are_those_of_the_loss(monkeypatch):
     """The controls of a step and the measures after an epoch, with the loss given to the measurements from outside, written
     out and differentiated by autograd; the probe looks at the cross-entropy whatever the loss."""
@@ -309,6 +310,7 @@ def test_a_run_of_dynamic_noise_has_it(go):
     go(*"--loss forward --noise 0.5 --noise-type dynamic --max-steps 2 --width 4".split())
 
 
+@pytest.mark.slow
 def test_with_an_identity_from_a_file_it_is_the_cross_entropy(go, tmp_path):
     np.save(tmp_path / "I.npy", np.eye(10))
     given = "--noise 0.5 --max-steps 3 --width 4 --precision 64-true --measure-every 1".split()
@@ -357,6 +359,7 @@ def test_a_grid_over_losses():
     assert options.parse(["--noise", "0.4"]).name == "noise0.4"
 
 
+@pytest.mark.slow
 def test_resumed_bit_for_bit(go):
     given = "--loss forward --noise 0.4 --sched onecycle --sched-steps 9 --bs 40 --width 4".split()
     whole = go(*given, "--max-steps", "7", name="whole")

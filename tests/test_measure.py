@@ -177,6 +177,7 @@ def test_corrected_cosine_recovers_a_planted_one_and_says_when_it_cannot():
     assert metrics.corrected(window(1.5, 2)) == ({}, 5)
 
 
+@pytest.mark.slow
 def test_raw_cosines_rise_with_the_batch_and_corrected_ones_do_not():
     """At fixed weights, evaluation-mode BatchNorm, probe batches of 16, 64 and 256 (docs/measurements.md)."""
     big = (
@@ -238,6 +239,7 @@ def test_participation_ratio_of_planted_noise():
     assert float((tr.mean()) ** 2 / tr2.mean()) == pytest.approx(metrics.isotropic_participation(8, 4), rel=0.05)
 
 
+@pytest.mark.slow
 def test_isotropy_rows_are_the_label_noise_gradients():
     """The cotangent (onehot(y*) - onehot(y)) / size is g - g(y*) of the part, by two plain backward passes."""
     job = full_job("--precision", "64-true", "--measure-bn", "eval", "--synthetic-train", "400", "--noise", "1")
@@ -568,6 +570,7 @@ def test_what_is_alike_everywhere_is_not_synchronised():
     assert all(torch.equal(b, old) for b, old in zip(module.buffers(), before, strict=True))
 
 
+@pytest.mark.slow
 def test_measurements_are_counted_back_from_the_end(go, monkeypatch):
     """A budget for one measurement is not spent on the untrained network. Two epochs of five steps, measured every 2."""
     plan = {"steps": 6, "probe": 2, "isotropy": 3, "curvature": 0, "share": 0.0, "total_steps": 10}

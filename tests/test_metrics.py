@@ -59,7 +59,7 @@ def reference(job: TrainingJob, batch: data.Batch, mode: str) -> dict[str, torch
     return found
 
 
-@pytest.mark.parametrize("mode", ["train", "eval", "separate"])
+@pytest.mark.parametrize("mode", ["train", *slow("eval", "separate")])
 @pytest.mark.parametrize(("precision", "bound"), [("32-true", 1e-5), ("64-true", 1e-10)])
 def test_split_equals_three_backward_passes(mode, precision, bound):
     job = job_for("--precision", precision, "--measure-bn", mode)
@@ -106,6 +106,7 @@ def test_measured_and_plain_step_update_alike():
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 1e-13
 
 
+@pytest.mark.slow
 def test_an_oddly_laid_out_gradient_is_applied_in_place(monkeypatch):
     """Fused SGD walks weight and gradient in memory order; autograd.grad promises no layout. Same values, other
     strides, must give the same update."""

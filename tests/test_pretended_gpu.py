@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 import data
 import epochwise
 import train
-from conftest import TINY
+from conftest import TINY, slow
 from engine import options, sources
 from engine.job import TrainingJob
 from engine.labels import relabel
@@ -113,7 +113,7 @@ def steps(job, mode, measured: bool) -> list[str]:
     return mode.waits
 
 
-@pytest.mark.parametrize("words", ["", "--norm gn --noise-type dynamic --no-augment"])
+@pytest.mark.parametrize("words", ["", *slow("--norm gn --noise-type dynamic --no-augment")])
 def test_steps_do_not_wait_for_the_device(gpu, words):
     """Neither plain ones, nor measured ones but for `--measure-bn separate` and the controls of `--measure full`."""
     job = pretended_job(*words.split())

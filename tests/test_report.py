@@ -273,6 +273,7 @@ def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
     assert sorted(r.cell.B for r in results.load_runs([*paths, paths[0]])) == [16, 64]
 
 
+@pytest.mark.slow
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
     out = tmp_path / "out"

@@ -303,14 +303,11 @@ REFUSED = {  # when: (what is refused then, what the line names, the last checkp
 }
 
 
-QUICK_ON_TWO = ("at an epoch's end", "after a signal")  # the others on two processes are among the slow tests
-
-
 @pytest.mark.parametrize(
     ("when", "ranks"),
     [
         *((when, 1) for when in REFUSED),
-        *((when, 2) if when in QUICK_ON_TWO else pytest.param(when, 2, marks=pytest.mark.slow) for when in REFUSED),
+        *slow(*((when, 2) for when in REFUSED)),
     ],
 )
 def test_whatever_is_refused_ends_the_run_with_one_line(zygote, plain, tmp_path, when, ranks):
@@ -547,7 +544,7 @@ os._exit(status)
 """
 
 
-@pytest.mark.parametrize(("ahead", "at"), [*slow((0, [5, 10, 15])), (1, [15])])
+@pytest.mark.parametrize(("ahead", "at"), slow((0, [5, 10, 15]), (1, [15])))
 def test_the_clock_of_rank_0_decides_for_all(zygote, tmp_path, ahead, at):
     argv = [*TINY, "--noise", "0.5", "--norm", "gn", "--epochs", "3", "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run(code=CLOCK.format(ahead=ahead, argv=argv), ranks=2) == [0, 0], zygote.output()
@@ -569,6 +566,7 @@ def test_changed_data_is_noticed(go, monkeypatch, capsys):
     assert "labels are not those" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_config_lists_every_segment(go):
     go("--noise", "0.5", "--max-steps", "3")
     folder = go("--noise", "0.5", "--max-steps", "6", "--threads", "2", "--resume")

@@ -14,7 +14,7 @@ import metrics
 import noises
 import report
 import train
-from conftest import TINY, same_weights, series
+from conftest import TINY, same_weights, series, slow
 from engine import labels, noisefile, options, sources
 from engine.examples import Examples
 from engine.labels import relabel, relabel_held_out
@@ -71,6 +71,7 @@ def test_the_excess_leaves_out_classes_without_a_held_out_example():
     assert math.isnan(metrics.memorized_excess(predicted[1:2], true[1:2], given[1:2], counts))
 
 
+@pytest.mark.slow
 def test_a_run_logs_the_excess_beside_the_share_memorized():
     job = job_for("--precision", "64-true", "--epochs", "1")
     noisy, _ = epochwise.probe_indices(job.context)
@@ -99,7 +100,7 @@ def test_weights_of_rescaled_losses_are_the_derivative():
     torch.testing.assert_close(metrics.rescaled_weights(losses.detach()), want, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", ["train", *slow("eval")])
 def test_signals_by_plain_steps_of_a_copy(mode):
     job = job_for(*EXACT, "--norm", "bn", "--measure-bn", mode)
     warm(job)
@@ -181,6 +182,7 @@ def test_validation_labels_follow_the_law_of_the_noise(tmp_path):
     assert held_out()[1] is None and held_out("--noise", "0.5", "--noise-type", "uniform")[1] is not None
 
 
+@pytest.mark.slow
 def test_validation_labels_of_a_file_are_its_own_or_drawn_by_its_matrix(tmp_path):
     everything, g = torch.arange(4000), torch.Generator().manual_seed(0)
     y = sources.load(options.parse("--dataset synthetic --synthetic-train 4000 --synthetic-test 10".split())).y_train

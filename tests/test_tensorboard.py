@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import train
-from conftest import TINY, accelerator, series, summary
+from conftest import TINY, accelerator, series, slow, summary
 from engine import record
 from engine import tensorboard_views as views
 from engine.evaluation import Evaluation
@@ -92,9 +92,7 @@ def test_hparams_of_a_run_that_grew(go, tmp_path):
         ("--noise", "0.5", "--sched", "cosine"),
         ("--noise", "0.5", "--measure", "off", "--sched", "onecycle"),
         ("--noise", "0.5", "--permutations", "0"),
-        (*FULL, "--noise", "0.5"),
-        FULL,
-        (*FULL, "--fake-mask", "0.5", "--permutations", "0"),
+        *slow([*FULL, "--noise", "0.5"], [*FULL], [*FULL, "--fake-mask", "0.5", "--permutations", "0"]),
     ],
 )
 def test_every_chart_of_the_layout_has_data(go, options):
@@ -307,6 +305,7 @@ def test_best_weights_stay_when_the_run_goes_on(go, tmp_path, monkeypatch):
     assert summary(folder)["steps"] == 10 and (best(folder)["step"], best(folder)["val_acc"]) == (5, 0.9)
 
 
+@pytest.mark.slow
 def test_the_best_that_the_checkpoint_knows_of_outlives_better_ones(go, tmp_path, monkeypatch):
     """Two better epochs since the last checkpoint, then a kill; where they do not come again, as on another machine, the
     best one is that of the checkpoint."""

@@ -135,6 +135,7 @@ def test_clean_run_and_full_noise_run(go):
     assert full["noise/realised"][0][1] > 0.8
 
 
+@pytest.mark.slow
 def test_max_steps_ends_like_any_other_run(go):
     folder = go("--max-steps", "7", "--noise", "0.2")
     actual, outcome = series(folder), summary(folder)

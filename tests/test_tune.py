@@ -18,7 +18,7 @@ import sweep
 from conftest import ROOT
 from data import InputError
 from engine import options
-from study import processes, scheduler, spaces, tuning
+from study import gallery, processes, scheduler, spaces, tuning
 from test_report import plant
 from test_sweep import cluster  # noqa: F401
 
@@ -330,6 +330,7 @@ def planted(folder: Path, seeds=(0, 1, 2), budgets=("steps", "epochs"), fixed: b
                 path.write_text(json.dumps(content | {"best": {"number": 0, "values": best}}))
 
 
+@pytest.mark.slow
 def test_the_report_of_a_tuned_sweep_beside_one_rate(tmp_path, capsys):
     planted(tmp_path / "runs")
     assert report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--format", "svg"]) == 0
@@ -366,8 +367,9 @@ def test_the_report_of_tuned_cells_alone_and_of_damaged_searches(tmp_path, capsy
     assert "## Tuned cells" in page and "1 runs are left out: they are at values" in page
 
 
-def test_an_export_holds_the_searches(tmp_path, capsys):
-    """A report on the file is that on the folder, also through a second export and merged with other runs."""
+def test_an_export_holds_the_searches(tmp_path, capsys, monkeypatch):
+    """A report on the file is that on the folder, also through a second export."""
+    monkeypatch.setattr(gallery, "save_styled", lambda *_, **__: False)  # drawing takes long, and is not in question
     planted(tmp_path / "runs")
     pages = []
     for path, made in (("runs", "a.npz"), ("a.npz", "b.npz"), ("b.npz", "c.npz")):
