@@ -7,7 +7,7 @@ import pytest
 
 import report
 from conftest import ROOT
-from study import manyruns
+from study import gallery
 
 STUDIES = sorted((ROOT / "docs/studies").glob("*.npz"))
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d+(?:\.\d+)?")
@@ -47,7 +47,7 @@ def words(row: str) -> set[str]:
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
 def test_a_study_is_what_its_file_says(path: Path, tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(manyruns, "add_figures", lambda page, settings, look, formats, *_: drawn.append(settings))
+    monkeypatch.setattr(gallery, "save_styled", lambda make, *_, **__: drawn.append(make))
     assert report.main([str(path), "--out", str(tmp_path), "--x", "epochs"]) == 0 and drawn
     made = (tmp_path / "report.md").read_text()
     page = path.with_suffix(".md").read_text()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def test_hparams_list_finished_stopped_and_failed_runs(go, tmp_path, monkeypatch
 
 def test_hparams_of_a_run_that_grew(go, tmp_path):
     folder = go("--max-steps", "1")
+    time.sleep(1.1)  # TensorBoard reads event files of one second in the order of a counter's digits, 10 before 9
     assert train.main([*TINY, "--max-steps", "2", "--resume", "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
     _, actual = hparams_table(tmp_path / "runs")
     status, row, metrics = actual["r"]
