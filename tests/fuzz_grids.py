@@ -41,7 +41,7 @@ VALUES = {  # axes that go together in any combination
     "model": ["resnet18", "default"],
 }
 WORDS = ("bs", "bs=", "=1", "bs=1,,2", "bs=x", "nosuch=1", "bs=0", "threads=1,2", "runs=a", "name=b", "resume=on")
-WORDS += ("stratify=yes", "seed+noise-seed=0:1:2", "seed+noise-seed=:", "bs+bs", "help=on", "sched=linear", "h=1")
+WORDS += ("stratify=yes", "seed+noise-seed=0:1:2", "seed+noise-seed=:", "bs+bs", "help=on", "sched=triangle", "h=1")
 WORDS += ("noise=nan", "noise=0.5,-1", "=", "+", "+=", "a+b=1", "seed=٣", "bs=1_0", "lr=" + "9" * 5000, "\udcff=1")
 WORDS += ("dataset=cifar11", "norm=gn width=7", "model=vgg16 width=8", "sched-steps=1 sched-epochs=2", "val-frac=2")
 WORDS += (
