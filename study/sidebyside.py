@@ -181,6 +181,7 @@ def write_side_by_side(page: Page, settings: list[Setting]) -> None:
 
 
 def write_sides(page: Page, comparison: Comparison, settings: list[Setting]) -> None:
+    """One comparison's section: a table of cells for each group of settings, and the differences from its base."""
     apart = group_by([s for s in settings if s.ratio_runs], lambda s: comparison.setting(s.ratio_runs[0]))
     tables = []
     for alike in apart.values():
