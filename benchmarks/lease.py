@@ -161,6 +161,8 @@ def check(call: Call, until: float) -> bool:
         return True
     command = [sys.executable, "-m", "pytest", *call.plan.tests, f"--times={call.times.absolute()}"]
     command.append("--continue-on-collection-errors")
+    if call.plan.workers > 1 and not packages.missing(["xdist"]):
+        command.append(f"--numprocesses={call.plan.workers}")
     while until - time.monotonic() > call.plan.least:
         before = call.times.stat().st_size if call.times.exists() else 0
         with open(call.out / "tests.log", "ab") as log:

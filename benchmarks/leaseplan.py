@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import sweep
 from datasets import CIFAR10_FOLDER, FMNIST_FOLDER
-from engine import options
+from engine import hardware, options
 from study.grids import Job
 
 PRECISION = "bf16-mixed"
 SCHEDS, SIZES = ("onecycle", "cosine", "constant"), (512, 256, 128, 64, 32, 16)  # figures 4, 7 and 10 first
 GAIN = 1.1  # two runs at once on a GPU are to make so many times the steps of one, or one is enough
+START = 10.0  # seconds in which a run imports what it needs and loads its data, while others go on
 IMAGES = 40_000  # trained on in the report's grid, a fifth being held out
 TESTS = (  # those that train, what only a GPU runs first
     "fast train gradsplit metrics measure launches resume devices pretended_gpu first_run estimates models other_models "
@@ -60,12 +61,15 @@ class Plan:
     at_once: tuple[tuple[str, int], ...] = ()  # (model, B) for which several runs at once are timed, too
     least: float = 20.0  # seconds, under which nothing more is begun
     seconds: float = 1.0  # of timing, of each cell
+    workers: int = 1  # among which the tests are shared out, where pytest-xdist is there
 
 
 def report_plan() -> Plan:
     """Everything, on one GPU."""
     wide, part = "resnet18-64", lambda name: ("--preset", "report", "--part", name)
-    groups = [Group(part("4-12"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS for B in SIZES]
+    plots = ("--preset", "full"), ("--preset", "full", "--seeds", "1,2")
+    groups = [Group(words, wide, B, None, CIFAR10_FOLDER) for words in plots for B in SIZES[::-1]]
+    groups += [Group(part("4-12"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS for B in SIZES]
     groups += [Group(part("13-14"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS[::2] for B in (128, 64)]
     groups += [Group(part("15-17"), "vgg16", B, None, FMNIST_FOLDER) for B in SIZES]
     cells = [(wide, PRECISION, B, way) for B in (512, 16, 128, 64, 256, 32) for way in ("eager", "graph")]
@@ -75,7 +79,8 @@ def report_plan() -> Plan:
     cells += [(wide, "32-true", 128, "eager"), ("resnet18-16", PRECISION, 128, "eager")]
     cells += [("vgg16-linear", PRECISION, 128, "eager"), (wide, "32-true", 1024, "eager")]
     tests = *(f"tests/test_{name}.py" for name in TESTS.split()), "--with=--accelerator cuda"
-    return Plan(tests, tuple(groups), tuple(cells), tuple((wide, B) for B in SIZES[::-1]))
+    workers = min(8, hardware.cores() // 2)
+    return Plan(tests, tuple(groups), tuple(cells), tuple((wide, B) for B in SIZES[::-1]), workers=workers)
 
 
 TINY = (
@@ -121,7 +126,7 @@ def choose(rows: list[dict], model: str, B: int, steps: int) -> Choice | None:
     cost = {}
     for row in (row for row in timed if row["B"] == nearest):
         at_once = row.get("runs at once", 1)
-        ready = float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
+        ready = START + float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
         cost[Choice(row["way"], at_once)] = (row[".seconds"] * steps + ready) / at_once
     if not cost:
         return None

@@ -27,7 +27,7 @@ MEDIUM = (  # 3,000 images: accuracy 0.87 without noise, wrong labels partly fit
     "seed+noise-seed+split-seed=0,1,2,3,4 measure=full measure-every=20 measure-budget=0.45 chunks=2 permutations=2 "
 )
 RATES = "bs+lr=16:0.025,32:0.05,64:0.1,128:0.2,256:0.4 "  # one lr/B
-FULL = (  # measured as in the report's plots
+FULL = (  # figures 4, 7 and 10, measured as in the report's plots
     "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 noise=0,0.2,0.5 sched=onecycle sched-steps=5000 end=schedule measure-bn=eval "
 )
 
@@ -67,9 +67,10 @@ PRESETS = {
         ],
         "aa": [MEDIUM + "fake-mask=0.5 bs=16,64,256 sched=onecycle sched-steps=192 end=schedule"],
     },
-    "full-cpu": {
+    "full": {
         "16-32": [FULL + "bs=16,32"],
         "64-128": [FULL + "bs=64,128"],
+        "256-512": [FULL + "bs=256,512"],
     },
 }
 

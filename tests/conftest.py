@@ -45,31 +45,42 @@ def pytest_addoption(parser) -> None:
 
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
-    if config.getoption("--times") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Times(Path(config.getoption("--times"))))
+    if config.getoption("--times"):
+        path = Path(config.getoption("--times"))
+        # Workers of pytest-xdist collect the tests, and their reports reach the process that has started them.
+        config.pluginmanager.register(LeftOut(path) if hasattr(config, "workerinput") else Times(path))
 
 
-class Times:
-    """What `--times` does. A test that has begun twice and never ended, such as one that kills its process, is left out too."""
+class LeftOut:
+    """Leaves out the tests that a file of `--times` holds. One that has begun twice and never ended, such as one that kills
+    its process, is left out too."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.seconds = path, {}
+        self.path = path
         lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be cut off
-        self.known = [json.loads(line) for line in lines if line.endswith("}")]
+        known = [json.loads(line) for line in lines if line.endswith("}")]
+        self.ended = {line["test"] for line in known if "outcome" in line}
+        begun = [line["test"] for line in known if "outcome" not in line]
+        self.never_ended = {name for name in begun if begun.count(name) > 1} - self.ended
+
+    def pytest_collection_modifyitems(self, config, items) -> None:
+        left_out = [item for item in items if item.nodeid in self.ended | self.never_ended]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+class Times(LeftOut):
+    """What `--times` does."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.seconds: dict[str, tuple[float, str, str]] = {}
+        for name in sorted(self.never_ended):
+            self.write(test=name, outcome="never ended", seconds=0.0)
 
     def write(self, **line) -> None:
         with open(self.path, "a") as f:
             f.write(json.dumps(line) + "\n")
-
-    def pytest_collection_modifyitems(self, config, items) -> None:
-        ended = {line["test"] for line in self.known if "outcome" in line}
-        begun = [line["test"] for line in self.known if "outcome" not in line]
-        for name in {name for name in begun if begun.count(name) > 1} - ended:
-            self.write(test=name, outcome="never ended", seconds=0.0)
-            ended.add(name)
-        left_out = [item for item in items if item.nodeid in ended]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.nodeid not in ended]
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:

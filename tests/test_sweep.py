@@ -267,9 +267,9 @@ def test_the_medium_study_can_be_judged():
 
 
 def test_the_reports_own_cells_are_measured_as_its_plots():
-    jobs = preset("full-cpu")
+    jobs = preset("full")
     report = {(j.args.sched, j.args.bs, j.args.noise): j.args for j in preset("report", "4-12")}
-    assert len(jobs) == 12 and len(preset("full-cpu", "16-32")) == 6
+    assert len(jobs) == 18 and len(preset("full", "16-32")) == 6
     for a in (j.args for j in jobs):
         theirs = report[a.sched, a.bs, a.noise]
         named = ("dataset", "model", "width", "epochs", "lr", "momentum", "wd", "val_frac", "sched_steps", "end")
