@@ -3,7 +3,7 @@
 A forked run is what `python SCRIPT ...` would be: `__main__`, with its own session, output, exit status and signals. What
 crashes in it ends it alone. A run has the code that is there at its start: the server refuses if files have changed since it
 imported them. The server has neither threads nor tensors, for which a fork would not be safe, and does not look
-at a GPU. (The fork server of multiprocessing calls functions of the program that uses it, here the sweep, which it imports
+at a GPU, which its runs could not use then. (The fork server of multiprocessing calls functions of the program that uses it, here the sweep, which it imports
 again in each process.)
 
 Run as a script with the names of the script and of modules to import, and a socket as its standard input, this file is the
@@ -27,7 +27,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 ANSWER = 30.0  # seconds within which a server that is ready starts a run
@@ -110,15 +110,16 @@ class ForkServer:
             self.read(seconds)
         return self.usable and not self.ready
 
-    def start(self, argv: list[str], output: int) -> ForkedRun | None:
-        """Run the script with `argv` (its own name first), standard output and error going to the file descriptor `output`.
+    def start(self, argv: list[str], output: int, environment: Mapping[str, str] | None = None) -> ForkedRun | None:
+        """Run the script with `argv` (its own name first), standard output and error going to the file descriptor `output`,
+        and with these variables beside those of the server's environment.
 
         None if it is not: the server has ended, is not ready, refuses, or does not answer, which ends it.
         """
         if not self.ready:
             return None
         try:
-            socket.send_fds(self.channel, [json.dumps(argv).encode()], [output])
+            socket.send_fds(self.channel, [json.dumps([argv, environment or {}]).encode()], [output])
         except OSError:
             return None
         self.answers.clear()
@@ -175,7 +176,9 @@ def serve(script: str, modules: list[str]) -> list[str] | None:
                 become_a_run(channel, files[0])
                 woken.close()
                 wakes.close()
-                return json.loads(request)
+                argv, environment = json.loads(request)
+                os.environ.update(environment)
+                return argv
             os.close(files[0])
 
 

@@ -170,7 +170,7 @@ class Exit(NamedTuple):
 class LocalProcesses:
     """The scheduler's back end for this machine: a process for each run, one in each of `slots` (GPUs, or None for the CPU).
 
-    Runs of one process on the CPU are forked from one that has imported train.py, where that is possible.
+    Runs of one process are forked from one that has imported train.py, where that is possible.
     """
 
     def __init__(self, slots: list[str | None], threads: int, runs: int) -> None:
@@ -180,20 +180,19 @@ class LocalProcesses:
         self.active: dict[
             str, tuple[subprocess.Popen | ForkedRun, str | None, int]
         ] = {}  # process, slot, log's first byte
-        on_cpu = all(slot is None for slot in slots)
-        self.server = ForkServer(TRAIN, LATE_IMPORTS) if runs > 1 and on_cpu and possible() else None
+        self.server = ForkServer(TRAIN, LATE_IMPORTS) if runs > 1 and possible() else None
 
     def has_room(self) -> bool:
         return bool(self.free) and not (self.server and self.server.warming())
 
     def start(self, job: Job, argv: list[str], folder: Path, log: Path, again: bool) -> None:
         slot = self.free[0]
-        env = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
+        own = {"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {}
         process: subprocess.Popen | ForkedRun | None = None
         with open(log, "ab") as out:
             begin = out.tell()
-            if self.server and job.args.devices in (1, "auto"):
-                process = self.server.start(argv[1:], out.fileno())
+            if self.server and job.args.devices in (1, "auto") and "," not in (slot or ""):
+                process = self.server.start(argv[1:], out.fileno(), own)
             if process is None:
                 # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
                 process = subprocess.Popen(
@@ -201,7 +200,7 @@ class LocalProcesses:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env=env,
+                    env=os.environ | own,
                     start_new_session=True,
                 )
             self.active[job.name] = (process, self.free.pop(0), begin)

@@ -182,9 +182,33 @@ def test_without_a_server_runs_are_plain_processes(why, tmp_path, monkeypatch):
         backend.close()
 
 
-def test_gpus_and_single_runs_need_no_server(monkeypatch):
+@pytest.mark.parametrize("slot", ["1", None, "2,3"])
+def test_a_run_sees_the_gpus_of_its_slot(slot, tmp_path, monkeypatch):
+    """One of several processes is started afresh; the others are forked. None sees what another one was given."""
+    script = tmp_path / "script.py"
+    script.write_text('import os\nif __name__ == "__main__":\n    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)\n')
+    monkeypatch.setattr(processes, "TRAIN", script)
+    monkeypatch.setattr(processes, "LATE_IMPORTS", ())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    backend = processes.LocalProcesses(["5", slot], 1, 2)
+    try:
+        while not backend.has_room():
+            backend.wait(0.01)
+        kinds = []
+        for name, devices in (("a", 1), ("b", 2 if slot == "2,3" else 1)):
+            job = processes.Job([], type("Args", (), {"name": name, "devices": devices})())
+            backend.start(job, [sys.executable, str(script)], tmp_path, tmp_path / name, again=False)
+            kinds.append(type(backend.active[name][0]))
+        while backend.active:
+            backend.wait(0.01)
+    finally:
+        backend.close()
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["5\n", f"{slot or 7}\n"]
+    assert kinds == [forkserver.ForkedRun, subprocess.Popen if slot == "2,3" else forkserver.ForkedRun]
+
+
+def test_single_runs_need_no_server(monkeypatch):
     monkeypatch.setattr(processes, "ForkServer", lambda *_: pytest.fail("a server was started"))
-    assert processes.LocalProcesses(["0", "1"], 1, 5).has_room()
     assert processes.LocalProcesses([None], 1, 1).has_room()
     monkeypatch.setattr(processes, "possible", lambda: False)
     assert processes.LocalProcesses([None], 1, 5).has_room()
