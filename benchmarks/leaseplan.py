@@ -67,8 +67,8 @@ class Plan:
 def report_plan() -> Plan:
     """Everything, on one GPU."""
     wide, part = "resnet18-64", lambda name: ("--preset", "report", "--part", name)
-    plots = ("--preset", "full"), ("--preset", "full", "--seeds", "1,2")
-    groups = [Group(words, wide, B, None, CIFAR10_FOLDER) for words in plots for B in SIZES[::-1]]
+    plots = [("--preset", "full", "--seeds", seeds) for seeds in ("0", "1,2")]
+    groups = [Group(words, wide, B, None, CIFAR10_FOLDER) for words in plots for B in SIZES]
     groups += [Group(part("4-12"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS for B in SIZES]
     groups += [Group(part("13-14"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS[::2] for B in (128, 64)]
     groups += [Group(part("15-17"), "vgg16", B, None, FMNIST_FOLDER) for B in SIZES]

@@ -28,7 +28,7 @@ MEDIUM = (  # 3,000 images: accuracy 0.87 without noise, wrong labels partly fit
 )
 RATES = "bs+lr=16:0.025,32:0.05,64:0.1,128:0.2,256:0.4 "  # one lr/B
 FULL = (  # figures 4, 7 and 10, measured as in the report's plots
-    "dataset=cifar10 model=resnet18 epochs=64 lr=0.1 noise=0,0.2,0.5 sched=onecycle sched-steps=5000 end=schedule measure-bn=eval "
+    " noise=0,0.2,0.5 dataset=cifar10 model=resnet18 epochs=64 lr=0.1 sched=onecycle sched-steps=5000 end=schedule measure-bn=eval"
 )
 
 # A preset's parts, each a list of grids; {sizes} are the report's batch sizes. An A/A run measures a fake noisy set.
@@ -68,9 +68,9 @@ PRESETS = {
         "aa": [MEDIUM + "fake-mask=0.5 bs=16,64,256 sched=onecycle sched-steps=192 end=schedule"],
     },
     "full": {
-        "16-32": [FULL + "bs=16,32"],
-        "64-128": [FULL + "bs=64,128"],
-        "256-512": [FULL + "bs=256,512"],
+        "256-512": ["bs=512,256" + FULL],  # the longest runs first
+        "64-128": ["bs=128,64" + FULL],
+        "16-32": ["bs=32,16" + FULL],
     },
 }
 

@@ -186,7 +186,9 @@ def test_without_a_server_runs_are_plain_processes(why, tmp_path, monkeypatch):
 def test_a_run_sees_the_gpus_of_its_slot(slot, tmp_path, monkeypatch):
     """One of several processes is started afresh; the others are forked. None sees what another one was given."""
     script = tmp_path / "script.py"
-    script.write_text('import os\nif __name__ == "__main__":\n    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)\n')
+    script.write_text(
+        'import os\nif __name__ == "__main__":\n    print(os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)\n'
+    )
     monkeypatch.setattr(processes, "TRAIN", script)
     monkeypatch.setattr(processes, "LATE_IMPORTS", ())
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")

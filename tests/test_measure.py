@@ -89,7 +89,7 @@ def test_every_value_from_brute_force_per_example_gradients():
         "truth/shift": float((gA - t.mean(0)).norm() / t.mean(0).norm()),
     }
     # Chunks by position: quarters of the batch, and their unbiased moments written out as sums over pairs of chunks.
-    part = torch.arange(B) // 8
+    part = torch.arange(B, device=g.device) // 8
 
     def moments(mask, g=g):
         sums, n = (
@@ -270,11 +270,11 @@ def test_hessian_of_a_tiny_net():
     torch.manual_seed(0)
     job.context.module = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 10)
-    ).double()
+    ).to(job.fabric.device, torch.float64)
     job.context.parameters = list(job.module.parameters())
     sizes = [p.numel() for p in job.parameters]
     index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
-    x, y = job.train.images.plain(index), job.train.labels[index]
+    x, y = job.train.images.plain(index), job.train.labels[index].to(job.fabric.device)
     names = [n for n, _ in job.module.named_parameters()]
 
     def loss(flat):
@@ -337,7 +337,7 @@ def test_hessian_products_through_batchnorm_are_differences_of_gradients(monkeyp
     finally:
         metrics.lanczos = original
     index = torch.randperm(len(job.train), generator=data.generator(0, "curvature"))[: epochwise.CURVATURE_EXAMPLES]
-    x, y = job.train.images.plain(index), job.train.labels[index]
+    x, y = job.train.images.plain(index), job.train.labels[index].to(job.fabric.device)
     start = torch.cat([p.detach().flatten() for p in job.parameters])
 
     def gradient(flat):
@@ -564,7 +564,7 @@ def test_what_is_alike_everywhere_is_not_synchronised():
         assert len(sync_batchnorms(module)) == 20
     with batchnorm_mode(module, "train", same_on_all_ranks=True):
         assert sync_batchnorms(module) == []
-        module(torch.randn(4, 3, 32, 32))
+        module(torch.randn(4, 3, 32, 32, device=job.fabric.device))
         assert not torch.equal(before[0], next(module.buffers()))
     assert len(sync_batchnorms(module)) == 20
     assert all(torch.equal(b, old) for b, old in zip(module.buffers(), before, strict=True))

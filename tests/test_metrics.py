@@ -237,7 +237,7 @@ def test_dropout_mask_is_shared_by_both_rows_and_repeats():
     job = job_for()
     job.context.module = job.model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(3072, 10)
-    )
+    ).to(job.fabric.device)
     job.context.parameters, job.context.has_dropout = list(job.module.parameters()), models.has_dropout(job.module)
     assert job.context.has_dropout
     batch = job.train.batch(job.train.epoch(0, 0), 0, 32)

@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_refused_from_the_headers(go, tmp_path, monkeypatch
             np.lib.format.write_array(f, np.arange(7))
     assert sources.own_shape(str(path), None) == (10**6, 1000, 224, 160, 3, 7)
     monkeypatch.setattr(memory, "total", lambda: 2.0**36)
-    go("--dataset", str(path), "--no-augment", status=2)
+    go("--dataset", str(path), "--no-augment", "--accelerator", "cpu", status=2)
     error = capsys.readouterr().err
     n = 800_000 + 10**6 + 200_000 + 2000  # on the device, as loaded, held out, and the test set twice
     needed = f"needs {memory.format_bytes(n * 224 * 160 * 3 + 3 * 4 * parameters('resnet18', 8))} of memory"

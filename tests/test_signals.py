@@ -115,7 +115,7 @@ def test_signals_by_plain_steps_of_a_copy(mode):
     optimizer = torch.optim.SGD(net.parameters(), lr=job.optimizer.param_groups[0]["lr"])
     g = data.generator(0, "susceptibility")
     x = job.val[0].plain(torch.randperm(job.val[0].n, generator=g)[:12])
-    y = torch.randint(10, (12,), generator=g)
+    y = torch.randint(10, (12,), generator=g).to(job.fabric.device)
     first = F.cross_entropy(net(x), y)
     first.backward()
     first = first.detach()
@@ -126,7 +126,8 @@ def test_signals_by_plain_steps_of_a_copy(mode):
     order, rows = torch.randperm(len(job.train), generator=data.generator(0, "disparity")), []
     for i in range(5):
         net, part = copy.deepcopy(job.module).train(mode == "train"), order[6 * i : 6 * i + 6]
-        losses = F.cross_entropy(net(job.train.images.plain(part)), job.train.labels[part], reduction="none")
+        labels = job.train.labels[part].to(job.fabric.device)
+        losses = F.cross_entropy(net(job.train.images.plain(part)), labels, reduction="none")
         (losses / losses.std()).mean().backward()
         rows.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
     apart = [float((rows[i] - rows[j]).norm()) for i in range(5) for j in range(i)]
