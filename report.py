@@ -108,7 +108,7 @@ def look_of(args, reference: list[Run]) -> Look:
     """How curves are drawn. An x axis that is named is linear unless it says otherwise."""
     x = args.x or "steps"
     log_x = True if args.log_x or x.startswith("log-") else None if args.x is None else False
-    return Look(x.removeprefix("log-"), log_x, args.bands, reference)
+    return Look(x=x.removeprefix("log-"), log_x=log_x, bands=args.bands, reference=reference)
 
 
 def print_verdicts(judged: Judged) -> None:

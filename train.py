@@ -220,6 +220,8 @@ def run(args, signals: Signals) -> int:
         identity.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
+    if args.threads:
+        torch.set_num_threads(args.threads)  # what reads and draws the data shares the cores with other runs, too
     memory.require_memory(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
     inputs = read_inputs(args)
     if earlier:

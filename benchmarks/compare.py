@@ -1,6 +1,10 @@
-"""A few full runs side by side: six panels and a table.
+"""Runs with full measurements side by side, one line for each kind: six panels.
 
-python benchmarks/compare.py docs/noise.png human=runs/human matched=runs/matched uniform=runs/uniform
+    python benchmarks/compare.py noise.png human=runs/human matched=runs/matched uniform=runs/uniform
+    python benchmarks/compare.py noise.png "human=all.npz noise_type=human" "uniform=all.npz noise_type=uniform"
+
+Each argument names a line, and after `=` a run's folder, a folder of runs or an exported file, with the options (as config.json
+has them) that its runs have. Of several runs the mean is drawn, with a band of one standard deviation.
 """
 
 import sys
@@ -11,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from study import runfolders, runvalues  # noqa: E402
+from study import results, runfolders  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
     ("validation accuracy", "val/acc", None),
@@ -19,53 +23,54 @@ PANELS = [  # title, tag, its null or None
     ("noisy training examples predicted as their true label", "probe/recovered", None),
     ("cos(clean, noisy); dashed: its null", "grad/cos_clean_noisy", "null/cos_clean_noisy"),
     ("cos(clean, all); dashed: its null", "grad/cos_clean_all", "null/cos_clean_all"),
-    ("noise-corrected cos(clean, noisy), where resolved", "corrected/cos_clean_noisy", None),
+    ("ratio of the norms, noisy / clean", "grad/norm_ratio", None),
 ]
 
 
+def chosen(words: str) -> list[runfolders.Run]:
+    """The runs of `PATH OPTION=VALUE ...`."""
+    path, *options = words.split()
+    wanted = dict(option.split("=", 1) for option in options)
+    runs = results.load_runs([path], progress=False)
+    return [run for run in runs if all(str(run.options[k]) == v for k, v in wanted.items())]
+
+
+def values_of(run: runfolders.Run, tag: str) -> runfolders.Series | None:
+    if tag == "grad/norm_ratio":
+        noisy, clean = (run.series.get(f"grad/norm_{part}") for part in ("noisy", "clean"))
+        return noisy and clean and (noisy[0], noisy[1] / clean[1])
+    return run.series.get(tag)
+
+
+def line(runs: list[runfolders.Run], tag: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(steps, mean, standard deviation) at the steps that all runs have; None where one has none."""
+    series = [values_of(run, tag) for run in runs]
+    if not series or not all(series):
+        return None
+    steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in series)))
+    rows = np.array([values[np.isin(at, steps)] for at, values in series])
+    return np.array(steps), rows.mean(0), rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
+
+
 def main(out: str, named: list[str]) -> None:
-    runs = {name: runfolders.read_folder(Path(folder)) for name, _, folder in (word.partition("=") for word in named)}
+    kinds = {name: chosen(words) for name, _, words in (word.partition("=") for word in named)}
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, tag, null) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        for i, (name, run) in enumerate(runs.items()):
+        for i, (name, runs) in enumerate(kinds.items()):
             for which, style in ((tag, "-"), (null, "--")):
-                if which in run.series:
-                    steps, values = run.series[which]
-                    axis.plot(steps, values, style, color=f"C{i}", label=name if style == "-" else None, marker=".")
+                drawn = which and line(runs, which)
+                if drawn:
+                    steps, mean, deviation = drawn
+                    axis.plot(steps, mean, style, color=f"C{i}", label=name if style == "-" else None, marker=".")
+                    if style == "-" and len(runs) > 1:
+                        axis.fill_between(steps, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.15, lw=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer steps")
         axis.grid(alpha=0.3)
     figure.axes[0].legend()
     figure.savefig(out, dpi=110)
-
-    def mean(run, tag: str, at: str | None = None) -> str:
-        if tag not in run.series:
-            return "-"
-        steps, values = run.series[tag]
-        chosen = values if at is None or at not in run.series else values[np.isin(steps, run.series[at][0])]
-        return f"{chosen.mean():.3f}"
-
-    tags = ("val/acc", "probe/memorized", "probe/recovered", "probe/clean_acc", "probe/auc")
-    cosines = ("cos_clean_noisy", "cos_clean_all")
-    print(
-        "| run | realised | " + " | ".join(tags) + " | " + " | ".join(f"{c}, its null, random masks" for c in cosines),
-        end=" |",
-    )
-    print(" fresh/index | isotropy (isotropic) |\n" + "|---" * (len(tags) + 6) + "|")
-    for name, run in runs.items():
-        cells = [
-            f"{runvalues.last_value(run, 'noise/realised'):.4f}",
-            *(f"{runvalues.last_value(run, tag):.3f}" for tag in tags),
-        ]
-        for c in cosines:
-            null = f"null/{c}"
-            cells.append(", ".join((mean(run, f"grad/{c}", null), mean(run, null), mean(run, f"null/permuted_{c}"))))
-        cells += [
-            mean(run, "fresh/index"),
-            f"{mean(run, 'isotropy/participation')} ({mean(run, 'isotropy/isotropic')})",
-        ]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    print("Cosines, index and participation: means over the run's full measurements; the others: at the end.")
+    for name, runs in kinds.items():
+        print(f"{name}: {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def make_grid(call: Call, until: float) -> bool:
             choice = leaseplan.choose(call.cells, group.model, group.B, group.steps())
             words = [*group.words, "--runs", str(call.runs), "--minutes", str(seconds / 60)]
             words += ["--data-dir", data_dir] if group.folder else []
-            words += choice.words if choice else []
+            words += choice.words if choice else [f"--per-gpu={leaseplan.LEAST}"]
             words += ["--done", str(call.exported)] if call.exported.exists() else []
             status = sweep.main(words)
             if status == 2:

@@ -12,9 +12,10 @@ from engine import hardware, options
 from study.grids import Job
 
 PRECISION = "bf16-mixed"
+USUAL = 128  # batch size
 SCHEDS, SIZES = ("onecycle", "cosine", "constant"), (512, 256, 128, 64, 32, 16)  # figures 4, 7 and 10 first
-GAIN = 1.1  # two runs at once on a GPU are to make so many times the steps of one, or one is enough
-START = 10.0  # seconds in which a run imports what it needs and loads its data, while others go on
+GAIN = 1.1  # more runs at once on a GPU are to save so much of its time
+LEAST = 2  # runs at once, however fast one alone is: one starts and evaluates beside the steps of another
 IMAGES = 40_000  # trained on in the report's grid, a fifth being held out
 TESTS = (  # those that train, what only a GPU runs first
     "fast train gradsplit metrics measure launches resume devices pretended_gpu first_run estimates models other_models "
@@ -30,21 +31,22 @@ def jobs_of(words: tuple[str, ...]) -> list[Job]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that are made alike: those of a preset's part, or of a grid, with one batch size and perhaps one schedule."""
+    """Runs that are made alike: those of a preset, its part, or of a grid, perhaps of one batch size and one schedule alone."""
 
     part: tuple[str, ...]  # a sweep's arguments
     model: str  # as the table of steps names it
-    B: int
+    B: int | None = None
     sched: str | None = None
     folder: str | None = None  # of the data set
 
     @property
     def words(self) -> list[str]:
         """A sweep's arguments, but for those that say where."""
-        return [*self.part, "--bs", str(self.B), *(["--sched", self.sched] if self.sched else [])]
+        chosen = {"--bs": self.B, "--sched": self.sched}
+        return [*self.part, *(str(word) for option in chosen.items() if option[1] for word in option)]
 
     def jobs(self) -> list[Job]:
-        chosen = lambda args: args.bs == self.B and self.sched in (None, args.sched)  # noqa: E731
+        chosen = lambda args: self.B in (None, args.bs) and self.sched in (None, args.sched)  # noqa: E731
         return [job for job in jobs_of(self.part) if chosen(job.args)]
 
     def steps(self) -> int:
@@ -68,7 +70,7 @@ def report_plan() -> Plan:
     """Everything, on one GPU."""
     wide, part = "resnet18-64", lambda name: ("--preset", "report", "--part", name)
     plots = [("--preset", "full", "--seeds", seeds) for seeds in ("0", "1,2")]
-    groups = [Group(words, wide, B, None, CIFAR10_FOLDER) for words in plots for B in SIZES]
+    groups = [Group(words, wide, folder=CIFAR10_FOLDER) for words in plots]
     groups += [Group(part("4-12"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS for B in SIZES]
     groups += [Group(part("13-14"), wide, B, sched, CIFAR10_FOLDER) for sched in SCHEDS[::2] for B in (128, 64)]
     groups += [Group(part("15-17"), "vgg16", B, None, FMNIST_FOLDER) for B in SIZES]
@@ -115,18 +117,19 @@ class Choice(NamedTuple):
     def words(self) -> list[str]:
         """Options of a sweep."""
         on = {name: "on" if self.way in (name, "both") else "off" for name in ("compile", "graph")}
-        return [f"--per-gpu={self.at_once}", *(f"--{name}={value}" for name, value in on.items())]
+        return [f"--per-gpu={max(self.at_once, LEAST)}", *(f"--{name}={value}" for name, value in on.items())]
 
 
-def choose(rows: list[dict], model: str, B: int, steps: int) -> Choice | None:
-    """The way in which runs of `steps` steps take least of the GPU's time, from what was timed at this batch size, or at the
-    nearest one. None where nothing was."""
+def choose(rows: list[dict], model: str, B: int | None, steps: int) -> Choice | None:
+    """The way in which runs of `steps` steps take least of the GPU's time, from what was timed at this batch size (None: of
+    several, at the usual one), or at the nearest one. None where nothing was."""
+    B = B or USUAL
     timed = [r for r in rows if (r.get("model"), r.get("precision")) == (model, PRECISION) and ".seconds" in r]
     nearest = min((row["B"] for row in timed), key=lambda size: abs(math.log2(size / B)), default=B)
     cost = {}
     for row in (row for row in timed if row["B"] == nearest):
         at_once = row.get("runs at once", 1)
-        ready = START + float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
+        ready = float(row.get("made ready in, s", 0))  # by one core, while the other runs go on
         cost[Choice(row["way"], at_once)] = (row[".seconds"] * steps + ready) / at_once
     if not cost:
         return None

@@ -125,7 +125,7 @@ def prepare(
     steps_per_epoch = math.ceil(len(train) / args.bs)
     rates = course(args, steps_per_epoch)
     total_steps, whole_steps = options.run_steps(args, steps_per_epoch)
-    dropout, auto = models.has_dropout(module), args.compile == "auto" and args.graph != "on"
+    dropout, auto = models.has_dropout(module), "on" not in (args.compile, args.graph)
     fast.choose(args, device.type == "cuda", fabric.world_size, total_steps * args.bs)
     model, optimizer = fabric.setup(fast.compiled(module) if args.compile == "on" else module, optimizer)
     heavy_ball = optim.OPTIMIZERS[args.optimizer].heavy_ball

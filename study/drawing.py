@@ -100,7 +100,7 @@ def value_limits(tag: str) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------------------- lines over time
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Look:
     """How curves are drawn: `x` in steps, epochs or examples; `log_x` (None: where a line would be a sliver otherwise);
     `bands`: seeds or window (the report's); `tails`: whether the line of a run that has ended with its schedule goes on,
@@ -200,7 +200,10 @@ def draw_line(
     axis.plot(x[thin], middle[thin], color=color, lw=1.7 if style == "-" else 1.2, ls=style, zorder=3, **points)
     tail = min(last_x(run, tag, look) for run in runs)
     if any(run.left_out for run in runs) and tail > x[-1]:
-        axis.plot([x[-1], tail], [middle[-1]] * 2, color=color, lw=1.0, ls=(0, (5, 3)), zorder=3, label=TAIL)
+        level = (
+            raw[-max(len(raw) // 10, 1) :].mean() if alpha <= BATCH_ALPHA else raw[-1]
+        )  # where an average would come to
+        axis.plot([x[-1], tail], [level] * 2, color=color, lw=1.0, ls=(0, (5, 3)), zorder=3, label=TAIL)
     spread = np.std([np.interp(x, c[0], c[2]) for c in curves], axis=0, ddof=1) if len(curves) > 1 else None
     if look.bands == "window" and alpha < 1:  # what is not smoothed has no window
         spread = at(3)

@@ -14,6 +14,7 @@ from study.runfolders import Run, Series
 
 EXPORT_FORMAT = "label-noise runs 1"
 EXACT = ("val/", "test/", "probe/", "detect/", "noise/")  # means over whole sets, few points: exported with every bit
+PRIVATE = ("data_dir", "runs")  # options that say where things lay on somebody's machine, and nothing of the run
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
 
 
@@ -30,7 +31,7 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
     `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
     steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
-    `searches`: (name, content of its file) of searches by tuned sweeps; where there are any, the file has them as the JSON text
+    The folders of data and runs are left out. `searches`: (name, content of its file) of searches by tuned sweeps; where there are any, the file has them as the JSON text
     `searches`, {"searches": [[name, content], ...]}.
     """
     grids: dict[bytes, int] = {}
@@ -44,7 +45,8 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
             values.append(of_tag.astype("<f4") if tag.startswith(EXACT) else rounded(of_tag))
             series.append([tag, grid, first, len(of_tag)])
             first += len(of_tag)
-        about = {k: getattr(run, k) for k in ("name", "options", "resolved", "summary", "versions")}
+        about = {k: getattr(run, k) for k in ("name", "resolved", "summary", "versions")}
+        about["options"] = {k: v for k, v in run.options.items() if k not in PRIVATE}
         listed.append(about | {"series": series})
     text = json.dumps({"format": EXPORT_FORMAT, "runs": listed}).encode()
     arrays |= {

@@ -1,6 +1,7 @@
 """The report on many runs: tables of final values, figures, findings, and a comparison with the report's own curves."""
 
 import contextlib
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -52,8 +53,9 @@ def write_unfinished(page: Page, runs: list[Run]) -> None:
             page.table(["not finished", "state", "steps", "reason"], rows)
 
 
-def final_value(run: Run, tag: str) -> float | None:
-    """Last value of val/acc; mean of the last tenth of the points of any other series, without cosines of exactly 1.
+def final_value(run: Run, tag: str, until: float = math.inf) -> float | None:
+    """Last value of val/acc; mean of the last tenth of the points up to step `until` of any other series, without cosines of
+    exactly 1.
 
     The report logged a cosine of 1 where a batch held no noisy example; here nothing is logged.
     """
@@ -61,7 +63,8 @@ def final_value(run: Run, tag: str) -> float | None:
         return last_value(run, tag)
     if tag not in run.series:
         return None
-    values = run.series[tag][1]
+    steps, values = run.series[tag]
+    values = values[steps <= until]
     values = values[-max(len(values) // 10, 1) :]
     values = values[values < 1] if tag.startswith("grad/cos") else values
     return float(values.mean()) if len(values) else None
@@ -149,7 +152,8 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
                 for r in ours:
                     if (value := final_value(r, tag)) is not None:
                         seeds.setdefault(r.seed, []).append(value)
-                a, b = [statistics.fmean(v) for v in seeds.values()], final_value(theirs, tag)
+                until = min((int(r.summary["steps"]) for r in ours if r.left_out), default=math.inf)
+                a, b = [statistics.fmean(v) for v in seeds.values()], final_value(theirs, tag, until)
                 if not a or b is None:
                     continue
                 mean, sd = statistics.fmean(a), statistics.stdev(a) if len(a) > 1 else 0
@@ -178,7 +182,7 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
         )
         page.text(
             "Last validation accuracy; mean of the last tenth of the points of the others, without the report's cosines of exactly 1 "
-            "(it logged that where a batch held no noisy example). The report's cosines are measured with BatchNorm in eval mode: "
+            "(it logged that where a batch held no noisy example), beside a run that ended with its schedule up to the same step. The report's cosines are measured with BatchNorm in eval mode: "
             "those of a run without --measure-bn eval are of another mode, and a difference may come from that. The report's values are "
             "one run each; its figure 4 at batch 128 without noise is the run of figure 13 (80 epochs, about 25,000 schedule steps) "
             "and not comparable with its neighbours. Only runs whose setting and weight decay are the report's are compared."

@@ -108,6 +108,16 @@ def test_lines_go_on_flat_to_where_the_epochs_would_have_ended(x, end):
     assert "ended with" not in tails(runs[0])[1]
 
 
+def test_a_line_goes_on_at_what_its_last_values_are():
+    """The average of single batches lags behind them."""
+    rising = {"train/acc_noisy": {2 * i: i / 100 for i in range(100)}}
+    run = made("a", rising, sched="cosine", sched_steps=200, noise=0.5)
+    run.resolved |= {"sched_steps": 200, "total_steps": 200, "whole_steps": 1000}
+    axis = figures.curves("t", "y", [run], "train/acc_noisy", Look(), True).axes[0]
+    (tail,) = (line for line in axis.get_lines() if line.get_label() == TAIL)
+    assert tail.get_ydata()[0] == pytest.approx(0.945)  # of 0.90 to 0.99
+
+
 def test_a_constant_rate_has_no_other_end():
     args = options_of("--end", "schedule")
     assert args.end == "epochs" and args.name == options_of().name

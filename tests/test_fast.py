@@ -5,6 +5,7 @@ import gzip
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,10 +45,20 @@ def test_auto_follows_the_written_rule(monkeypatch):
     assert chosen(monkeypatch, *paying, "--bs", str(fast.COMPILE_FROM_BATCH - 1)) == ("off", "off")
     assert chosen(monkeypatch, *paying, "--width", str(fast.COMPILE_TO_WIDTH + 8)) == ("off", "off")
     assert chosen(monkeypatch, *paying, world_size=2) == ("off", "off")
-    assert chosen(monkeypatch, *paying, on_gpu=True) == ("off", "off")
+    assert chosen(monkeypatch, *paying, on_gpu=True) == ("off", "on")
     assert chosen(monkeypatch, *paying, "--compile", "off") == ("off", "off")
     assert chosen(monkeypatch, "--compile") == ("on", "off")
     assert chosen(monkeypatch, "--graph", on_gpu=True) == ("off", "on")
+    on_gpu = {"on_gpu": True, "images": 64 * fast.GRAPH_FROM_STEPS}
+    assert chosen(monkeypatch, "--bs", "64", **on_gpu) == ("off", "on")
+    assert chosen(monkeypatch, "--bs", "65", **on_gpu) == ("off", "off")
+    other = SimpleNamespace(model="vgg16", width=64, bs=64, compile="auto", graph="auto", strategy="auto")
+    fast.choose(other, True, 1, 10**9)
+    assert (other.compile, other.graph) == ("off", "off")
+    for words in (["--strategy", "ddp"], ["--graph", "off"]):
+        assert chosen(monkeypatch, "--bs", "64", *words, **on_gpu) == ("off", "off")
+    assert chosen(monkeypatch, "--bs", "64", "--compile", "on", **on_gpu) == ("on", "off")
+    assert chosen(monkeypatch, "--bs", "64", world_size=2, **on_gpu) == ("off", "off")
 
 
 def test_what_cannot_be_had_is_named(monkeypatch, go, capsys):

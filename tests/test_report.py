@@ -273,6 +273,22 @@ def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
     assert sorted(r.cell.B for r in results.load_runs([*paths, paths[0]])) == [16, 64]
 
 
+def test_the_reports_curves_are_drawn_where_they_are_given(tmp_path):
+    """The figures that the command draws have them, and what else it was told."""
+    theirs = [finished("report")]
+    args = report.parser().parse_args(["x.npz", "--out", str(tmp_path), "--x", "log-epochs", "--bands", "window"])
+    look = report.look_of(args, theirs)
+    assert (look.x, look.log_x, look.bands, look.reference, look.tails) == ("epochs", True, "window", theirs, True)
+
+
+def test_no_folder_of_anybodys_machine_is_exported(tmp_path):
+    run = finished("x", bs=64)
+    run.options |= {"data_dir": "/home/me/data", "runs": "/home/me/runs"}
+    exports.export_runs([run], tmp_path / "a.npz")
+    (read,) = results.load_runs([str(tmp_path / "a.npz")])
+    assert (read.options["data_dir"], read.options["runs"]) == ("data", "runs") and read.cell == run.cell
+
+
 @pytest.mark.slow
 def test_the_reports_curves_beside_themselves(curves, tmp_path, capsys):
     """Read as runs and as reference at once: every difference is 0, and no verdict comes from one seed."""
