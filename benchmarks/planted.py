@@ -82,6 +82,9 @@ def spots_of(finding: Finding, preset: str) -> tuple[Spot, ...]:
         for s in grid(preset)
         if s.budget.startswith("ratio") == bool(finding.corners)
     ]
+    if not finding.corners:  # at one rate, the grid's usual one, as in a report
+        usual = statistics.mode(s.cell.lr for s in whole)
+        whole = [s for s in whole if s.cell.lr == usual]
     return tuple(s for s in whole if (finding.null if s.fake else finding.covers(s.cell) or bool(finding.corners)))
 
 

@@ -207,6 +207,15 @@ def gather(finding: Finding, rows: list[RunRow], cells: set[Cell], where: str) -
     return gathered
 
 
+def sizes_with_null(finding: Finding, rows: list[RunRow]) -> set[int]:
+    """The batch sizes of which three seeds or more have A/A runs with the finding's value."""
+    seeds: dict[int, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.fake and finding.needs[0] in row.values and has_schedule(row.cell):
+            seeds[row.cell.B].add(row.seed)
+    return {B for B, of in seeds.items() if len(of) >= LEAST_SEEDS}
+
+
 def subtract_null(
     finding: Finding, gathered: Gathered, rows: list[RunRow], budget: str, sizes: set[int]
 ) -> Interval | None:
@@ -360,6 +369,13 @@ def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Resul
         finding, "not resolved", dict.fromkeys(BUDGETS), margin, rate=rate_words(cells) if finding.sized else ""
     )
     result.one_budget = bool(real) and all(r.budget == "any" for r in real)
+    sizes = {c.B for c in cells}
+    compared = sizes & sizes_with_null(finding, rows) if finding.null else sizes
+    if compared and compared < sizes:
+        left_out = ", ".join(map(str, sorted(sizes - compared)))
+        result.notes.append(f"batch sizes without A/A runs are left out: {left_out}")
+        cells = {c for c in cells if c.B in compared}
+        real = [r for r in real if r.cell.B in compared]
     tables: dict[str, Gathered] = {}
     for budget in BUDGETS:
         under = [r for r in real if r.budget in (budget, "any")]
