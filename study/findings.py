@@ -371,7 +371,7 @@ def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Resul
     result.one_budget = bool(real) and all(r.budget == "any" for r in real)
     sizes = {c.B for c in cells}
     compared = sizes & sizes_with_null(finding, rows) if finding.null else sizes
-    if compared and compared < sizes:
+    if compared < sizes and 2 * len(compared) >= len(sizes):
         left_out = ", ".join(map(str, sorted(sizes - compared)))
         result.notes.append(f"batch sizes without A/A runs are left out: {left_out}")
         cells = {c for c in cells if c.B in compared}

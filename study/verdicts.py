@@ -29,14 +29,14 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
     """(setting, result) of every finding: in each setting whose runs give its statistic, or else in the largest one.
 
     `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), each cell at its best rate and
-    weight decay of the other seeds ("tuned"), or at what a search has chosen ("searched"; only the findings that compare batch
-    sizes). The findings about lr/B are judged once, with the first; one that speaks of SGD's noise scale leaves out settings of
+    weight decay of the other seeds ("tuned"), or at what a search has chosen ("searched"); at one lr/B and at what was searched only
+    the findings that compare batch sizes. The findings about lr/B are judged once, with the first; one that speaks of SGD's noise scale leaves out settings of
     other optimizers.
     """
     judged = []
     for finding in findings.FINDINGS:
         by_ratio = bool(finding.corners)
-        if (by_ratio and rates != "fixed") or (rates == "searched" and not finding.sized):
+        if (by_ratio and rates != "fixed") or (rates in ("scaled", "searched") and not finding.sized):
             continue
         by_setting = []
         for s in settings:

@@ -356,6 +356,8 @@ def test_batch_sizes_without_aa_runs_are_left_out_by_name():
         result = evaluate_finding(drift, some)
         assert result.verdict == "supported" and not result.missing
         assert result.notes == ["batch sizes without A/A runs are left out: 16"]
+    most = [r for r in rows if not r.fake or r.cell.B in (32, 64)]  # A/A runs of a third of the sizes are too few
+    assert "A/A runs" in evaluate_finding(drift, most).missing[0]
     two_seeds = [r for r in rows if not r.fake or r.cell.B != 16 or r.seed != "2"]
     assert evaluate_finding(drift, two_seeds).notes == result.notes
 
