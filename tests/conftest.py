@@ -34,6 +34,7 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # nor do those spin that are told to have more
 
 
 def pytest_addoption(parser) -> None:

@@ -155,7 +155,7 @@ class Children:
     def process(self) -> subprocess.Popen:
         if not hasattr(self.local, "process"):
             code = ZYGOTE.format(root=str(ROOT), tests=str(ROOT / "tests"), memory=MEMORY)
-            env = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUTF8": "1"}
+            env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | os.environ | {"PYTHONUTF8": "1"}
             self.local.process = subprocess.Popen(
                 [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
             )

@@ -3,7 +3,8 @@
 import contextlib
 import gzip
 import json
-import subprocess
+import os
+import random
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import torch
 import gradsplit
 import measure
 import train
+from benchmarks import speed
 from conftest import ROOT, SIXTEEN, TINY, accelerator, same_weights, series, slow, summary, weights
 from data import InputError
 from engine import fast, options
@@ -336,13 +338,34 @@ def test_a_capture_that_fails_is_left_to_a_fresh_process(go, monkeypatch, capsys
     assert json.loads((folder / "config.json").read_text())["segments"][-1]["graph"] == "off"
 
 
+BLOCK = """
+import torch
+from torch import nn
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8))
+    def forward(self, x):
+        return torch.relu(x + self.layers(x))
+def net(C, K):
+    first = nn.Conv2d(C, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+    return nn.Sequential(*first, Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, K))
+"""
+
+
 @pytest.mark.slow
 @compiler
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
-def test_compiled_steps_give_the_eager_run(go, precision):
-    """A measured step every other one, a short last batch: one graph is compiled, and clean + noisy = its gradient."""
+def test_compiled_steps_give_the_eager_run(go, precision, tmp_path):
+    """A measured step every other one, a short last batch: one graph is compiled, and clean + noisy = its gradient.
+
+    In float64 of a ResNet-18, whose kernels are a minute's work to the C++ compiler; under autocast of one of its blocks.
+    """
     torch._dynamo.reset()
     words = "--noise", "0.5", "--bs", "48", "--precision", precision, "--epochs", "2"
+    if precision == "bf16-mixed":
+        (tmp_path / "nets.py").write_text(BLOCK)
+        words += "--model", f"{tmp_path / 'nets.py'}:net", "--width", "64"  # the default, for it is not used
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     b = go(*words, "--compile", name="b")
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
@@ -383,16 +406,29 @@ def test_a_profile_is_written_and_changes_nothing(go):
     assert longest in (b / "profile" / "table.txt").read_text()
 
 
+@pytest.fixture
+def one_core():
+    """Processes that a test starts have one thread: two at work on tiny tensors, beside other tests, mostly wait."""
+    if not hasattr(os, "sched_setaffinity"):
+        return (yield)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {random.choice(sorted(before))})
+    yield
+    os.sched_setaffinity(0, before)
+
+
 @pytest.mark.slow
-def test_the_benchmarks_run(tmp_path):
+def test_the_benchmarks_run(tmp_path, monkeypatch, one_core):
+    """The cells of a part are timed by `python benchmarks/speed.py --cells`, from this process."""
     out = tmp_path / "R.md"
-    same = "--models resnet18-8 --batches 16 --seconds 0.01".split()
+    same = "--models resnet18-4 --batches 16 --seconds 0.01".split()
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     for words in (["measured", "logging", *same], ["logging", *same]):  # the second replaces what the first wrote
-        own = [sys.executable, str(ROOT / "benchmarks" / "speed.py"), *words, "--out", str(out)]
-        subprocess.run(own, check=True, capture_output=True)
+        monkeypatch.setattr(sys, "argv", ["speed.py", *words, "--out", str(out)])
+        assert speed.main() == 0
     text = out.read_text()
     assert text.count("<!-- measured --models") == text.count("<!-- logging --models") == 1
-    assert text.count("| resnet18-8 |") == 2
+    assert text.count("| resnet18-4 |") == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- on a GPU

@@ -59,6 +59,8 @@ class Fork:
     def terminate(self):
         os.kill(self.pid, signal.SIGTERM)
 processes.subprocess = type("module", (), dict(vars(subprocess), Popen=Fork))
+lease.sweep.cores = lambda: 1  # threads of a run: several would wait for each other at these sizes
+import torch.utils.tensorboard, torchvision  # which every run imports
 os._exit(max(lease.sweep.main(argv[1:]) if argv[0] == "sweep" else lease.main(argv) for argv in {argvs!r}))
 """
 

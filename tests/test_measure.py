@@ -456,7 +456,7 @@ def test_update_norm_is_the_distance_moved():
 @pytest.mark.slow
 def test_memorization_is_noticed(go):
     """Trained to fit every label, a wide enough net memorizes: half of the noisy ones from some epoch on."""
-    argv = "--noise 0.5 --synthetic-train 100 --synthetic-test 20 --no-augment --epochs 70 --bs 16 --width 16".split()
+    argv = "--noise 0.5 --synthetic-train 60 --synthetic-test 20 --no-augment --epochs 60 --bs 16 --width 16".split()
     folder = go(
         *argv, "--lr", "0.05", "--wd", "0", "--measure-every", "50", "--measure", "full", "--measure-budget", "0.4"
     )
@@ -477,7 +477,9 @@ def test_a_fake_mask_over_clean_labels_gives_the_null(go):
         "--synthetic-train",
         "1000",
         "--epochs",
-        "2",
+        "1",
+        "--bs",
+        "16",
         "--permutations",
         "8",
         "--measure-every",

@@ -49,7 +49,7 @@ def written(folder: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("times", slow(2, 20))
+@pytest.mark.parametrize("times", slow(12))
 def test_killed_again_and_again(zygote, tmp_path, times):
     """SIGKILL at random moments, many of them within a checkpoint (one is written after every step), and resumed."""
     argv = [*NOISY, "--runs", str(tmp_path), "--epochs", str(min(16, 2 * times)), "--measure-every", "3"]
