@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from study.aaruns import aa_means, sizes_with_aa
 from study.contrasts import (
     Estimate,
     Statistic,
@@ -207,15 +208,6 @@ def gather(finding: Finding, rows: list[RunRow], cells: set[Cell], where: str) -
     return gathered
 
 
-def sizes_with_null(finding: Finding, rows: list[RunRow]) -> set[int]:
-    """The batch sizes of which three seeds or more have A/A runs with the finding's value."""
-    seeds: dict[int, set[str]] = defaultdict(set)
-    for row in rows:
-        if row.fake and finding.needs[0] in row.values and has_schedule(row.cell):
-            seeds[row.cell.B].add(row.seed)
-    return {B for B, of in seeds.items() if len(of) >= LEAST_SEEDS}
-
-
 def subtract_null(
     finding: Finding, gathered: Gathered, rows: list[RunRow], budget: str, sizes: set[int]
 ) -> Interval | None:
@@ -225,17 +217,7 @@ def subtract_null(
     estimate, with a note, if at least three have them; otherwise they are missing.
     """
     name = finding.needs[0]
-
-    def complete(fakes: list[RunRow]) -> dict[str, float]:
-        by_seed: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for row in fakes:
-            by_seed[row.seed][row.cell.B].append(row.values[name])
-        full = {s: of for s, of in by_seed.items() if sizes <= of.keys() and s in gathered.units}
-        return {s: statistics.fmean(statistics.fmean(of[B]) for B in sizes) for s, of in full.items()}
-
-    fakes = [r for r in rows if r.fake and name in r.values and has_schedule(r.cell)]
-    own = complete([r for r in fakes if r.budget in (budget, "any")])
-    aa = own if len(own) >= LEAST_SEEDS else complete(fakes)
+    aa = aa_means([r for r in rows if r.seed in gathered.units], name, sizes, budget)
     if len(aa) < LEAST_SEEDS:
         gathered.missing.append(
             f"{BUDGETS[budget]}: A/A runs (--fake-mask) with {SERIES_OF[name]} of three seeds at B {', '.join(map(str, sorted(sizes)))}, "
@@ -370,7 +352,7 @@ def evaluate_units(finding: Finding, rows: list[RunRow], margin: float) -> Resul
     )
     result.one_budget = bool(real) and all(r.budget == "any" for r in real)
     sizes = {c.B for c in cells}
-    compared = sizes & sizes_with_null(finding, rows) if finding.null else sizes
+    compared = sizes & sizes_with_aa(rows, finding.needs[0]) if finding.null else sizes
     if compared < sizes and 2 * len(compared) >= len(sizes):
         left_out = ", ".join(map(str, sorted(sizes - compared)))
         result.notes.append(f"batch sizes without A/A runs are left out: {left_out}")
