@@ -15,7 +15,7 @@ PRECISION = "bf16-mixed"
 USUAL = 128  # batch size
 SCHEDS, SIZES = ("onecycle", "cosine", "constant"), (512, 256, 128, 64, 32, 16)  # figures 4, 7 and 10 first
 GAIN = 1.1  # more runs at once on a GPU are to save so much of its time
-LEAST = 2  # runs at once, however fast one alone is: one starts and evaluates beside the steps of another
+LEAST = 4  # runs at once, however fast one alone is: a start takes as long as 5,000 steps of a small batch
 IMAGES = 40_000  # trained on in the report's grid, a fifth being held out
 TESTS = (  # those that train, what only a GPU runs first
     "fast train gradsplit metrics measure launches resume devices pretended_gpu first_run estimates models other_models "

@@ -140,10 +140,10 @@ def test_runs_are_made_in_the_way_that_was_fastest():
     rows.append(row(16, "graph", 0.0078, at_once=2))
     assert pick(16, 5000) == ("graph", 1)  # 2 % are not worth it
     assert pick(None, 5000) == pick(512, 5000)  # of those timed the nearest to 128
-    assert pick(16, 5000).words[0] == "--per-gpu=2"  # whose starts are hidden
+    assert pick(16, 5000).words[0] == "--per-gpu=4"  # whose starts are hidden
     rows.append(row(16, "graph", 0.006, at_once=2))
     assert pick(16, 5000) == ("graph", 2)
-    assert pick(16, 5000).words == ["--per-gpu=2", "--compile=off", "--graph=on"]
+    assert pick(16, 5000).words == ["--per-gpu=4", "--compile=off", "--graph=on"]
     assert leaseplan.Choice("both").words[1:] == ["--compile=on", "--graph=on"]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import report
+from benchmarks import compare
 from conftest import ROOT, SHARED
 from study import gallery
 
@@ -73,6 +74,18 @@ def test_every_study_has_its_file_and_its_line():
     index = (ROOT / "docs/studies.md").read_text()
     assert all(f"studies/{name}.md" in index and f"studies/{name}.npz" in index for name in pages)
     assert sum(p.stat().st_size for p in STUDIES) < 40 * 2**20
+
+
+def test_lines_of_runs_side_by_side_are_means_over_seeds():
+    """Of the runs that the options choose; human.md has the same numbers from the report."""
+    runs = compare.chosen(f"{ROOT / 'docs/studies/human.npz'} noise_type=human")
+    assert len(runs) == 5 and {run.options["noise_type"] for run in runs} == {"human"}
+    steps, mean, deviation = compare.line(runs, "val/acc")
+    assert steps[-1] == 400 and (round(mean[-1], 3), round(deviation[-1], 3)) == (0.306, 0.015)
+    assert compare.line(runs, "no/such") is None
+    ratio = compare.line(runs[:1], "grad/norm_ratio")
+    noisy, clean = (runs[0].series[f"grad/norm_{part}"] for part in ("noisy", "clean"))
+    assert ratio[1].tolist() == pytest.approx((noisy[1] / clean[1]).tolist()) and not ratio[2].any()
 
 
 @pytest.mark.parametrize("change", ["| 64 | 0.66", "0.02 | 0.72"])
