@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from data import InputError  # noqa: E402
+from engine import cmdline  # noqa: E402
 from study import results, runfolders  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
@@ -28,11 +30,14 @@ PANELS = [  # title, tag, its null or None
 
 
 def chosen(words: str) -> list[runfolders.Run]:
-    """The runs of `PATH OPTION=VALUE ...`."""
-    path, *options = words.split()
-    wanted = dict(option.split("=", 1) for option in options)
+    """The runs of `PATH OPTION=VALUE ...`. Raises `InputError` where there are none."""
+    path, *options = words.split() or [""]
+    wanted = [option.partition("=")[::2] for option in options]
     runs = results.load_runs([path], progress=False)
-    return [run for run in runs if all(str(run.options[k]) == v for k, v in wanted.items())]
+    found = [run for run in runs if all(str(run.options.get(k)) == v for k, v in wanted)]
+    if not found:
+        raise InputError(f"'{words}': no such run; an argument is NAME=PATH or 'NAME=PATH OPTION=VALUE ...'")
+    return found
 
 
 def values_of(run: runfolders.Run, tag: str) -> runfolders.Series | None:
@@ -52,7 +57,17 @@ def line(runs: list[runfolders.Run], tag: str) -> tuple[np.ndarray, np.ndarray, 
     return np.array(steps), rows.mean(0), rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
 
 
-def main(out: str, named: list[str]) -> None:
+def main(out: str, named: list[str]) -> int:
+    """Draw, or say what is wrong in one line; returns the exit status."""
+    try:
+        draw(out, named)
+    except InputError as e:
+        cmdline.complain(e, "compare.py")
+        return 2
+    return 0
+
+
+def draw(out: str, named: list[str]) -> None:
     kinds = {name: chosen(words) for name, _, words in (word.partition("=") for word in named)}
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, tag, null) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
@@ -74,4 +89,6 @@ def main(out: str, named: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    if len(sys.argv) < 3:
+        sys.exit("usage: compare.py OUT.png NAME=RUNS ...")
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

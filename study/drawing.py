@@ -200,9 +200,8 @@ def draw_line(
     axis.plot(x[thin], middle[thin], color=color, lw=1.7 if style == "-" else 1.2, ls=style, zorder=3, **points)
     tail = min(last_x(run, tag, look) for run in runs)
     if any(run.left_out for run in runs) and tail > x[-1]:
-        level = (
-            raw[-max(len(raw) // 10, 1) :].mean() if alpha <= BATCH_ALPHA else raw[-1]
-        )  # where an average would come to
+        # Where an average would come to: that of single batches lags behind their last values.
+        level = raw[-max(len(raw) // 10, 1) :].mean() if alpha <= BATCH_ALPHA else raw[-1]
         axis.plot([x[-1], tail], [level] * 2, color=color, lw=1.0, ls=(0, (5, 3)), zorder=3, label=TAIL)
     spread = np.std([np.interp(x, c[0], c[2]) for c in curves], axis=0, ddof=1) if len(curves) > 1 else None
     if look.bands == "window" and alpha < 1:  # what is not smoothed has no window

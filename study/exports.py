@@ -31,7 +31,8 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
     `runs`: a JSON text as bytes, [{name, options, resolved, summary, versions, series: [[tag, grid, first, n], ...]}];
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
     steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
-    The folders of data and runs are left out. `searches`: (name, content of its file) of searches by tuned sweeps; where there are any, the file has them as the JSON text
+    The folders of data and runs are left out. `searches`: (name, content of its file) of searches by tuned sweeps; where
+    there are any, the file has them as the JSON text
     `searches`, {"searches": [[name, content], ...]}.
     """
     grids: dict[bytes, int] = {}

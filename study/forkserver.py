@@ -3,8 +3,8 @@
 A forked run is what `python SCRIPT ...` would be: `__main__`, with its own session, output, exit status and signals. What
 crashes in it ends it alone. A run has the code that is there at its start: the server refuses if files have changed since it
 imported them. The server has neither threads nor tensors, for which a fork would not be safe, and does not look
-at a GPU, which its runs could not use then. (The fork server of multiprocessing calls functions of the program that uses it, here the sweep, which it imports
-again in each process.)
+at a GPU, which its runs could not use then. (The fork server of multiprocessing calls functions of the program that
+uses it, here the sweep, which it imports again in each process.)
 
 Run as a script with the names of the script and of modules to import, and a socket as its standard input, this file is the
 server; `ForkServer` is its other end.

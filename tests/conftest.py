@@ -65,9 +65,9 @@ class LeftOut:
         self.never_ended = {name for name in begun if begun.count(name) > 1} - self.ended
 
     def pytest_collection_modifyitems(self, config, items) -> None:
-        left_out = [item for item in items if item.nodeid in self.ended | self.never_ended]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        known = self.ended | self.never_ended
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
+        items[:] = [item for item in items if item.nodeid not in known]
 
 
 class Times(LeftOut):

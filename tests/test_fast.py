@@ -119,7 +119,7 @@ def test_a_graph_that_is_wrong_is_not_replayed(monkeypatch):
     job = job_for("--graph", "--bs", "48")
     with pytest.raises(fast.Unfit, match="--graph on: the gradient is off"):
         fast.make_ready(job, train.plain_gradient)
-    assert job.graph is None and not job.auto and job_for().auto
+    assert job.graph is None and not job.auto and job_for().auto and job_for("--compile", "off").auto
 
 
 @pytest.mark.slow

@@ -281,6 +281,14 @@ def test_the_reports_curves_are_drawn_where_they_are_given(tmp_path):
     assert (look.x, look.log_x, look.bands, look.reference, look.tails) == ("epochs", True, "window", theirs, True)
 
 
+def test_a_run_that_ended_with_its_schedule_is_compared_up_to_its_last_step():
+    """The report's runs went on: the mean of their last tenth would be of other steps."""
+    theirs = finished("report")
+    theirs.series["grad/cos_clean_all"] = (np.arange(0, 1000, 10), np.linspace(0.0, 0.99, 100))
+    assert manyruns.final_value(theirs, "grad/cos_clean_all") == pytest.approx(0.945)
+    assert manyruns.final_value(theirs, "grad/cos_clean_all", until=490) == pytest.approx(0.47)  # of 0.45 to 0.49
+
+
 def test_no_folder_of_anybodys_machine_is_exported(tmp_path):
     run = finished("x", bs=64)
     run.options |= {"data_dir": "/home/me/data", "runs": "/home/me/runs"}

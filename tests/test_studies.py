@@ -76,13 +76,17 @@ def test_every_study_has_its_file_and_its_line():
     assert sum(p.stat().st_size for p in STUDIES) < 40 * 2**20
 
 
-def test_lines_of_runs_side_by_side_are_means_over_seeds():
+def test_lines_of_runs_side_by_side_are_means_over_seeds(tmp_path, monkeypatch, capsys):
     """Of the runs that the options choose; human.md has the same numbers from the report."""
-    runs = compare.chosen(f"{ROOT / 'docs/studies/human.npz'} noise_type=human")
+    monkeypatch.chdir(ROOT)
+    runs = compare.chosen("docs/studies/human.npz noise_type=human")
     assert len(runs) == 5 and {run.options["noise_type"] for run in runs} == {"human"}
     steps, mean, deviation = compare.line(runs, "val/acc")
     assert steps[-1] == 400 and (round(mean[-1], 3), round(deviation[-1], 3)) == (0.306, 0.015)
     assert compare.line(runs, "no/such") is None
+    for words in ("a=docs/studies/human.npz noise_type=none", "a=docs/studies/human.npz nonsense", "a=absent.npz", "a"):
+        assert compare.main(str(tmp_path / "x.png"), [words]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     ratio = compare.line(runs[:1], "grad/norm_ratio")
     noisy, clean = (runs[0].series[f"grad/norm_{part}"] for part in ("noisy", "clean"))
     assert ratio[1].tolist() == pytest.approx((noisy[1] / clean[1]).tolist()) and not ratio[2].any()
