@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,6 +26,23 @@ def rounded(values: np.ndarray) -> np.ndarray:
     return ((bits + np.uint32(1 << (drop - 1))) & ~np.uint32((1 << drop) - 1)).view("<f4")
 
 
+def without_folders(content: dict) -> dict:
+    """The content of a search's file without the `PRIVATE` options, which its command line names as well."""
+    flags = tuple("--" + name.replace("_", "-") for name in PRIVATE)
+    kept: list[str] = []
+    try:
+        words = iter(shlex.split(str(content.get("command", ""))))
+    except ValueError:  # an open quotation mark: not what a sweep writes
+        words = iter(())
+    for word in words:
+        if word in flags:
+            next(words, None)  # its value
+        elif not word.startswith(tuple(f"{flag}=" for flag in flags)):
+            kept.append(word)
+    settings = {k: v for k, v in content["options"].items() if k not in PRIVATE}
+    return content | {"command": shlex.join(kept), "options": settings}
+
+
 def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]] = ()) -> None:
     """Write the series of many runs into one compressed .npz without pickles, whole or not at all. Raises `CannotWrite`.
 
@@ -32,8 +50,7 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
     `values`: all values, float32; `steps_G`: the steps of grid G, as differences, int32. Series logged at the same
     steps share a grid. Values of single batches keep `KEPT_BITS` bits of mantissa, those over whole sets all.
     The folders of data and runs are left out. `searches`: (name, content of its file) of searches by tuned sweeps; where
-    there are any, the file has them as the JSON text
-    `searches`, {"searches": [[name, content], ...]}.
+    there are any, the file has them as the JSON text `searches`, {"searches": [[name, content], ...]}.
     """
     grids: dict[bytes, int] = {}
     arrays, values, listed, first = {}, [], [], 0
@@ -54,7 +71,7 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
         "runs": np.frombuffer(text, np.uint8),
         "values": np.concatenate(values) if values else np.zeros(0, "<f4"),
     }
-    if searches := list(searches):
+    if searches := [(name, without_folders(content)) for name, content in searches]:
         arrays["searches"] = np.frombuffer(json.dumps({"searches": searches}).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)

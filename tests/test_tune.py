@@ -371,6 +371,9 @@ def test_an_export_holds_the_searches(tmp_path, capsys, monkeypatch):
     """A report on the file is that on the folder, also through a second export."""
     monkeypatch.setattr(gallery, "save_styled", lambda *_, **__: False)  # drawing takes long, and is not in question
     planted(tmp_path / "runs")
+    typed = ["--runs /home/me/runs --data-dir=/home/me/data --epochs 3", "sweep.py 'open"]
+    for path, command in zip(sorted((tmp_path / "runs" / "tuning").glob("*/*.json")), typed):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"command": command}))
     pages = []
     for path, made in (("runs", "a.npz"), ("a.npz", "b.npz"), ("b.npz", "c.npz")):
         out = ["--out", str(tmp_path / "out"), "--format", "svg"]
@@ -380,6 +383,9 @@ def test_an_export_holds_the_searches(tmp_path, capsys, monkeypatch):
     with np.load(tmp_path / "a.npz") as z:
         arrays = dict(z)
     content = json.loads(arrays["searches"].tobytes())
+    commands = [search["command"] for _, search in content["searches"] if "command" in search]
+    assert {"--epochs 3", ""} <= set(commands) and b"/home/me" not in arrays["searches"].tobytes()
+    assert not any({"runs", "data_dir"} & set(search["options"]) for _, search in content["searches"])
     content["searches"][0][1]["trials"] = 3
     np.savez(tmp_path / "one.npz", **arrays | {"searches": np.frombuffer(json.dumps(content).encode(), np.uint8)})
     capsys.readouterr()
