@@ -168,7 +168,7 @@ class Gathered:
 
 def cell_label(cell: Cell) -> str:
     """A cell in words."""
-    return f"{cell.sched}, noise {cell.noise:g}, B {cell.B}, lr {cell.lr:g}"
+    return f"{cell.sched}, noise {cell.noise:g}, B {cell.B}, {f'lr {cell.lr:g}' if cell.lr else 'its tuned rate'}"
 
 
 def rate_words(cells: set[Cell]) -> str:

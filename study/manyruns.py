@@ -193,16 +193,40 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
         )
 
 
-def at_best(settings: list[Setting]) -> list[Setting]:
-    """The settings in which a cell has several learning rates or weight decays, at each cell's best value of the other seeds."""
-    tuned_settings = []
+def at_best(settings: list[Setting]) -> tuple[list[Setting], list[str]]:
+    """The settings at each cell's best learning rate and weight decay of the other seeds, and notes on how many were tried.
+
+    Only schedules of which every cell has several: a cell with a single one is not at its best, and batch sizes of which more
+    was tried would have the advantage. The notes name the schedules left out, and numbers that differ.
+    """
+    tuned_settings, notes = [], []
     for s in settings:
-        cells = group_by(s.all_runs, lambda r: (r.cell._replace(lr=0.0), r.budget, r.fake))
-        if any(len({(r.cell.lr, r.options["wd"]) for r in same}) > 1 for same in cells.values()):
-            names = {row.name for row in tuned([runvalues.finding_row(r) for r in s.all_runs if r.finished])}
-            runs = [r for r in s.all_runs if r.name in names]
-            tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, s.all_runs, [], False))
-    return tuned_settings
+        kept = []
+        for sched, runs in group_by(s.all_runs, lambda r: r.cell.sched).items():
+            judged = [r for r in runs if not r.fake]  # A/A runs are subtracted, whatever their rate
+            cells = group_by(judged, lambda r: (r.budget, r.cell._replace(lr=0.0)))
+            sizes: dict[int, list[int]] = {}  # {number of rates and decays tried: batch sizes of its cells}
+            for (_, cell), same in cells.items():
+                sizes.setdefault(len({(r.cell.lr, r.options["wd"]) for r in same}), []).append(cell.B)
+            named = {n: ", ".join(map(str, sorted(set(of)))) for n, of in sorted(sizes.items())}
+            if 1 not in sizes:
+                kept += runs
+                if len(sizes) > 1:
+                    numbers = "; ".join(f"{n} at batch size {of}" for n, of in named.items())
+                    notes.append(
+                        f"{s.label}, {sched}: more learning rates and weight decays were tried in some cells than in others "
+                        f"({numbers}), which is a slight advantage"
+                    )
+            elif len(sizes) > 1:
+                notes.append(
+                    f"{s.label}, {sched}: not compared at each cell's best learning rate and weight decay, for "
+                    f"{len(sizes[1])} of {len(cells)} cells have a single one (batch size {named[1]})"
+                )
+        names = {row.name for row in tuned([runvalues.finding_row(r) for r in kept if r.finished])}
+        if kept:
+            runs = [r for r in kept if r.name in names]
+            tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, kept, [], False))
+    return tuned_settings, notes
 
 
 def write_full_report(
@@ -252,11 +276,11 @@ def write_judged(
 ) -> Judged:
     """Figures and findings at the rates that the grid gives; returns the verdicts at one rate."""
     page.heading(2, "Figures")
-    notes = [f"{s.label}: {note}" for s in settings for note in s.notes]
+    best, left_out = at_best(settings)
+    notes = [f"{s.label}: {note}" for s in settings for note in s.notes] + left_out
     if notes:
         page.bullets(notes)
     add_figures(page, settings, look, formats)
-    best = at_best(settings)
     if best:
         page.heading(2, "Figures at each cell's best learning rate and weight decay")
         add_figures(page, best, look, formats, "-tuned")

@@ -482,6 +482,28 @@ def test_x_in_steps_epochs_and_examples(tmp_path):
     ]
 
 
+def test_a_cell_with_a_single_rate_is_not_at_its_best(tmp_path):
+    """Equal lr/B beside one fixed rate: the middle batch size has one rate, the others two. Constant rates have three and two."""
+    tried = {
+        "onecycle": {16: (0.025, 0.1), 64: (0.1,), 256: (0.1, 0.4)},
+        "constant": {16: (0.1, 0.2, 0.3), 64: (0.1, 0.2)},
+    }
+    for sched, sizes in tried.items():
+        for B, rates in sizes.items():
+            for lr in rates:
+                for seed in range(2):
+                    argv = f"--bs {B} --lr {lr} --noise 0.5 --sched {sched} --sched-steps 10 --epochs 2 --seed {seed}"
+                    plant(tmp_path, argv, {"val/acc": [(0, 0.1), (10, 0.5)]})
+            plant(tmp_path, f"--bs {B} --lr 0.7 --fake-mask 0.5 --sched {sched} --sched-steps 10 --epochs 2", {})
+    (setting,), notes = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path)])))
+    assert {r.cell.sched for r in setting.all_runs} == {"constant"}
+    assert (
+        "onecycle: not compared at each cell's best" in notes[0]
+        and "1 of 3 cells have a single one (batch size 64)" in notes[0]
+    )
+    assert "constant: more learning rates" in notes[1] and "2 at batch size 64; 3 at batch size 16" in notes[1]
+
+
 @pytest.mark.slow
 def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
     """Rate 0.2 is better at batch 64 and worse at 16; each cell is drawn and judged at its own best."""
@@ -498,7 +520,8 @@ def test_findings_and_figures_at_each_cells_best_rate(tmp_path):
         "## Findings at each cell's best learning rate" in page_text
         and (tmp_path / "out" / "figure-06-tuned.png").exists()
     )
-    (setting,) = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path / "runs")])))
+    (setting,), notes = manyruns.at_best(settings.group_settings(results.load_runs([str(tmp_path / "runs")])))
+    assert not notes
     assert {(r.cell.B, r.cell.lr) for r in setting.runs} == {(16, 0.1), (64, 0.2)}
 
 
