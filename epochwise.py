@@ -23,6 +23,7 @@ from gradsplit import Forward, batchnorm_mode
 from measure import MeasuringContext, MeasuringOptions, is_due
 
 EVAL_BATCH = 1000  # examples of a forward without gradients
+CPU_BATCH = 125  # the same on a CPU: glibc keeps 32 MB for reuse, an activation of ResNet-18 at width 64
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128
 CURVATURE_PRODUCTS = 16  # at most, for the eigenvalue
@@ -52,12 +53,18 @@ def undisturbed(context: MeasuringContext):
 # ------------------------------------------------------------------------------------------------------------- probe
 
 
+def eval_logits(context: MeasuringContext, images: Tensor) -> Tensor:
+    """(n, K) logits of `images` (n, C, H, W), on a CPU of `CPU_BATCH` at a time: a quarter faster, and the same numbers."""
+    parts = images.split(CPU_BATCH) if images.device.type == "cpu" else (images,)
+    return torch.cat([context.logits(part) for part in parts])
+
+
 def eval_batches(context: MeasuringContext, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """(logits (m, K), positions (m,)) over this process's share of training examples `index`, eval mode, not augmented."""
     a, b = data.shard(len(index), context.rank, context.world_size)
     for i in range(a, b, EVAL_BATCH):
         at = torch.arange(i, min(i + EVAL_BATCH, b))
-        yield context.logits(context.train.images.plain(index[at])), at
+        yield eval_logits(context, context.train.images.plain(index[at])), at
 
 
 def probe_indices(context: MeasuringContext) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import metrics
 from data import Images
 from engine.hardware import sum_over_ranks
 from engine.job import TrainingJob
-from epochwise import EVAL_BATCH
+from epochwise import EVAL_BATCH, eval_logits
 
 
 class Evaluation(NamedTuple):
@@ -31,7 +31,7 @@ def evaluate(job: TrainingJob, images: Images, labels: Tensor) -> Evaluation:
     job.module.eval()
     for i in range(a, b, EVAL_BATCH):
         at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
-        y, logits = labels[i : i + len(at)], job.context.logits(images.plain(at))
+        y, logits = labels[i : i + len(at)], eval_logits(job.context, images.plain(at))
         sums += metrics.batch_counts(logits, y, torch.zeros_like(y, dtype=torch.bool))
         predicted[i : i + len(at)] = logits.argmax(1)
     job.module.train()

@@ -56,6 +56,22 @@ def full_job(*argv: str) -> TrainingJob:
     return job
 
 
+def test_an_evaluation_in_parts_is_that_of_the_whole(monkeypatch):
+    """The last part is a short one; forwards are of no more examples than a CPU takes at a time."""
+    job = job_for("--precision", "64-true")
+    if job.context.device.type != "cpu":
+        pytest.skip("parts are for CPUs")
+    whole = train.evaluate(job, *job.val)
+    monkeypatch.setattr(epochwise, "CPU_BATCH", 7)
+    seen, logits = [], job.context.logits
+    monkeypatch.setattr(job.context, "logits", lambda x: seen.append(len(x)) or logits(x))
+    parts = train.evaluate(job, *job.val)
+    n = job.val[0].n
+    assert n % 7 and seen == [7] * (n // 7) + [n % 7]
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12) and parts.acc == whole.acc
+    assert torch.equal(parts.predicted, whole.predicted)
+
+
 def per_example(job: TrainingJob, batch, labels: torch.Tensor) -> torch.Tensor:
     """Loss gradients (B, P) of every example by itself, by torch.func: an independent reference."""
     params = {k: p.detach() for k, p in job.module.named_parameters()}
