@@ -262,7 +262,8 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center")
     whiskers = f"; {INTERVALS}" * any(f"{corrected}_low" in r.series for r in real)
-    words = f"{len(real)} runs; raw and null at the steps that have both; bars: one standard deviation over seeds{whiskers}; "
+    counts = f"{len(real)} runs" + f" and {len(fakes)} A/A" * bool(fakes)
+    words = f"{counts}; raw and null at the steps that have both; bars: one standard deviation over seeds{whiskers}; "
     footer(figure, words + "noisy gradients pull elsewhere where raw lies below its null", real + fakes)
     return figure
 
