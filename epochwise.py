@@ -23,7 +23,7 @@ from gradsplit import Forward, batchnorm_mode
 from measure import MeasuringContext, MeasuringOptions, is_due
 
 EVAL_BATCH = 1000  # examples of a forward without gradients
-CPU_BATCH = 125  # the same on a CPU: glibc keeps 32 MB for reuse, an activation of ResNet-18 at width 64
+CPU_BATCH = 125  # on a CPU: activations of ResNet-18 at width 64 are then of 32 MB, the most that glibc keeps
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128
 CURVATURE_PRODUCTS = 16  # at most, for the eigenvalue

@@ -222,8 +222,8 @@ def at_best(settings: list[Setting]) -> tuple[list[Setting], list[str]]:
                     f"{s.label}, {sched}: not compared at each cell's best learning rate and weight decay, for "
                     f"{len(sizes[1])} of {len(cells)} cells have a single one (batch size {named[1]})"
                 )
-        names = {row.name for row in tuned([runvalues.finding_row(r) for r in kept if r.finished])}
         if kept:
+            names = {row.name for row in tuned([runvalues.finding_row(r) for r in kept if r.finished])}
             runs = [r for r in kept if r.name in names]
             tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, kept, [], False))
     return tuned_settings, notes
@@ -276,8 +276,8 @@ def write_judged(
 ) -> Judged:
     """Figures and findings at the rates that the grid gives; returns the verdicts at one rate."""
     page.heading(2, "Figures")
-    best, left_out = at_best(settings)
-    notes = [f"{s.label}: {note}" for s in settings for note in s.notes] + left_out
+    best, rates_tried = at_best(settings)
+    notes = [f"{s.label}: {note}" for s in settings for note in s.notes] + rates_tried
     if notes:
         page.bullets(notes)
     add_figures(page, settings, look, formats)
