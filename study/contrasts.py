@@ -10,7 +10,7 @@ Letters: B batch size, m momentum.
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import schedules
@@ -197,10 +197,20 @@ def best_shift(units: list[Unit]) -> Estimate:
 # ------------------------------------------------------------------------------------------------------------ lr/B
 
 
+def momentum_at_peak(cell: Cell) -> float:
+    """The momentum of a cell's runs at their largest learning rate."""
+    return PEAK_MOMENTUM if cell.sched == "onecycle" else cell.momentum
+
+
 def lr_batch_ratio(cell: Cell, with_momentum: bool) -> float:
-    """lr / B, or lr / (B (1 - m)) with one-cycle's momentum at its largest learning rate."""
-    m = PEAK_MOMENTUM if cell.sched == "onecycle" else cell.momentum
-    return cell.lr / (cell.B * (1 - m)) if with_momentum else cell.lr / cell.B
+    """lr / B, or lr / (B (1 - m)) with the momentum at the largest learning rate."""
+    return cell.lr / (cell.B * (1 - momentum_at_peak(cell))) if with_momentum else cell.lr / cell.B
+
+
+def has_one_momentum(cells: Iterable[Cell]) -> bool:
+    """Whether every schedule has one momentum, so that lr / (B (1 - m)) is equal where lr / B is."""
+    pairs = {(cell.sched, momentum_at_peak(cell)) for cell in cells}
+    return len(pairs) == len({sched for sched, _ in pairs})
 
 
 def ratio_gap(with_momentum: bool) -> Callable[[Values], float]:

@@ -7,11 +7,13 @@ folded table and nothing else.
 import math
 
 from study import findings, runvalues
+from study.contrasts import has_one_momentum
 from study.page import Page
 from study.rules import LEVEL, RULES
 from study.settings import Setting
 from study.stats import holm
 
+ONE_MOMENTUM = "4m is this finding, too: with one momentum lr/(B(1-m)) is equal where lr/B is"
 NAMED = 3  # missing runs named in a finding's own line; the rest is folded
 
 Judged = list[tuple[str, findings.Result]]  # (setting, result)
@@ -30,8 +32,8 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
 
     `rates`: batch sizes are compared at one learning rate ("fixed"), at one lr/B ("scaled"), each cell at its best rate and
     weight decay of the other seeds ("tuned"), or at what a search has chosen ("searched"); at one lr/B and at what was searched only
-    the findings that compare batch sizes. The findings about lr/B are judged once, with the first; one that speaks of SGD's noise scale leaves out settings of
-    other optimizers.
+    the findings that compare batch sizes. The findings about lr/B are judged once, with the first; the one about lr/(B(1-m))
+    where SGD's momentum is an axis, for with one momentum it is that about lr/B.
     """
     judged = []
     for finding in findings.FINDINGS:
@@ -44,7 +46,12 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
                 continue
             runs = {"scaled": s.scaled, "tuned": s.all_runs}.get(rates, s.ratio_runs if by_ratio else s.runs)
             rows = [runvalues.finding_row(r) for r in runs]
-            by_setting.append((s.label, findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")))
+            same_pairs = by_ratio and s.of_sgd and has_one_momentum(row.cell for row in rows)
+            if same_pairs and finding.of_sgd:
+                continue  # it would count the test of lr/B twice
+            result = findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")
+            result.notes += [ONE_MOMENTUM] * same_pairs
+            by_setting.append((s.label, result))
         judged += [pair for pair in by_setting if has_statistic(pair[1])] or by_setting[:1]
     return judged
 

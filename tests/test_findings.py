@@ -523,6 +523,9 @@ def test_the_ratio_study_pairs_equal_ratios():
     assert contrasts.ratio_gap(False)(values) == contrasts.ratio_gap(True)(values) == pytest.approx(0.16)
     assert contrasts.lr_batch_ratio(Cell("constant", 0, 100, 0.1, 0.9), True) == pytest.approx(0.01)
     assert contrasts.lr_batch_ratio(Cell("onecycle", 0, 100, 0.15, 0.9), True) == pytest.approx(0.01)  # 0.85 at the top
+    cells = [Cell(sched, 0.5, 64, 0.1, m) for sched in ("onecycle", "constant") for m in (0.9, 0.5)]
+    assert contrasts.has_one_momentum(cells[:3])  # whatever --momentum says, one-cycle's is its own
+    assert not contrasts.has_one_momentum(cells)
     with pytest.raises(stats.Incomplete, match="lr/B"):
         contrasts.ratio_gap(False)({Cell("onecycle", 0.5, 64, 0.05): 0.8})
 

@@ -491,15 +491,20 @@ def test_losses_are_compared_with_the_cross_entropy_seed_by_seed(tmp_path):
 def test_settings_of_other_losses_and_optimizers_are_judged_apart():
     """And the finding about SGD's noise scale with momentum of SGD alone."""
     runs = []
-    for extra in ("", "--loss gce", "--optimizer adam"):
+    for extra in ("", "--loss gce", "--optimizer adam", "--momentum 0.5"):
         args = options.parse(f"--dataset synthetic --noise 0.4 --sched cosine {extra}".split())
         runs.append(Run("r", vars(args), {}, {"status": "finished"}, {}, ""))
+    two_momenta = [runs[0], runs.pop()]
     grouped = settings.group_settings(runs)
     assert len(grouped) == 3
     judged = verdicts.judge([s for s in grouped if "adam" in s.label], findings.MARGINS)
     assert {"4", "5"} <= {r.finding.id for _, r in judged} and "4m" not in {r.finding.id for _, r in judged}
     judged = verdicts.judge([s for s in grouped if "adam" not in s.label], findings.MARGINS)
+    assert "4m" not in {r.finding.id for _, r in judged}  # with one momentum it is 4, and counted once
+    assert any(verdicts.ONE_MOMENTUM in r.notes for _, r in judged if r.finding.id == "4")
+    judged = verdicts.judge(settings.group_settings(two_momenta), findings.MARGINS)
     assert "4m" in {r.finding.id for _, r in judged}
+    assert not any(verdicts.ONE_MOMENTUM in r.notes for _, r in judged)
     plain, gce, _ = runs
     assert figures.comparable(plain, plain) and not figures.comparable(gce, plain)  # beside the report's own curves
 
