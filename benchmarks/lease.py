@@ -36,6 +36,7 @@ import signal  # noqa: E402
 import subprocess  # noqa: E402
 import threading  # noqa: E402
 from collections import Counter  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 
 import sweep  # noqa: E402
 from benchmarks import leaseplan, packs, speed  # noqa: E402
@@ -99,7 +100,7 @@ class Call:
             raise InputError(f"--earlier {path}: there is no such file or folder")
         exported = path if path.suffix == ".npz" else path / "runs.npz"
         if exported.is_file():
-            self.export([str(exported)])
+            self.export(exports.read_export(exported))
         if path.is_dir():
             earlier = read_state(path / "lease.json")
             for place, rows in earlier.get("cells", {}).items():
@@ -128,16 +129,21 @@ class Call:
                     finished.append(folder)
         return finished
 
-    def export(self, more: list[str] = ()) -> None:
-        """Add finished runs, of WORK and of `more` files, to those exported before, here and in OUT."""
+    def counts(self, run: runfolders.Run) -> bool:
+        """Whether an earlier call's run is not made again: finished, and not on a CPU, which the grid's own are not."""
+        return run.finished and (self.args.rehearse or run.options.get("accelerator") != "cpu")
+
+    def export(self, earlier: Sequence[runfolders.Run] = ()) -> None:
+        """Add finished runs, of WORK and of an `earlier` call, to those exported before, here and in OUT."""
         with self.lock:
-            before = exports.read_export(self.exported) if self.exported.exists() else []
-            names = {run.name for run in before}
+            known = exports.read_export(self.exported) if self.exported.exists() else []
+            names = {run.name for run in known}
+            more = [run for run in earlier if run.name not in names and self.counts(run)]
+            names |= {run.name for run in more}
             new = [str(folder) for folder in self.finished_folders() if folder.name not in names]
             if new or more:
-                here = [str(self.exported)] * bool(before)
-                runs = [run for run in results.load_runs([*here, *more, *new], progress=False) if run.finished]
-                exports.export_runs(sorted(runs, key=lambda run: run.name), self.exported)
+                made = [run for run in results.load_runs(new, progress=False) if run.finished]
+                exports.export_runs(sorted([*known, *more, *made], key=lambda run: run.name), self.exported)
             if self.exported.exists() and (new or more or not (self.out / "runs.npz").exists()):
                 files.replace(self.out / "runs.npz", self.exported.read_bytes())
 
@@ -326,7 +332,7 @@ def parser() -> cmdline.Parser:
     p.add_argument("--minutes", type=minutes, required=True, metavar="M", help="the call ends within this time")
     p.add_argument("--out", required=True, metavar="DIR", help="results, five files")
     p.add_argument("--work", required=True, metavar="DIR", help="what is finished, unfinished runs, unpacked data")
-    about = "an earlier call's --out, or exported runs: not done again (may be repeated)"
+    about = "an earlier call's --out, or exported runs: not done again, but for a CPU's (may be repeated)"
     p.add_argument("--earlier", action="append", default=[], metavar="PATH", help=about)
     p.add_argument("--data-dir", metavar="DIR", help="where torchvision's folders lie (../shared/data or data)")
     p.add_argument("--packs", metavar="DIR", help="packed data sets (benchmarks/packs.py), unpacked into WORK")

@@ -25,8 +25,9 @@ from PIL import Image
 from benchmarks import leaseplan, packages, packs, speed
 from conftest import Times
 from data import InputError
-from engine import fast
+from engine import fast, options
 from study import exports, results, tables
+from study.runfolders import Run
 from test_metrics import default_dtype, job_for  # noqa: F401
 
 # ---------------------------------------------------------------------------------------------------------- the rehearsal
@@ -351,6 +352,31 @@ def test_packs_give_back_every_byte(tmp_path, monkeypatch):
         (tmp_path / "packs" / "cifar-b" / "meta").write_bytes(damage)
         with pytest.raises(InputError, match=message):
             packs.unpack(tmp_path / "packs", tmp_path / "data")
+
+
+@pytest.mark.parametrize(("more", "taken_over"), [((), {"gpu"}), (("--rehearse",), {"cpu", "gpu"})])
+def test_a_cpu_s_runs_are_made_again(more, taken_over, tmp_path):
+    """An export may hold runs of both, as that of the full study does; the grid is to be of one machine and precision."""
+    from benchmarks import lease
+
+    made = [finished_run(name, accelerator) for name, accelerator in (("cpu", "cpu"), ("gpu", "cuda"))]
+    exports.export_runs(made, tmp_path / "before.npz")
+    places = [
+        "--out",
+        str(tmp_path / "out"),
+        "--work",
+        str(tmp_path / "work"),
+        "--earlier",
+        str(tmp_path / "before.npz"),
+    ]
+    call = lease.Call(lease.parser().parse_args(["--minutes", "9", *places, *more]))
+    assert {run.name for run in exports.read_export(call.exported)} == taken_over
+    assert (call.out / "runs.npz").read_bytes() == call.exported.read_bytes()
+
+
+def finished_run(name: str, accelerator: str) -> Run:
+    given = vars(options.parse(["--dataset", "synthetic"])) | {"name": name, "accelerator": accelerator}
+    return Run(name, given, {}, {"status": "finished"}, {}, "")
 
 
 def test_missing_packages_are_named(monkeypatch, tmp_path, capsys):
