@@ -46,7 +46,8 @@ def judge(settings: list[Setting], margins: dict[str, float], rates: str = "fixe
                 continue
             runs = {"scaled": s.scaled, "tuned": s.all_runs}.get(rates, s.ratio_runs if by_ratio else s.runs)
             rows = [runvalues.finding_row(r) for r in runs]
-            same_pairs = by_ratio and s.of_sgd and has_one_momentum(row.cell for row in rows)
+            cells = {row.cell for row in rows if finding.covers(row.cell)}
+            same_pairs = by_ratio and s.of_sgd and has_one_momentum(cells)
             if same_pairs and finding.of_sgd:
                 continue  # it would count the test of lr/B twice
             result = findings.evaluate_finding(finding, rows, margins, at_best=rates == "tuned")
