@@ -22,10 +22,10 @@ from gradsplit import keep_buffers
 from measure import batch_gradient
 
 # When `--compile auto` compiles on a CPU, and `--graph auto` captures on a GPU: measured, see benchmarks/RESULTS.md. On a GPU
-# compiled steps have not been timed.
+# a first compilation takes what a compiled step wins back over five million images.
 COMPILE_FROM_BATCH, COMPILE_TO_WIDTH = 128, 16
 COMPILE_FROM_IMAGES = 500_000  # of a whole run
-GRAPH_FROM_STEPS = 1_000  # a capture takes two seconds, and saves 0.5 ms (B = 512) to 7 ms (B = 16) a step
+GRAPH_FROM_STEPS = 1_000  # a capture takes two seconds, and saves 0.5 ms (B = 512) to 8 ms (B = 16) a step
 # A fast path's gradient may be this far from the eager one, as |difference| / |gradient|: in float32 a unit whose sign
 # rounding turns changes it by 1e-3 to 1e-2 (one of N active units: 1 / sqrt N). In mixed precision, where the eager one is
 # itself far off, it may instead be TIMES as far from the gradient in full precision as that is.
@@ -53,7 +53,7 @@ def choose(args, on_gpu: bool, world_size: int, images: int) -> None:
 
     `--compile auto` is on for a ResNet-18 of at most COMPILE_TO_WIDTH channels on one CPU process, at batches of at least
     COMPILE_FROM_BATCH and for at least COMPILE_FROM_IMAGES images; `--graph auto` for a ResNet-18 on one GPU and one
-    process, without `--compile`, and at least GRAPH_FROM_STEPS steps. Raises `InputError` where what was asked for cannot be had.
+    process, compiled or not, and at least GRAPH_FROM_STEPS steps. Raises `InputError` where what was asked for cannot be had.
     """
     one_gpu = on_gpu and world_size == 1 and args.strategy != "ddp"
     if args.compile == "auto":
@@ -64,7 +64,7 @@ def choose(args, on_gpu: bool, world_size: int, images: int) -> None:
         raise InputError("--compile on: torch.compile needs a C++ compiler, and there is no g++ or clang++ here")
     if args.graph == "auto":
         pays = args.model == "resnet18" and images >= GRAPH_FROM_STEPS * args.bs
-        args.graph = "on" if pays and one_gpu and args.compile == "off" else "off"
+        args.graph = "on" if pays and one_gpu else "off"
     elif args.graph == "on" and not one_gpu:
         raise InputError("--graph on: needs one CUDA GPU and one process, without ddp")
 

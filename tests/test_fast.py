@@ -59,7 +59,7 @@ def test_auto_follows_the_written_rule(monkeypatch):
     assert (other.compile, other.graph) == ("off", "off")
     for words in (["--strategy", "ddp"], ["--graph", "off"]):
         assert chosen(monkeypatch, "--bs", "64", *words, **on_gpu) == ("off", "off")
-    assert chosen(monkeypatch, "--bs", "64", "--compile", "on", **on_gpu) == ("on", "off")
+    assert chosen(monkeypatch, "--bs", "64", "--compile", "on", **on_gpu) == ("on", "on")
     assert chosen(monkeypatch, "--bs", "64", world_size=2, **on_gpu) == ("off", "off")
 
 
