@@ -242,7 +242,7 @@ def make_grid(call: Call, until: float) -> bool:
             seconds = until - time.monotonic()
             if seconds < call.plan.least:
                 return complete and not unfinished(call)
-            choice = leaseplan.choose(call.cells, group.model, group.B, group.steps())
+            choice = leaseplan.choose(call.cells, group.model, group.B, group.steps(), len(group.jobs()))
             words = [*group.words, "--runs", str(call.runs), "--minutes", str(seconds / 60)]
             words += ["--data-dir", data_dir] if group.folder else []
             words += choice.words if choice else [f"--per-gpu={leaseplan.LEAST}"]

@@ -138,6 +138,7 @@ def test_runs_are_made_in_the_way_that_was_fastest():
     assert pick(16, 5000) == pick(64, 5000) == ("graph", 1)  # the nearest size
     assert leaseplan.choose(rows, "vgg16", 16, 5000) is None
     assert pick(512, 5000) == ("eager", 1) and pick(512, 50_000) == ("compile", 1)  # 40 s of compiling pay later
+    assert leaseplan.choose(rows, "resnet18-64", 512, 5000, runs=3) == ("compile", 1)  # or are shared
     rows.append(row(16, "graph", 0.0078, at_once=2))
     assert pick(16, 5000) == ("graph", 1)  # 2 % are not worth it
     assert pick(None, 5000) == pick(512, 5000)  # of those timed the nearest to 128
@@ -151,16 +152,16 @@ def test_runs_are_made_in_the_way_that_was_fastest():
 def test_cells_are_timed_once_and_more_runs_at_once_where_that_gains():
     plan, rows = leaseplan.report_plan(), []
     first = leaseplan.wanted(plan, rows)
-    assert first[:2] == [["resnet18-64", "bf16-mixed", 512, "eager"], ["resnet18-64", "bf16-mixed", 512, "graph"]]
+    assert first[:2] == [["resnet18-64", "bf16-mixed", 512, "graph"], ["resnet18-64", "bf16-mixed", 512, "both"]]
     assert all(len(cell) == 4 for cell in first)
     for cell in first[:12]:
-        rows.append(row(*cell[2:], 0.01 if cell[3] == "eager" else 0.005))
-    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 16, "graph", 2]
-    rows.append(row(16, "graph", 0.0055, at_once=2))
-    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 16, "graph", 4]
-    rows.append(row(16, "graph", 0.02, at_once=4))
-    rows.append(row(32, "graph", 0.01, at_once=2))  # no gain: four are not tried
-    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 64, "graph", 2]
+        rows.append(row(*cell[2:], 0.01 if cell[3] == "graph" else 0.005))
+    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 16, "both", 2]
+    rows.append(row(16, "both", 0.0055, at_once=2))
+    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 16, "both", 4]
+    rows.append(row(16, "both", 0.02, at_once=4))
+    rows.append(row(32, "both", 0.01, at_once=2))  # no gain: four are not tried
+    assert leaseplan.wanted(plan, rows)[0] == ["resnet18-64", "bf16-mixed", 64, "both", 2]
     failed = {"model": "resnet18-64", "precision": "bf16-mixed", "B": 512, "way": "compile", "failed": "no compiler"}
     assert ["resnet18-64", "bf16-mixed", 512, "compile"] not in leaseplan.wanted(plan, [*rows, failed])
 
