@@ -130,7 +130,8 @@ def choose(rows: list[dict], model: str, B: int | None, steps: int, runs: int = 
     cost = {}
     for row in (row for row in timed if row["B"] == nearest):
         at_once = row.get("runs at once", 1)
-        ready = float(row.get("made ready in, s", 0)) / runs  # the first run's kernels are the others', too
+        compiles = row["way"] in ("compile", "both")  # once: the other runs find the kernels in torch's cache
+        ready = float(row.get("made ready in, s", 0)) / (runs if compiles else 1)
         cost[Choice(row["way"], at_once)] = (row[".seconds"] * steps + ready) / at_once
     if not cost:
         return None
