@@ -7,6 +7,7 @@ and flip. A batch is then a gather of whole pixel rows, without a DataLoader and
 Shapes: N examples of the set, n of a split, B of a batch, K classes, C channels, H x W pixels.
 """
 
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,37 @@ BLOCK = 1000  # images put on the device at a time
 
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line that names the option or file; exit status 2."""
+
+
+QUOTED = 200  # characters of another's text that a message repeats
+# Control characters, ends of lines, those that turn the direction of writing, surrogates (bytes of a file name that are no UTF-8).
+UNPRINTABLE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb\ufffe\uffff]"
+)
+
+
+def printable(text: object) -> str:
+    """Any text in one line that every terminal and file format can hold; what has no printed form is spelled out: \\x1b, \\xff."""
+
+    def spell(m: re.Match) -> str:
+        code = ord(m[0]) - (0xDC00 if 0xDC80 <= ord(m[0]) <= 0xDCFF else 0)
+        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+
+    return UNPRINTABLE.sub(spell, re.sub(r"[ \t\r\n]+", " ", str(text)).strip())
+
+
+def cut(text: str) -> str:
+    """A text of more than QUOTED characters without its middle."""
+    return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[3 - QUOTED // 2 :]}"
+
+
+def one_line(quoted: object) -> str:
+    """What a message quotes of another's making, as one printable line of at most QUOTED characters: the reason of an exception
+    (the system's, else its own first line, else its name), a file's bytes, or any text."""
+    if isinstance(quoted, BaseException):
+        lines = str(getattr(quoted, "strerror", None) or quoted).strip().splitlines()
+        quoted = lines[0] if lines else type(quoted).__name__
+    return cut(printable(quoted.decode(errors="backslashreplace") if isinstance(quoted, bytes) else quoted))
 
 
 # ------------------------------------------------------------------------------------------------------ loading a set

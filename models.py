@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, one_line
 
 GROUP = 8  # channels of a GroupNorm group
 
@@ -194,7 +194,7 @@ def torchvision_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Mo
     )
     if name in ("googlenet", "inception_v3"):
         given = {"aux_logits": False, "init_weights": True}
-    with one_line(f"{where}: torchvision, for images of {size[0]} x {size[1]} pixels,"):
+    with as_input_error(f"{where}: torchvision, for images of {size[0]} x {size[1]} pixels,"):
         model = get_model(name, weights=None, num_classes=K, **given)
     if C != 3:
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
@@ -218,16 +218,16 @@ def own_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Module:
     assert spec and spec.loader  # there are, for a name that ends in .py
     file = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = file
-    with one_line(f"{where}: the file"):
+    with as_input_error(f"{where}: the file"):
         spec.loader.exec_module(file)
     make = getattr(file, function, None)
     if not callable(make):
         raise InputError(f"{where}: the file has no function {function}")
-    with one_line(f"{where}: {function}({C}, {K})"):
+    with as_input_error(f"{where}: {function}({C}, {K})"):
         model = make(C, K)
     if not isinstance(model, nn.Module):
         raise InputError(f"{where}: {function}({C}, {K}) returned a {type(model).__name__}, not a torch.nn.Module")
-    with one_line(f"{where}: on the CPU the module"):  # one with lazy parameters has no shape yet
+    with as_input_error(f"{where}: on the CPU the module"):  # one with lazy parameters has no shape yet
         model = model.cpu().train().to(memory_format=torch.channels_last)
     try_out(model, C, K, size, where)
     return model
@@ -239,14 +239,14 @@ def try_out(model: nn.Module, C: int, K: int, size: tuple[int, int], where: str)
     images = torch.zeros(2, C, *size).to(memory_format=torch.channels_last)
     drawn = torch.get_rng_state()
     what = f"2 images of {C} x {size[0]} x {size[1]}"
-    with one_line(f"{where}: of {what} the module"):
+    with as_input_error(f"{where}: of {what} the module"):
         logits = model(images)
     model.draws_random_numbers = not torch.equal(drawn, torch.get_rng_state())
     if not isinstance(logits, Tensor) or logits.shape != (2, K):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(f"{where}: of {what} the module makes {got}, not logits (2, {K})")
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with one_line(f"{where}: the module's gradient"):
+    with as_input_error(f"{where}: the module's gradient"):
         gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
     idle = [name for name, g in zip(trained, gradients, strict=True) if g is None]
     if idle:
@@ -259,13 +259,13 @@ def try_out(model: nn.Module, C: int, K: int, size: tuple[int, int], where: str)
 def try_one(model: nn.Module, C: int, size: tuple[int, int], where: str) -> None:
     """Raise `InputError` unless `model` can be trained on a batch of one image: BatchNorm cannot where that is one pixel to it."""
     before = [b.clone() for b in model.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), one_line(f"{where}: on a batch of one image the module"):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), as_input_error(f"{where}: on a batch of one image the module"):
         model(torch.zeros(1, C, *size))
     for b, old in zip(model.buffers(), before, strict=True):
         b.copy_(old)
 
 
-class one_line:
+class as_input_error:
     """Turn whatever another's code raises within the block into an `InputError` of one line."""
 
     def __init__(self, what: str) -> None:
@@ -276,8 +276,7 @@ class one_line:
 
     def __exit__(self, kind, e, trace) -> None:
         if isinstance(e, (Exception, SystemExit)) and not isinstance(e, InputError):
-            message = (str(e).strip().splitlines() or [""])[0]
-            raise InputError(f"{self.what} raised {type(e).__name__}: {message}") from e
+            raise InputError(f"{self.what} raised {type(e).__name__}: {one_line(e)}") from e
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 
-from data import InputError
+from data import QUOTED, InputError, cut, one_line, printable  # noqa: F401 - one_line is known by this name, too
 
 
 class Help(argparse.HelpFormatter):
@@ -43,22 +43,15 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
-QUOTED = 200  # characters of what was given that a message repeats
-
-
 def shortened(message: str, given: list[str] = ()) -> str:
     """`message` with the middle left out of each of the `given` words, and of whatever else has no space in it, that is
     longer than QUOTED characters."""
-
-    def short(text: str) -> str:
-        return text if len(text) <= QUOTED else f"{text[: QUOTED // 2]}...{text[3 - QUOTED // 2 :]}"
-
     for word in given:
         value = word.partition("=")[2] if word.startswith("--") else word
         for text in (value, repr(value)[1:-1]):  # argparse quotes by repr
             if len(text) > QUOTED:
-                message = message.replace(text, short(text))
-    return re.sub(rf"\S{{{QUOTED + 1},}}", lambda m: short(m[0]), message)
+                message = message.replace(text, cut(text))
+    return re.sub(rf"\S{{{QUOTED + 1},}}", lambda m: cut(m[0]), message)
 
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -109,6 +102,4 @@ def show_anything() -> None:
 def complain(message: object, program: str = "train.py") -> None:
     """One line on standard error, from rank 0."""
     if rank_zero():
-        print(
-            f"{program}: error: {' '.join(shortened(str(message), sys.argv[1:]).split())}", file=sys.stderr, flush=True
-        )
+        print(f"{program}: error: {printable(shortened(str(message), sys.argv[1:]))}", file=sys.stderr, flush=True)

@@ -21,7 +21,7 @@ from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from study.markup import printable
+from data import printable
 from study.runfolders import Run
 
 ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch

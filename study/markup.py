@@ -8,23 +8,13 @@ import html
 import re
 from collections.abc import Callable
 
+from data import printable
+
 # An escaped character, **bold**, `code`, an underscore within a word (no emphasis), a character that may mean something.
 TOKEN = re.compile(
     r"\\(?P<escaped>[!-/:-@\[-`{-~])|\*\*(?P<bold>(?:[^*\\]|\\.)+)\*\*|`(?P<code>[^`\\]+)`"
     r"|(?<=[A-Za-z0-9])(?P<within>_)(?=[A-Za-z0-9])|(?P<special>[\\`*_<|~$&]|\](?=[(\[:]))"
 )
-# Control characters, those that turn the direction of writing, surrogates (bytes of a file name that are no UTF-8).
-UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
-
-
-def printable(text: object) -> str:
-    """Any text in one line that every file format can hold; what has no printed form is spelled out: \\x1b, \\xff."""
-
-    def spell(m: re.Match) -> str:
-        code = ord(m[0]) - (0xDC00 if 0xDC80 <= ord(m[0]) <= 0xDCFF else 0)
-        return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-
-    return UNPRINTABLE.sub(spell, re.sub(r"[ \t\r\n]+", " ", str(text)).strip())
 
 
 def literal(text: object) -> str:

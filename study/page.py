@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.markup import literal, no_block, printable, to_html, to_markdown
+from data import printable
+from study.markup import literal, no_block, to_html, to_markdown
 
 
 @dataclass

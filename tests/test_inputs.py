@@ -152,6 +152,29 @@ def test_short_words_are_quoted_whole():
     assert len(cmdline.shortened(long)) == cmdline.QUOTED
 
 
+@pytest.mark.parametrize(
+    "what, line",
+    [
+        (ValueError("not\0a\x1b[31m\u202emagic\ud800 \udcff\u2066\x85"), r"not\x00a\x1b[31m\u202emagic\ud800 \xff\u2066"),
+        (RuntimeError("\n first\tline \nC++ frames"), "first line"),
+        (FileNotFoundError(2, "No such file", "/secret"), "No such file"),
+        (OSError("a pipe"), "a pipe"),
+        (KeyError(), "KeyError"),
+        (b"\x89PNG\r\n\xff", r"\x89PNG \xff"),
+        ("two\nlines\u2028three", r"two lines\u2028three"),
+        ("\0" * 2163, r"\x00" * 25 + "..." + "0" + r"\x00" * 24),
+        ("Zürich 数 \u200d", "Zürich 数 \u200d"),
+    ],
+)
+def test_whatever_is_quoted_becomes_one_printable_line(what, line):
+    assert cmdline.one_line(what) == line and len(line) <= cmdline.QUOTED
+
+
+def test_an_error_message_leaves_a_terminal_as_it_is(capsys):
+    cmdline.complain("--name a\0\x1b]0;x\x07\u202e:\nno")
+    assert capsys.readouterr().err == "train.py: error: --name a\\x00\\x1b]0;x\\x07\\u202e: no\n"
+
+
 def test_options_at_their_bounds():
     args = options.parse("--momentum 0.99995 --threads 1024 --width 1024".split())
     assert (args.momentum, args.threads, args.width) == (0.99995, 1024, 1024)

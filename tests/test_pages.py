@@ -15,7 +15,8 @@ import pytest
 
 import report
 from study import results
-from study.markup import literal, printable, to_html, to_markdown
+from data import printable
+from study.markup import literal, to_html, to_markdown
 from study.outputs import CannotWrite, whole_file, whole_folder
 from study.page import Page
 from test_report import plant
