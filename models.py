@@ -259,7 +259,11 @@ def try_out(model: nn.Module, C: int, K: int, size: tuple[int, int], where: str)
 def try_one(model: nn.Module, C: int, size: tuple[int, int], where: str) -> None:
     """Raise `InputError` unless `model` can be trained on a batch of one image: BatchNorm cannot where that is one pixel to it."""
     before = [b.clone() for b in model.buffers()]
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), as_input_error(f"{where}: on a batch of one image the module"):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        as_input_error(f"{where}: on a batch of one image the module"),
+    ):
         model(torch.zeros(1, C, *size))
     for b, old in zip(model.buffers(), before, strict=True):
         b.copy_(old)

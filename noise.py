@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import data
-from data import InputError, Source
+from data import InputError, Source, one_line
 from engine import checks, cmdline, noisefile, options, sources
 from engine.labels import relabel
 from noises import NOISES
@@ -66,7 +66,7 @@ def make(args) -> str:
     try:
         noisefile.save(out, index, source.y_train[index], labels, ledger["dynamic"])
     except OSError as e:
-        raise InputError(f"{out}: cannot be written ({e.strerror})") from e
+        raise InputError(f"{out}: cannot be written ({one_line(e)})") from e
     return noisefile.describe_labels(ledger, source.classes) + f"\n{out}: sha256 {ledger['noise_npz_sha256']}"
 
 

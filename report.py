@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from data import InputError
+from data import InputError, printable
 from engine import cmdline
 from study import exports, findings, results, runfolders, tables
 from study.drawing import X_LABEL, Look, formats_of
@@ -131,7 +131,7 @@ def make_report(args) -> int:
     if args.csv and not (args.out or args.export):  # one run at a time in memory
         print(tables.write_tables(results.iter_runs(args.paths, left_out=left_out), Path(args.csv)))
         for line in left_out:
-            print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
+            print(f"report.py: warning: left out {printable(line)}", file=sys.stderr)
         return 0
     runs = results.load_runs(args.paths, left_out=left_out)
     searches = read_searches(args.paths, left_out) if args.out or args.export else []
@@ -139,7 +139,7 @@ def make_report(args) -> int:
         more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
         raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
     for line in left_out:
-        print(f"report.py: warning: left out {' '.join(line.split())}", file=sys.stderr)
+        print(f"report.py: warning: left out {printable(line)}", file=sys.stderr)
     reference = read_curves(Path(args.reference)) if args.reference else []
     if args.csv:
         print(tables.write_tables(runs, Path(args.csv)))
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return make_report(parser().parse_args(argv))
     except (InputError, CannotWrite) as e:
-        print(f"report.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        cmdline.complain(e, "report.py")
         return 1 if isinstance(e, CannotWrite) else 2
 
 

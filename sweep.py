@@ -18,7 +18,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from data import InputError
+from data import InputError, printable
 from engine import cmdline, options
 from engine.hardware import cores
 from study import exports, tuning
@@ -86,7 +86,7 @@ def print_status(jobs: list[Job], runs: Path, done: dict[str, list[dict]]) -> No
     states = [(job, *run_state(runs, job, done)) for job in jobs]
     width = max((len(job.name) for job in jobs), default=4)
     for job, status, detail in states:
-        print(f"{job.name:<{width}}  {status:<8}  {detail}".rstrip())
+        print(f"{job.name:<{width}}  {status:<8}  {printable(detail)}".rstrip())
     counts = Counter(status for _, status, _ in states)
     print(", ".join(f"{counts[s]} {s}" for s in STATES if counts[s]) + f" of {len(jobs)}")
 
@@ -284,14 +284,17 @@ def run_grid(args, extra: list[str], runs: Path, jobs: list[Job], done: dict[str
     queue = [job for job in jobs if not nothing_to_start(states[job.name][0], job, again)]
     for job in jobs:
         if states[job.name][0] == "other":
-            print(f"{job.name}: {states[job.name][1]}", file=sys.stderr)
+            print(f"{job.name}: {printable(states[job.name][1])}", file=sys.stderr)
     if args.print_commands:
         for job in queue:
             print(shlex.join(command(job, runs, resume=True, threads=args.threads)))
         return 0
     for job in jobs:
         if states[job.name][0] == "failed" and not args.retry_failed:
-            print(f"{job.name}: failed before: {states[job.name][1]} (--retry-failed starts it again)", file=sys.stderr)
+            print(
+                f"{job.name}: failed before: {printable(states[job.name][1])} (--retry-failed starts it again)",
+                file=sys.stderr,
+            )
     place = options.parser().parse_args(extra)
     slots = slots_of(args, place)
     if args.dry_run:
@@ -377,16 +380,17 @@ def run_tuned(args, extra: list[str], runs: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Bad input becomes one line and status 2; 1 if a run failed, 3 if stopped by a signal or a run is not finished."""
+    cmdline.show_anything()
     try:
         words = sys.argv[1:] if argv is None else argv
         args, extra = parser().parse_known_args(words)
         args.words = words
         return run_sweep(args, extra)
     except InputError as e:
-        print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        cmdline.complain(e, "sweep.py")
         return 2
     except (OSError, CannotWrite) as e:  # RUNS is lost or full; the runs have been stopped
-        print(f"sweep.py: error: {' '.join(str(e).split())}", file=sys.stderr)
+        cmdline.complain(e, "sweep.py")
         return 1
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 import epochwise
 import measure
 import metrics
-from data import Batch, InputError
+from data import Batch, InputError, one_line
 from engine import cmdline, examples, fast, identity, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
 from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
@@ -288,7 +288,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         expected = (
             memory.message(job.args, e, inputs.source) if memory.requested_bytes(e) is not None else lost_process(e)
         )
-        reason = expected or f"{type(e).__name__}: {e}"
+        reason = expected or f"{type(e).__name__}: {one_line(e)}"
         if job.fabric.is_global_zero and not expected:
             raise
         complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))

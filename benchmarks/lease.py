@@ -40,7 +40,7 @@ from collections.abc import Sequence  # noqa: E402
 
 import sweep  # noqa: E402
 from benchmarks import leaseplan, packs, speed  # noqa: E402
-from data import InputError  # noqa: E402
+from data import InputError, one_line  # noqa: E402
 from engine import cmdline, files, jsonfiles  # noqa: E402
 from study import exports, results, runfolders  # noqa: E402
 from study.outputs import CannotWrite  # noqa: E402
@@ -71,7 +71,7 @@ class Call:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as e:
-                raise InputError(f"--out, --work: {folder} cannot be made ({e.strerror})") from e
+                raise InputError(f"--out, --work: {folder} cannot be made ({one_line(e)})") from e
         self.runs, self.exported, self.times = (self.work / name for name in ("runs", "runs.npz", "tests.jsonl"))
         self.state = {"format": FORMAT, "cells": {}} | read_state(self.work / "lease.json")
         self.lock = threading.Lock()  # held by whoever writes the exported runs

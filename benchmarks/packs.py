@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
+from data import InputError, one_line
 from datasets import CIFAR10_FOLDER, CIFAR10_MD5, FMNIST_FOLDER, FMNIST_MD5
 from engine import files
 
@@ -58,7 +58,7 @@ def content(path: Path) -> bytes:
         head, tail, *strips = blobs
         return b"".join([lzma.decompress(head), *map(pixels, strips), lzma.decompress(tail)])
     except (lzma.LZMAError, OSError, ValueError, IndexError) as e:
-        raise InputError(f"--packs: {path} is damaged ({e})") from e
+        raise InputError(f"--packs: {path} is damaged ({one_line(e)})") from e
 
 
 def missing(data_dir: Path, folder: str) -> list[str]:

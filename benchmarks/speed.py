@@ -519,7 +519,7 @@ def measure_cells(mine) -> int:
         except Exception as e:  # of any library
             memory = isinstance(e, (torch.OutOfMemoryError, MemoryError))
             known = memory or isinstance(e, (fast.Unfit, data.InputError)) and not isinstance(e, fast.CaptureFailed)
-            words = "out of memory" if memory else str(e) if known else f"{type(e).__name__}: {e}"
+            words = "out of memory" if memory else str(e) if known else f"{type(e).__name__}: {data.one_line(e)}"
             print(json.dumps([failed(name, cell, words)]), flush=True)
             if not known:
                 return BROKEN
@@ -535,7 +535,7 @@ def measure_cells(mine) -> int:
 def failed(name: str, cell: list, why: str) -> dict:
     """The row of a cell that could not be timed."""
     named = {heading or str(cell[0]): value for heading, value in zip(PARTS[name].names, cell, strict=False)}
-    return named | {"failed": (why.strip().splitlines() or [""])[0][:160]}
+    return named | {"failed": data.one_line(why)}
 
 
 def child(name: str, cells: list[list], mine) -> list[str]:
@@ -613,13 +613,13 @@ def keep(out: Path, part: str, place: str, text: str) -> None:
     """Write a part's text into `out`, in the place of the same part on the same hardware if it is there."""
     block = f"<!-- {part}: {place} -->\n{text}\n<!-- end -->"
     old = (
-        out.read_text()
+        out.read_text("utf-8")
         if out.exists()
         else "# Results\n\nWritten by `python benchmarks/speed.py`; how, stands in it.\n"
     )
     pattern = re.compile(rf"<!-- {re.escape(part)}: {re.escape(place)} -->.*?<!-- end -->", re.DOTALL)
     new = pattern.sub(lambda _: block, old) if pattern.search(old) else old.rstrip() + "\n\n" + block + "\n"
-    out.write_text(new)
+    out.write_text(new, "utf-8")
 
 
 def main() -> int:

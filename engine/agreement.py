@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from data import printable
 from engine import cmdline
 from engine.checkpoints import checkpoint
 from engine.hardware import sum_over_ranks
@@ -72,4 +73,4 @@ def complain_on_any_rank(line: str) -> None:
         cmdline.complain(line)
     else:
         rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]
-        print(f"train.py: rank {rank}: {' '.join(line.split())}", file=sys.stderr, flush=True)
+        print(f"train.py: rank {rank}: {printable(line)}", file=sys.stderr, flush=True)

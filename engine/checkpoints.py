@@ -11,12 +11,12 @@ from torch import nn
 
 import epochwise
 import models
-from data import InputError
+from data import InputError, one_line
 from engine import fitting, identity
 from engine.files import write_temporary
 from engine.hardware import on_rank_zero, sum_over_ranks
 from engine.job import TrainingJob
-from engine.record import NotFinite, Record, config_if_readable, error_line, load_plain, load_state, status_if_readable
+from engine.record import NotFinite, Record, config_if_readable, load_plain, load_state, status_if_readable
 
 
 def finite_weights(module: nn.Module) -> bool:
@@ -132,7 +132,7 @@ def load_on_all_ranks(fabric, path: Path, check) -> dict:
         state = load_state(path)
         check(state, path)
     except Exception as e:  # rank 0 has read it once: now it cannot be read here
-        state, reason = None, f"({error_line(e)})"
+        state, reason = None, f"({one_line(e)})"
     if sum_over_ranks(fabric, torch.tensor(float(state is None), device=fabric.device)) > 0:
         raise InputError(f"--resume: {path} cannot be read {reason}; nothing was changed")
     return state

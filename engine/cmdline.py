@@ -100,6 +100,6 @@ def show_anything() -> None:
 
 
 def complain(message: object, program: str = "train.py") -> None:
-    """One line on standard error, from rank 0."""
-    if rank_zero():
+    """One line on standard error, of a run from rank 0."""
+    if program != "train.py" or rank_zero():
         print(f"{program}: error: {printable(shortened(str(message), sys.argv[1:]))}", file=sys.stderr, flush=True)

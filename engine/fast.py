@@ -15,7 +15,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from data import Batch, Epoch, InputError
+from data import Batch, Epoch, InputError, one_line
 from engine import files
 from engine.hardware import reset_peak_memory
 from gradsplit import keep_buffers
@@ -169,7 +169,7 @@ def make_ready(job, gradient) -> None:
 
 
 def failure(asked: str, e: Exception) -> str:
-    return f"{asked}: failed here ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]})"
+    return f"{asked}: failed here ({type(e).__name__}: {one_line(e)})"
 
 
 def compare_with_eager(job, gradient, asked: str) -> None:

@@ -16,7 +16,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from data import InputError
+from data import InputError, one_line
 from engine import interrupts, options
 
 TIMEOUT = timedelta(minutes=10)  # a collective that waits longer means that a process is lost
@@ -123,7 +123,7 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
         if not options.under_fabric_run():
             fabric.launch()
     except ValueError as e:
-        raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {e}") from e
+        raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {one_line(e)}") from e
     torch.set_num_threads(args.threads)  # last: launchers give each process all cores, or one
     return fabric, scaler
 
@@ -167,7 +167,7 @@ def lost_process(e: BaseException) -> str | None:
         return None
     if not isinstance(e, torch.distributed.DistError) and not LOST.search(str(e)):
         return None
-    return f"another process of the run has ended ({(str(e).splitlines() or [''])[0][:160]})"
+    return f"another process of the run has ended ({one_line(e)})"
 
 
 def sum_over_ranks(fabric: Fabric, t: Tensor) -> Tensor:

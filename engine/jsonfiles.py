@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data import InputError
+from data import InputError, one_line
 
 LARGEST_FILE = 64 * 2**20  # bytes; a config.json of 200 classes has 2 MB
 DEEPEST = 32  # levels of nesting, ours have 4
@@ -37,7 +37,7 @@ def describe_value(value: object) -> str:
 
 
 def wrong_value(where: object, field: str, value: object, what: str) -> InputError:
-    return InputError(f"{where}: {field[:200]} is {describe_value(value)}, not {what}")
+    return InputError(f"{where}: {one_line(field)} is {describe_value(value)}, not {what}")
 
 
 def check_plain(content: dict, where: object) -> None:
@@ -46,7 +46,7 @@ def check_plain(content: dict, where: object) -> None:
     while left:
         container, field, depth = left.pop()
         if depth > DEEPEST:
-            raise InputError(f"{where}: {field[:80]}... nests deeper than {DEEPEST} levels")
+            raise InputError(f"{where}: {one_line(field[:80])}... nests deeper than {DEEPEST} levels")
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
             if isinstance(value, (dict, list)):
                 left.append((value, f"{field}.{key}" if field else str(key), depth + 1))
@@ -73,7 +73,7 @@ def parse_json(data: bytes, where: object) -> dict:
     except RecursionError:
         raise InputError(f"{where}: nests deeper than {DEEPEST} levels") from None
     except ValueError as e:
-        raise Unreadable(f"{where}: not JSON ({str(e).splitlines()[0][:200]})") from e
+        raise Unreadable(f"{where}: not JSON ({one_line(e)})") from e
     if not isinstance(content, dict):
         raise Unreadable(f"{where}: not a JSON object")
     check_plain(content, where)
@@ -92,5 +92,5 @@ def read_json(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except OSError as e:
-        raise Unreadable(f"{path}: cannot be read ({e.strerror})") from e
+        raise Unreadable(f"{path}: cannot be read ({one_line(e)})") from e
     return parse_json(data, path)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError
+from data import InputError, one_line
 from engine import files
 
 CLEAN = "clean_label"  # CIFAR-10N's and CIFAR-100N's name for the true labels
@@ -62,11 +62,6 @@ def sha256(*columns: Tensor) -> str:
     return digest.hexdigest()
 
 
-def reason(e: Exception) -> str:
-    """The first line of an exception, or its name."""
-    return (str(e).splitlines() or [""])[0][:120] or type(e).__name__
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -90,7 +85,7 @@ def labels(a: object, name: str, source: str, like: Tensor | None = None, classe
     try:
         a = a.numpy() if isinstance(a, Tensor) else np.asarray(a)
     except Exception as e:  # ragged lists, tensors of a kind that numpy lacks: each raises its own
-        raise InputError(f"{source}: {name} is not an array of integers ({reason(e)})") from e
+        raise InputError(f"{source}: {name} is not an array of integers ({one_line(e)})") from e
     if a.dtype.kind not in "iu" or a.ndim != 1 or len(a) == 0:
         raise InputError(f"{source}: {name} is {a.dtype} of shape {a.shape}, not integer (n,)")
     if like is not None and len(a) != len(like):
@@ -108,7 +103,7 @@ def read_npz(path: str, option: str) -> LabelFile:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in ("index", "true", "label", "dynamic_rate", "dynamic_seed") if k in z.files}
     except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(f"{source}: not a readable .npz of labels ({reason(e)})") from e
+        raise InputError(f"{source}: not a readable .npz of labels ({one_line(e)})") from e
     missing = [k for k in ("index", "true", "label") if k not in arrays]
     if missing:
         raise InputError(f"{source}: lacks the array {', '.join(missing)}; needed are index, true and label")
@@ -133,7 +128,7 @@ def read_pt(path: str, name: str | None, option: str) -> LabelFile:
     if name not in names:
         given = f"has no labels '{name}'" if name else "holds several sets of labels"
         how = "--noise-labels must be" if option == "--noise-file" else f"give {path}:LABELS, LABELS being"
-        raise InputError(f"{source}: {given}; {how} one of {', '.join(names)}")
+        raise InputError(f"{source}: {given}; {how} one of {one_line(', '.join(names))}")
     true = labels(arrays[CLEAN], CLEAN, source)
     return LabelFile(None, true, labels(arrays[name], name, source, true))
 
@@ -152,11 +147,13 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
             arrays = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
-        raise InputError(f"{option} {path}: cannot be read ({e.strerror or reason(e)})") from e
+        raise InputError(f"{option} {path}: cannot be read ({one_line(e)})") from e
     except Exception as e:  # a file can be broken in any way
         wants = re.search(r"GLOBAL (\S+)", str(e))
         what = (
-            f"it wants {wants[1].rstrip('.,')} to be called" if wants else "it is damaged, or holds other than arrays"
+            f"it wants {one_line(wants[1].rstrip('.,'))} to be called"
+            if wants
+            else "it is damaged, or holds other than arrays"
         )
         raise InputError(f"{option} {path}: refused, {what}; a .pt may hold integer arrays only") from e
     if not isinstance(arrays, dict) or CLEAN not in arrays or not all(isinstance(k, str) for k in arrays):
@@ -175,7 +172,7 @@ def read_true(path: str) -> Tensor:
     try:
         a = np.load(path, allow_pickle=False)
     except Exception as e:
-        raise InputError(f"{source}: not a readable .npy ({reason(e)})") from e
+        raise InputError(f"{source}: not a readable .npy ({one_line(e)})") from e
     y = labels(a, "the array", source)
     if int(y.max()) == 0:
         raise InputError(f"{source}: holds one class only")
@@ -198,7 +195,7 @@ def read_matrix(path: str, K: int, source: str) -> Tensor:
                 T = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")  # Excel puts a mark before it
         T = np.asarray(T)
     except Exception as e:
-        raise InputError(f"{source}: not a readable .npy or .csv of numbers ({reason(e)})") from e
+        raise InputError(f"{source}: not a readable .npy or .csv of numbers ({one_line(e)})") from e
     if T.dtype.kind not in "fiu":  # a complex one would lose its imaginary part
         raise InputError(f"{source}: is of {T.dtype}, not of real numbers")
     T = torch.from_numpy(T.astype(np.float64))

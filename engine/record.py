@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError, Source
+from data import InputError, Source, one_line, printable
 from engine import files, jsonfiles, locks, memory, noisefile, schema, tensorboard_views
 from engine.files import write_temporary
 from engine.schema import EVENTS
@@ -113,7 +113,7 @@ def load_plain(path: Path) -> object:
         requested = memory.requested_bytes(e)
         if requested is not None and requested <= len(content):  # a damaged file may ask for any amount
             raise MemoryError("not enough memory") from e
-        raise ValueError(error_line(e)) from e
+        raise ValueError(one_line(e)) from e
 
 
 def load_state(path: Path) -> dict:
@@ -156,7 +156,7 @@ class Record:
                 f"--name {self.folder.name}: {self.folder} exists already; --resume goes on, another --name starts anew"
             ) from None
         except OSError as e:
-            raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be written ({e.strerror})") from e
+            raise InputError(f"--runs {self.folder.parent}: {self.folder} cannot be written ({one_line(e)})") from e
         return self.choose(check) if resume else None
 
     def choose(self, check: Callable[[dict, Path], None]) -> str | None:
@@ -178,9 +178,9 @@ class Record:
             except InputError as e:
                 wrong = lost = f"{e}" if str(path) in str(e) else f"{path}: {e}"
             except (OSError, MemoryError) as e:
-                raise InputError(f"--resume: {path} cannot be read ({error_line(e)}); nothing was changed") from e
+                raise InputError(f"--resume: {path} cannot be read ({one_line(e)}); nothing was changed") from e
             except Exception as e:  # a damaged file can make torch raise nearly anything
-                wrong = f"{path} is damaged ({error_line(e)})"
+                wrong = f"{path} is damaged ({one_line(e)})"
             else:
                 short = [file for file, size in state["events"].items() if here.get(file, 0) < size]
                 if not short:
@@ -197,7 +197,7 @@ class Record:
     def say(self, text: str) -> None:
         """A line for the user, on standard error, which progress bars and warnings use too."""
         if self.active:
-            print(f"train.py: {text}", file=sys.stderr, flush=True)
+            print(f"train.py: {printable(text)}", file=sys.stderr, flush=True)
 
     def lock(self) -> None:
         """Hold a file lock for as long as this process lives. Raises `InputError` if another process holds it."""
@@ -319,7 +319,7 @@ class Record:
         try:
             return act(*arguments)
         except (OSError, RuntimeError) as e:  # torch.save wraps a full disk in a RuntimeError
-            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({error_line(e)})"
+            self.fault = self.fault or f"{what} in {self.folder} cannot be written ({one_line(e)})"
 
     def summary(self, **content) -> None:
         """Write summary.json."""
@@ -388,11 +388,6 @@ class Record:
         self.close_events()
         if self.lock_file:
             self.lock_file.close()
-
-
-def error_line(e: BaseException) -> str:
-    """The message of an exception, its first line."""
-    return getattr(e, "strerror", None) or (str(e) or type(e).__name__).splitlines()[0]
 
 
 def as_table(rows: dict) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from data import InputError
+from data import InputError, one_line
 from engine import cmdline, options
 from engine.jsonfiles import (
     LARGEST_FLOAT,
@@ -284,9 +284,9 @@ def check_state(state: object, where: object) -> dict:
 def check_steps(name: str, apart: np.ndarray, where: object) -> np.ndarray:
     """A grid of an exported file as steps (n,) int64, ascending from 0, of their differences. Raises `InputError`."""
     if apart.ndim != 1 or apart.dtype.kind not in "iu" or apart.dtype.itemsize > 4:
-        raise InputError(f"{where}: {name[:80]} is no row of whole numbers of 32 bits")
+        raise InputError(f"{where}: {one_line(name)} is no row of whole numbers of 32 bits")
     if len(apart) and (apart[0] < 0 or (len(apart) > 1 and apart[1:].min() < 1)):
-        raise InputError(f"{where}: {name[:80]}: steps do not ascend from 0")
+        raise InputError(f"{where}: {one_line(name)}: steps do not ascend from 0")
     return np.cumsum(apart.astype(np.int64))
 
 
@@ -296,7 +296,7 @@ def check_exported(about: object, grids: dict[str, np.ndarray], n_values: int, w
     if not isinstance(about, dict):
         raise wrong_value(where, "a run", about, "an object")
     check_fields(about, {"name": Kind("the name of a folder", is_folder_name)}, where, required=("name",))
-    where = f"{where}: {about['name'][:200]}"
+    where = f"{where}: {one_line(about['name'])}"
     tables = {"options": OBJECT, "resolved": RESOLVED_FIELDS, "summary": SUMMARY_FIELDS, "versions": VERSION_FIELDS}
     check_plain(about, where)
     check_fields(about, tables, where, required=(*tables, "series"))
@@ -310,5 +310,5 @@ def check_exported(about: object, grids: dict[str, np.ndarray], n_values: int, w
         if not all(map(whole().holds, (grid, first, n))) or f"steps_{grid}" not in grids:
             raise wrong_value(where, f"series.{tag}", grid, "a grid, an offset and a length of this file")
         if n != len(grids[f"steps_{grid}"]) or first + n > n_values:
-            raise InputError(f"{where}: series.{tag[:200]} reaches beyond its steps or values")
+            raise InputError(f"{where}: series.{one_line(tag)} reaches beyond its steps or values")
     return about

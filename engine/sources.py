@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError, Source, pixel_statistics
+from data import InputError, Source, one_line, pixel_statistics
 from datasets import DATASETS, SIDES, Files, Shape
 from engine import interrupts
 
@@ -53,7 +53,7 @@ def check_files(folder: Path, md5: dict[str, str]) -> None:
             with open(path, "rb") as f:
                 have = hashlib.file_digest(f, "md5").hexdigest()
         except OSError as e:
-            raise InputError(f"--data-dir: {path} cannot be read ({e.strerror})") from e
+            raise InputError(f"--data-dir: {path} cannot be read ({one_line(e)})") from e
         if have != want:
             raise InputError(f"--data-dir: {path} is damaged (md5 {have}, the published file has {want})")
 
@@ -107,9 +107,8 @@ def download(make, data_dir: Path, folder: str) -> None:
                 if not os.path.isdir(target):  # another one without the lock
                     (Path(tmp) / folder).rename(target)
     except Exception as e:  # torchvision lets URLError, RuntimeError, timeouts and others through
-        reason = str(e).split("\n")[0][:120] or type(e).__name__
         raise InputError(
-            f"--data-dir {data_dir}: no {folder} there and it cannot be downloaded ({reason}); "
+            f"--data-dir {data_dir}: no {folder} there and it cannot be downloaded ({one_line(e)}); "
             f"give the folder that holds {folder}"
         ) from e
     finally:
@@ -135,9 +134,7 @@ def load_npz(path: str) -> Source:
         with np.load(path, allow_pickle=False) as z:
             arrays = {k: z[k] for k in ("x_train", "y_train", "x_test", "y_test", "y_train_noisy") if k in z.files}
     except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(
-            f"{where}: not a readable .npz file ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-        )
+        raise InputError(f"{where}: not a readable .npz file ({one_line(e)})")
     missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in arrays]
     if missing:
         raise InputError(f"{where}: lacks the array {', '.join(missing)}")
@@ -235,8 +232,7 @@ def load_folder(path: str, size: int | str) -> Source:
         try:
             parts[part] = ImageFolder(str(Path(path) / part))
         except OSError as e:  # no folder, no class in it, no image in a class
-            why = (str(e).splitlines() or [""])[0]
-            raise InputError(f"{where}: needs {part}/CLASS/*.png or the like ({why})") from e
+            raise InputError(f"{where}: needs {part}/CLASS/*.png or the like ({one_line(e)})") from e
     names = tuple(parts["train"].classes)
     if len(names) < 2:
         raise InputError(f"{where}: train/ holds one class only")
@@ -303,6 +299,8 @@ def given_labels(folder: Path, train, where: str) -> Tensor | None:
         raise InputError(f"{where}: {GIVEN} cannot be read ({type(e).__name__})") from e
     for number, row in enumerate(rows, 1):
         if len(row) != 2 or row[0] not in position or row[1] not in train.class_to_idx:
-            raise InputError(f"{where}: {GIVEN}, entry {number}: '{','.join(row)}' is not a file of train/ and a class")
+            raise InputError(
+                f"{where}: {GIVEN}, entry {number}: '{one_line(','.join(row))}' is not a file of train/ and a class"
+            )
         labels[position[row[0]]] = train.class_to_idx[row[1]]
     return torch.tensor(labels)

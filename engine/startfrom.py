@@ -4,7 +4,7 @@ import os
 from argparse import ArgumentParser
 from pathlib import Path
 
-from data import InputError
+from data import InputError, one_line
 from engine import roles
 from engine.jsonfiles import read_json
 from noises import NOISES
@@ -27,17 +27,16 @@ def arguments(file: str, parser: ArgumentParser, given: list[str]) -> list[str]:
         if key in own or value is None and (key not in actions or actions[key].default is None):
             continue
         if key not in actions:
-            raise InputError(f"--config {file}: holds an option '{key}', which is not one of this version")
+            raise InputError(f"--config {file}: holds an option '{one_line(key)}', which is not one of this version")
         option = actions[key].option_strings[0]
         if actions[key].nargs == 0:
             if not isinstance(value, bool):
-                raise InputError(f"--config {file}: {option}: '{value!s:.80}' is not true or false")
+                raise InputError(f"--config {file}: {option}: '{one_line(value)}' is not true or false")
             word = [option] * value
         elif is_text(value) or isinstance(value, (int, float)) and not isinstance(value, bool):
             word = [f"{option}={value}"]
         else:
-            quoted = str(value)[:80].encode("utf-8", "backslashreplace").decode()
-            raise InputError(f"--config {file}: {option}: '{quoted}' is neither a text nor a number")
+            raise InputError(f"--config {file}: {option}: '{one_line(value)}' is neither a text nor a number")
         try:
             parser.parse_args(word)
         except InputError as e:

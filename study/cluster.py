@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data import InputError
+from data import InputError, one_line
 from study.grids import Job
 from study.processes import Exit
 
@@ -129,7 +129,7 @@ class RayTasks:
                 local = where.address == "local"
                 ray.init(address=None if local else where.address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as e:
-            raise InputError(f"--ray {where.address}: no cluster answers ({str(e).splitlines()[0][:120]})") from e
+            raise InputError(f"--ray {where.address}: no cluster answers ({one_line(e)})") from e
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         self.threads, share = fit_to_nodes(where, [(n.get("CPU", 0), n.get("GPU", 0)) for n in nodes])
         ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data import one_line, printable
+
 POLYNOMIAL = 0x82F63B78  # Castagnoli, reflected
 HEADER, FOOTER = 12, 4  # bytes of a record before and after its data
 BLOCK = 64  # most bytes that are summed by one row of table lookups, a power of two
@@ -184,7 +186,9 @@ def values(blob: bytes) -> Iterable[tuple[str, int, float]]:
         except DecodeError:
             raise Damaged("it is no TensorBoard event", begin - HEADER) from None
         except ValueError as e:  # also text that is not UTF-8, in protobuf's Python implementation
-            raise Damaged("a tag that is no text" if isinstance(e, UnicodeError) else str(e), begin - HEADER) from None
+            raise Damaged(
+                "a tag that is no text" if isinstance(e, UnicodeError) else one_line(e), begin - HEADER
+            ) from None
         yield from points
     if damaged:
         raise damaged
@@ -200,7 +204,7 @@ def scalars(path: Path) -> Iterable[tuple[str, int, float]]:
             raise OSError(None, "not a regular file")
         blob = path.read_bytes()
     except OSError as e:
-        warn(path, f"cannot be read ({e.strerror})")
+        warn(path, f"cannot be read ({one_line(e)})")
         return
     try:
         yield from values(blob)
@@ -209,5 +213,4 @@ def scalars(path: Path) -> Iterable[tuple[str, int, float]]:
 
 
 def warn(path: Path, what: str) -> None:
-    line = " ".join(f"warning: {path}: {what}".split())
-    tqdm.write(line.encode("utf-8", "backslashreplace").decode(), file=sys.stderr)  # a path may hold any byte
+    tqdm.write(printable(f"warning: {path}: {what}"), file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
+from data import InputError, one_line
 from engine import jsonfiles, options, schema
 from study.outputs import whole_file
 from study.runfolders import Run, Series
@@ -96,9 +96,7 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
     except InputError:
         raise
     except Exception as e:  # a damaged file can make numpy and zipfile raise nearly anything
-        raise InputError(
-            f"{path}: not a file of exported runs ({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-        ) from e
+        raise InputError(f"{path}: not a file of exported runs ({one_line(e)})") from e
     runs = []
     for about in listed["runs"]:
         try:
@@ -107,7 +105,7 @@ def read_export(path: Path, left_out: list[str] | None = None) -> list[Run]:
             if left_out is None:
                 raise
             name = about.get("name") if isinstance(about, dict) else None
-            left_out.append(f"{name if isinstance(name, str) else 'a run without a name'}: {e}")
+            left_out.append(f"{one_line(name) if isinstance(name, str) else 'a run without a name'}: {e}")
             continue
         series = {tag: finite(grids[f"steps_{g}"], values[a : a + n]) for tag, g, a, n in about["series"]}
         # also the options that are newer than the file
@@ -128,7 +126,7 @@ def read_exported_searches(path: Path) -> list[tuple[str, dict]]:
     except InputError:
         raise
     except Exception as e:  # as above
-        raise InputError(f"{path}: its searches cannot be read ({str(e).splitlines()[0][:100]})") from e
+        raise InputError(f"{path}: its searches cannot be read ({one_line(e)})") from e
 
 
 def finite(steps: np.ndarray, values: np.ndarray) -> Series:

@@ -5,6 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from data import one_line
 from schedules import percent
 from study import figures, runvalues
 from study.detection import write_detection
@@ -44,7 +45,7 @@ def write_unfinished(page: Page, runs: list[Run]) -> None:
             literal(r.name),
             literal(r.summary.get("status", "no summary")),
             literal(r.summary.get("steps", "")),
-            literal(r.summary.get("reason") or ""),
+            literal(one_line(r.summary.get("reason") or "")),
         ]
         for r in rest
     ]

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from data import one_line
+
 
 class CannotWrite(Exception):
     """Results could not be written: one line that names the option and the path."""
@@ -27,8 +29,7 @@ def whole_folder(out: Path, option: str = "--out") -> Iterator[Path]:
         move(stage, out)
         made = []
     except OSError as e:
-        why = e.strerror or str(e) or type(e).__name__
-        raise CannotWrite(f"{option} {out}: cannot be written ({why}); what was there is as before") from e
+        raise CannotWrite(f"{option} {out}: cannot be written ({one_line(e)}); what was there is as before") from e
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)
@@ -56,8 +57,7 @@ def whole_file(path: Path, option: str) -> Iterator[Path]:
         yield stage / path.name
         (stage / path.name).replace(path)
     except OSError as e:
-        why = e.strerror or str(e) or type(e).__name__
-        raise CannotWrite(f"{option} {path}: cannot be written ({why}); what was there is as before") from e
+        raise CannotWrite(f"{option} {path}: cannot be written ({one_line(e)}); what was there is as before") from e
     finally:
         if stage is not None:
             shutil.rmtree(stage, ignore_errors=True)

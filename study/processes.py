@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from data import InputError
+from data import InputError, one_line
 from engine import jsonfiles, locks, schema
 from engine.identity import differences
 from study.forkserver import ForkedRun, ForkServer, possible
@@ -91,13 +91,13 @@ def run_state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, s
         if listed:
             return "finished", "in a file of results"
         if status == "failed":
-            return "failed", str(summary.get("reason") or "no reason given")
+            return "failed", one_line(summary.get("reason") or "no reason given")
         return "stopped", "saved" if status == "stopped" else "killed"
     if listed:
         return "finished", "in a file of results"
     try:
-        reason = (runs / LOGS / f"{job.name}.failed").read_text(errors="replace").strip()
-        return "failed", reason or "no reason given"
+        reason = (runs / LOGS / f"{job.name}.failed").read_text("utf-8", "replace")
+        return "failed", one_line(reason) or "no reason given"
     except OSError:
         return "waiting", ""
 
@@ -123,10 +123,10 @@ def failure_reason(log: Path, code: int, start: int) -> str:
     try:
         with open(log, "rb") as f:
             f.seek(max(start, f.seek(0, os.SEEK_END) - LOG_TAIL))
-            lines = [line.strip() for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines()]
+            lines = [one_line(line) for line in f.read().decode(errors="replace").replace("\r", "\n").splitlines()]
     except OSError:
         lines = []
-    last_line = [line[:300] for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
+    last_line = [line for line in lines if line and "step/s" not in line and "s/step" not in line][-1:]
     if code < 0:
         return "; last line: ".join([f"killed by signal {-code}", *last_line])
     return last_line[0] if last_line else f"exit status {code}"
@@ -135,7 +135,7 @@ def failure_reason(log: Path, code: int, start: int) -> str:
 def note_failure(runs: Path, name: str, reason: str) -> None:
     """Remember the failure of a run that has no folder to say so itself."""
     if not (runs / name).is_dir():
-        (runs / LOGS / f"{name}.failed").write_text(reason + "\n")
+        (runs / LOGS / f"{name}.failed").write_text(reason + "\n", "utf-8")
 
 
 def end_line(job: Job, status: str, detail: str) -> str:
@@ -150,7 +150,7 @@ def make_folder(runs: Path) -> None:
         if not os.access(runs / LOGS, os.W_OK):
             raise PermissionError(0, "not writable")
     except OSError as e:
-        raise InputError(f"--runs {runs}: cannot be written ({e.strerror})") from e
+        raise InputError(f"--runs {runs}: cannot be written ({one_line(e)})") from e
 
 
 def kill(process: subprocess.Popen | ForkedRun) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
+from data import InputError, one_line
 from engine import options
 from study.runfolders import Run
 
@@ -24,7 +24,7 @@ def read_curves(path: Path) -> list[Run]:
     points: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
     about: dict[tuple, dict] = {}
     try:
-        with open(path, newline="") as f:
+        with open(path, newline="", encoding="utf-8") as f:
             for row in csv.DictReader(f):
                 ratio = row["figure"] == "13"
                 key = (ratio, row["scheduler"], row["noise"], row["batch_size"], row["lr"])
@@ -33,7 +33,7 @@ def read_curves(path: Path) -> list[Run]:
                 if row["value"] != "":
                     series.append((int(row["step"]), float(row["value"])))
     except (OSError, KeyError, ValueError, TypeError, csv.Error) as e:
-        raise InputError(f"{path}: not a table of the report's curves ({type(e).__name__}: {str(e)[:80]})") from e
+        raise InputError(f"{path}: not a table of the report's curves ({type(e).__name__}: {one_line(e)})") from e
     if not points:
         raise InputError(f"{path}: not a table of the report's curves (it is empty)")
     runs, left_out = [], {}  # {schedule: {"noise, batch size": why}} of curves that are not among their neighbours

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+from data import printable
 from study.grids import Job
 from study.processes import (
     LOGS,
@@ -169,7 +170,7 @@ class Scheduler:
         self.ended[job.name] = status
         self.progress.end(job, self.ended, len(self.backend.active))
         if status not in ("finished", *NO_NEWS):
-            tqdm.write(end_line(job, status, detail), file=sys.stderr)
+            tqdm.write(printable(end_line(job, status, detail)), file=sys.stderr)
 
     def log(self, job: Job) -> Path:
         return self.runs / LOGS / f"{job.name}.log"

@@ -11,7 +11,7 @@ A value is drawn with every digit and used with four significant ones: that is w
 import argparse
 from dataclasses import dataclass
 
-from data import InputError
+from data import InputError, one_line
 from engine import options, roles
 from engine.cmdline import NUMBER
 from study.grids import key_of, known_options
@@ -113,10 +113,11 @@ def dimension(name: str, spec: str, action: argparse.Action) -> Dimension:
     if kind == "int" and not (low.is_integer() and high.is_integer() and all(end.isdigit() for end in ends)):
         raise InputError(f"{what}: {kind} has whole numbers as its ends")
     try:
-        if kind != "int" and whole(action, ends[0]):
-            raise InputError(f"{what}: {name} takes whole numbers; give int:LOW:HIGH")
+        whole_numbers = whole(action, ends[0])
     except (argparse.ArgumentTypeError, ValueError) as e:
-        raise InputError(f"{what}: {e}") from e
+        raise InputError(f"{what}: {one_line(e)}") from e
+    if kind != "int" and whole_numbers:
+        raise InputError(f"{what}: {name} takes whole numbers; give int:LOW:HIGH")
     return Dimension(name, spec, kind, low, high)
 
 

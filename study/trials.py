@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from filelock import FileLock
 
-from data import InputError
+from data import InputError, one_line
 from engine import locks
 from study.processes import make_folder
 from study.spaces import Dimension
@@ -57,9 +57,9 @@ class Journal:
             file = backend.JournalFileBackend(str(path), lock_obj=FileLock(folder / f"{GUARD}.append"))
             self.storage = self.optuna.storages.JournalStorage(file)
         except OSError as e:
-            raise InputError(f"--tune: {path}: cannot be read or written ({e.strerror})") from e
+            raise InputError(f"--tune: {path}: cannot be read or written ({one_line(e)})") from e
         except Exception as e:  # a damaged file can make Optuna raise nearly anything
-            raise InputError(f"--tune: {path}: not a journal of Optuna ({str(e).splitlines()[0][:100]})") from e
+            raise InputError(f"--tune: {path}: not a journal of Optuna ({one_line(e)})") from e
 
     def names(self) -> list[str]:
         """The cells whose trials it holds."""

@@ -155,7 +155,10 @@ def test_short_words_are_quoted_whole():
 @pytest.mark.parametrize(
     "what, line",
     [
-        (ValueError("not\0a\x1b[31m\u202emagic\ud800 \udcff\u2066\x85"), r"not\x00a\x1b[31m\u202emagic\ud800 \xff\u2066"),
+        (
+            ValueError("not\0a\x1b[31m\u202emagic\ud800 \udcff\u2066\x85"),
+            r"not\x00a\x1b[31m\u202emagic\ud800 \xff\u2066",
+        ),
         (RuntimeError("\n first\tline \nC++ frames"), "first line"),
         (FileNotFoundError(2, "No such file", "/secret"), "No such file"),
         (OSError("a pipe"), "a pipe"),

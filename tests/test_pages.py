@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import report
-from study import results
 from data import printable
+from study import results
 from study.markup import literal, to_html, to_markdown
 from study.outputs import CannotWrite, whole_file, whole_folder
 from study.page import Page

@@ -400,7 +400,7 @@ DEEP = '{"options": ' + "[" * 100_000 + "]" * 100_000 + "}"
         ('{"options": {"bs": true}}', "--bs: 'True' is neither"),
         ('{"options": {"no_augment": "yes"}}', "--no-augment: 'yes' is not true or false"),
         ('{"options": {"sched": "triangle"}}', "--sched: invalid choice: 'triangle'"),
-        ('{"options": {"noise_type": "file", "noise_file": "a\\u0000b"}}', "--noise-file: 'a\0b' is neither"),
+        ('{"options": {"noise_type": "file", "noise_file": "a\\u0000b"}}', "--noise-file: 'a\\x00b' is neither"),
         ('{"options": {"noise_type": "file", "noise_file": "\\ud800"}}', "--noise-file: '\\ud800' is neither"),
         ('{"options": {"later": 1}}', "an option 'later', which is not one of this version"),
     ],
