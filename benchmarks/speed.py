@@ -2,8 +2,7 @@
 
     python benchmarks/speed.py                       # all parts (on two CPU cores about half an hour)
     python benchmarks/speed.py run measured data     # some of them
-    python benchmarks/speed.py steps --models resnet18-64 --ways eager,graph                       # quick on a GPU
-    python benchmarks/speed.py steps --models resnet18-64 --ways compile,both --precisions bf16-mixed  # half a minute a cell
+    python benchmarks/speed.py steps --models resnet18-64 --batches 16,128,512   # on a GPU: eager, compiled, replayed, both
 
 Every number comes from the code that training runs. Times are medians over blocks of steps after a warm-up, synchronised
 at both ends, with the spread from the first to the ninth decile; what is compared is timed in turn, and ratios are those
@@ -28,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,7 +55,6 @@ SETTINGS_OF_MODELS = ("resnet18-64", "resnet18-16", "vgg16", "vgg16-linear")
 WAYS = {"eager": (), "compile": ("--compile",), "graph": ("--graph",), "both": ("--compile", "--graph")}
 BLOCK = 0.05 if ON_GPU else 0.0  # seconds of a block at least: on a GPU single steps would be timed with their launch
 BROKEN = 4  # exit status of a process whose GPU may be unusable
-MEET_SECONDS = 180  # within which processes that are to time together are ready
 SOURCES: dict[tuple, data.Source] = {}
 
 
@@ -161,7 +158,7 @@ def flops_of_image(job: TrainingJob) -> float:
     return counter.get_total_flops() / 2
 
 
-def part_steps(mine, model: str, precision: str, B: int, way: str, at_once: int = 1) -> list[dict]:
+def part_steps(mine, model: str, precision: str, B: int, way: str) -> list[dict]:
     """Plain and measured step by model, batch size, precision and way; on a GPU also with cuDNN's other choices of kernels,
     and in 16-mixed."""
     torch._dynamo.reset()
@@ -174,12 +171,10 @@ def part_steps(mine, model: str, precision: str, B: int, way: str, at_once: int 
         hardware.reset_peak_memory(DEVICE)
         seconds(step_of(job), 3)
         memory = f"{hardware.peak_memory_mb(DEVICE):.0f}"
-    others = variants(job, words, ON_GPU and way == "eager" and at_once == 1)
-    with companions([model, precision, B, way], at_once, mine):
-        acts = [step_of(job), step_of(job, measured=True), *others.values()]
-        plain, measured, *varied = in_turn(acts, mine.seconds * (1 + len(others) / 2), least=3)
-    rate, ratio = at_once * B / statistics.median(plain), ratios(measured, plain)
-    row |= {"runs at once": at_once} if at_once > 1 else {}
+    others = variants(job, words, ON_GPU and way == "eager")
+    acts = [step_of(job), step_of(job, measured=True), *others.values()]
+    plain, measured, *varied = in_turn(acts, mine.seconds * (1 + len(others) / 2), least=3)
+    rate, ratio = B / statistics.median(plain), ratios(measured, plain)
     row |= {"plain step, ms": spread(plain, 2, 1e3), "images/s": f"{rate:.0f}"}
     row |= {"of a matmul's rate": f"{flops * rate / matmul_rate(precision):.0%}", "measured / plain": spread(ratio)}
     row |= {f"{name} / plain": spread(ratios(values, plain)) for name, values in zip(others, varied, strict=True)}
@@ -230,36 +225,11 @@ def variants(job: TrainingJob, words: list, on_gpu: bool) -> dict:
     return acts
 
 
-@contextlib.contextmanager
-def companions(cell: list, at_once: int, mine):
-    """Time in the block while `at_once` - 1 other processes time the same cell; all begin together."""
-    if at_once == 1 and not mine.meet:
-        yield
-        return
-    with tempfile.TemporaryDirectory() as own:
-        folder, count = mine.meet.rsplit(",", 1) if mine.meet else (own, at_once)
-        more = [*child("steps", [cell], mine), "--meet", f"{own},{at_once}"]
-        how = {"stdout": subprocess.DEVNULL, "preexec_fn": end_with_parent}
-        processes = [subprocess.Popen(more, **how) for _ in range(at_once - 1)]
-        try:
-            Path(folder, str(os.getpid())).touch()
-            end = time.monotonic() + MEET_SECONDS
-            while len(os.listdir(folder)) < int(count):
-                if time.monotonic() > end:
-                    raise RuntimeError(f"{count} processes did not come together within {MEET_SECONDS} s")
-                time.sleep(0.01)
-            yield
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
 def after_steps(rows: list[dict]) -> str:
     """The time for the report's grid, once all of its batch sizes are there."""
     fastest: dict[int, float] = {}
     for row in rows:
-        if row["model"] == "resnet18-64" and ".seconds" in row and "runs at once" not in row:
+        if row["model"] == "resnet18-64" and ".seconds" in row:
             fastest[row["B"]] = min(fastest.get(row["B"], math.inf), row[".seconds"])
     sizes = (16, 32, 64, 128, 256, 512)
     if not set(sizes) <= fastest.keys():
@@ -487,7 +457,7 @@ class Part(NamedTuple):
 
 SIZES_OF_SETS, WIDTHS = (10_000, 50_000, 200_000), (8, 16, 32, 64)
 PARTS = {
-    "steps": Part(part_steps, ("model", "precision", "B", "way", "runs at once"), cells_steps, after_steps),
+    "steps": Part(part_steps, ("model", "precision", "B", "way"), cells_steps, after_steps),
     "measured": Part(part_measured, ("model", "B"), wide_and_narrow),
     "families": Part(part_families, ("family",), lambda mine: [[name] for name in FAMILIES]),
     "data": Part(part_data, ("B",), lambda mine: [[B] for B in mine.batches if B in (16, 128, 1024)]),
@@ -550,18 +520,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def run_cells(name: str, cells: list[list], mine, end: float = math.inf) -> Iterator[tuple[list, list[dict]]]:
-    """Each cell with its rows, as soon as they are there, timed in another process, and in a fresh one after an error.
-
-    Whatever has not been timed by `end`, on the monotonic clock, is left out.
-    """
+def run_cells(name: str, cells: list[list], mine) -> Iterator[tuple[list, list[dict]]]:
+    """Each cell with its rows, as soon as they are there, timed in another process, and in a fresh one after an error."""
     left = list(cells)
-    while left and time.monotonic() < end:
-        how = {"stdout": subprocess.PIPE, "text": True, "preexec_fn": end_with_parent}
-        process = subprocess.Popen(child(name, left, mine), **how)
-        stop = threading.Timer(end - time.monotonic(), process.kill) if end < math.inf else None
-        if stop:
-            stop.start()
+    while left:
+        process = subprocess.Popen(
+            child(name, left, mine), stdout=subprocess.PIPE, text=True, preexec_fn=end_with_parent
+        )
         try:
             for line in process.stdout:
                 if line.startswith("["):
@@ -570,9 +535,7 @@ def run_cells(name: str, cells: list[list], mine, end: float = math.inf) -> Iter
         finally:
             process.kill()
             process.wait()
-            if stop:
-                stop.cancel()
-        if left and status not in (0, BROKEN) and time.monotonic() < end:  # the process has died of this one
+        if left and status not in (0, BROKEN):  # the process has died of this one
             cell = left.pop(0)
             yield cell, [failed(name, cell, f"its process ended with status {status}")]
 
@@ -639,7 +602,6 @@ def main() -> int:
     p.add_argument("--repeats", type=int, default=5, help="of whole commands")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "RESULTS.md")
     p.add_argument("--cells", help=argparse.SUPPRESS)
-    p.add_argument("--meet", help=argparse.SUPPRESS)
     mine = p.parse_args()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     if mine.cells:

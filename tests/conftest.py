@@ -40,66 +40,10 @@ if WORKERS > 1:
 def pytest_addoption(parser) -> None:
     text = "options added to every tiny run, in one word: --with=--compile, '--with=--accelerator cuda --graph'"
     parser.addoption("--with", default="", help=text)
-    text = "add each test's outcome and seconds to FILE, a line of JSON each, and leave out tests that it holds already"
-    parser.addoption("--times", metavar="FILE", help=text)
 
 
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
-    if config.getoption("--times"):
-        path = Path(config.getoption("--times"))
-        # Workers of pytest-xdist collect the tests, and their reports reach the process that has started them.
-        config.pluginmanager.register(LeftOut(path) if hasattr(config, "workerinput") else Times(path))
-
-
-class LeftOut:
-    """Leaves out the tests that a file of `--times` holds. One that has begun twice and never ended, such as one that kills
-    its process, is left out too."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []  # the last one may be cut off
-        known = [json.loads(line) for line in lines if line.endswith("}")]
-        self.ended = {line["test"] for line in known if "outcome" in line}
-        begun = [line["test"] for line in known if "outcome" not in line]
-        self.never_ended = {name for name in begun if begun.count(name) > 1} - self.ended
-
-    def pytest_collection_modifyitems(self, config, items) -> None:
-        known = self.ended | self.never_ended
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in known])
-        items[:] = [item for item in items if item.nodeid not in known]
-
-
-class Times(LeftOut):
-    """What `--times` does."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.seconds: dict[str, tuple[float, str, str]] = {}
-        for name in sorted(self.never_ended):
-            self.write(test=name, outcome="never ended", seconds=0.0)
-
-    def write(self, **line) -> None:
-        with open(self.path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-
-    def pytest_collectreport(self, report) -> None:
-        if report.failed:
-            self.write(test=report.nodeid, outcome="failed", seconds=0.0, why=str(report.longrepr)[-2000:])
-
-    def pytest_runtest_logstart(self, nodeid) -> None:
-        self.write(test=nodeid)
-
-    def pytest_runtest_logreport(self, report) -> None:
-        took, outcome, why = self.seconds.get(report.nodeid, (0.0, "passed", ""))
-        if report.outcome != "passed" and outcome != "failed":
-            outcome = report.outcome
-            text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr or "")
-            why = text[-2000:]
-        self.seconds[report.nodeid] = took + report.duration, outcome, why
-        if report.when == "teardown":
-            took, outcome, why = self.seconds.pop(report.nodeid)
-            self.write(test=report.nodeid, outcome=outcome, seconds=round(took, 3), **({"why": why} if why else {}))
 
 
 @pytest.fixture(autouse=True)

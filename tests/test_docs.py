@@ -13,7 +13,7 @@ import noise
 import noises
 import report
 import sweep
-from benchmarks import lease, meter, planted
+from benchmarks import meter, planted
 from conftest import ROOT
 from engine import options
 
@@ -256,7 +256,6 @@ OTHERS = {
     "--n",
     "--dist",
     "--seeds",
-    "--times",
     "--with",
     "--main-port",
     "--master-port",
@@ -273,7 +272,6 @@ def test_every_option_named_in_the_text_exists():
         report.parser(),
         noise.command_line(),
         planted.parser(),
-        lease.parser(),
         meter.parser(),
     ]
     subparsers = [sub for p in parsers for a in p._actions if isinstance(a.choices, dict) for sub in a.choices.values()]
