@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import google_crc32c
+
 p = argparse.ArgumentParser(allow_abbrev=False)
 for option in ("runs", "name", "lr", "bs", "epochs", "seed", "measure"):
     p.add_argument(f"--{option}")
@@ -47,13 +49,8 @@ if not state.exists():
 
 def masked_crc(data: bytes) -> bytes:
     """CRC32C as a TFRecord holds it, see study/events.py."""
-    register = 0xFFFFFFFF
-    for byte in data:
-        register ^= byte
-        for _ in range(8):
-            register = (register >> 1) ^ (0x82F63B78 if register & 1 else 0)
-    register ^= 0xFFFFFFFF
-    return struct.pack("<I", ((register >> 15 | register << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    crc = google_crc32c.value(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def record(step: int, tag: bytes, value: float) -> bytes:
