@@ -1,12 +1,19 @@
 """Shared by the tests: tiny runs in this process, their series, and the real data where it lies beside the repository."""
 
 import json
+import locale
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +21,27 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"
 
+# What a launcher or a cluster has left in the environment would make every run here one of several processes.
+LAUNCHERS = (
+    "SLURM_",
+    "LT_",
+    "OMPI_",
+    "PMI_",
+    "TORCHELASTIC_",
+    "GROUP_",
+    "LOCAL_",
+    "MASTER_",
+    "NODE_RANK",
+    "RANK",
+    "WORLD_",
+)
+for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+    del os.environ[name]
+with suppress(locale.Error):  # what the tests read and write is UTF-8, whatever the user's language
+    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+
 import train  # noqa: E402
+from engine import hardware  # noqa: E402
 
 TINY = (
     "--dataset synthetic --synthetic-train 200 --synthetic-test 40 --width 8 --bs 32 --epochs 2 --measure-every 2 "
@@ -32,7 +59,7 @@ def slow(*values) -> list:
 # Workers share the cores out: threads of one that wait for each other, spinning, would keep the others from theirs.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.set_num_threads(max(1, hardware.cores() // WORKERS))
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # of the processes that tests start
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # nor do those spin that are told to have more
 
@@ -40,19 +67,34 @@ if WORKERS > 1:
 def pytest_addoption(parser) -> None:
     text = "options added to every tiny run, in one word: --with=--compile, '--with=--accelerator cuda --graph'"
     parser.addoption("--with", default="", help=text)
+    text = "run the files, and the tests of each, in the order that this seed draws: no test may rely on another"
+    parser.addoption("--order", type=int, metavar="SEED", help=text)
 
 
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    if config.getoption("--order") is not None:
+        rng, of_file = random.Random(config.getoption("--order")), {}
+        items.sort(key=lambda item: (of_file.setdefault(item.path, rng.random()), rng.random()))
+
+
 @pytest.fixture(autouse=True)
-def same_threads():
-    """A run sets threads and default dtype for its process; here the process goes on to the next test."""
-    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+def no_test_before():
+    """Each test draws the same random numbers, whatever ran before it, and what a run sets for its process, threads, default
+    dtype and environment, is put back."""
+    threads, dtype, environment = torch.get_num_threads(), torch.get_default_dtype(), dict(os.environ)
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+    if os.environ != environment:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +143,14 @@ def same_weights(a: Path, b: Path) -> bool:
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for something that is to come; how soon is no matter, other programs may have the cores."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
 
 
 def free_port() -> str:
@@ -168,11 +218,27 @@ for line in sys.stdin:
 """
 
 
+WAITING = """
+import os, sys, time, train
+step = train.train_step
+def waiting(job, batch, number, *rest, **named):
+    if number == {at}:
+        open({there!r}, "w").close()
+        while os.path.exists({there!r}):
+            time.sleep(0.005)
+    return step(job, batch, number, *rest, **named)
+train.train_step = waiting
+status = train.main({argv!r})
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
 class Zygote:
     """Starts runs as processes of their own, by forking one that has imported torch: a start costs no import."""
 
     def __init__(self, log: Path) -> None:
-        self.log = log
+        self.log, self.pids = log, []
         code = ZYGOTE.format(root=str(ROOT))
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -181,6 +247,11 @@ class Zygote:
     def start(self, argv: list[str] | None = None, code: str | None = None, ranks: int = 1) -> list[int]:
         """Start `train.main(argv)` or `code` on `ranks` processes, set up as torchrun does; returns their pids."""
         need_devices(ranks)
+        if self.pids:  # of a test that failed before their end
+            for pid in self.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.wait()
         environments = [{}]
         if ranks > 1:
             shared = {
@@ -194,11 +265,22 @@ class Zygote:
         ask = {"environments": environments, "log": str(self.log)} | ({"argv": argv} if argv else {"code": code})
         self.process.stdin.write(json.dumps(ask) + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self.pids = json.loads(self.process.stdout.readline())
+        return self.pids
 
     def wait(self) -> list[int]:
         """Exit statuses of the processes of the last `start`, negative for a signal."""
+        self.pids = []
         return json.loads(self.process.stdout.readline())
+
+    def run_and(self, act: Callable[[int], None], argv: list[str], at: int) -> int:
+        """The exit status of a run to which `act(pid)` is done while it waits before its step `at`."""
+        there = Path(f"{self.log}.there")
+        (pid,) = self.start(code=WAITING.format(argv=argv, at=at, there=str(there)))
+        until(there.exists)
+        act(pid)
+        there.unlink()
+        return self.wait()[0]
 
     def run(self, *args, **kwargs) -> list[int]:
         self.start(*args, **kwargs)

@@ -1,6 +1,7 @@
 """Stands in for train.py in tests of the sweep: the same options, folder, lock, signals and exit statuses, no training.
 
-A run takes --epochs steps of a tenth of a second. `--noise 0.9` fails in the run, `--lr 9` before it has a folder,
+A run takes --epochs steps of a tenth of a second; where there is a FAKE_HOLD in the environment, it waits after the first of them
+for a signal, or until there is a file of that name. `--noise 0.9` fails in the run, `--lr 9` before it has a folder,
 `--wd 9` dies in the middle. `--wd 8` does not listen to signals and has a second process, which holds the lock too.
 """
 
@@ -63,8 +64,11 @@ if __name__ == "__main__":  # a server of forked runs imports this
     if args.wd == "9":
         print("step 1 is done", flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    hold = os.environ.get("FAKE_HOLD")
     while step < int(args.epochs or 3):
         time.sleep(0.1)
+        while hold and step == 1 and not stopped and not os.path.exists(hold):
+            time.sleep(0.01)
         step += 1
         state.write_text(str(step))
         with open(folder / "steps.txt", "a") as f:

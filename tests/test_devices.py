@@ -16,8 +16,21 @@ from torch import nn
 import gradsplit
 import measure
 import train
-from conftest import ROOT, SIXTEEN, TINY, fabric_run, free_port, need_devices, series, slow, summary, weights, without
-from engine import options
+from conftest import (
+    ROOT,
+    SIXTEEN,
+    TINY,
+    fabric_run,
+    free_port,
+    need_devices,
+    series,
+    slow,
+    summary,
+    until,
+    weights,
+    without,
+)
+from engine import hardware, options
 from test_metrics import job_for, warm
 
 # Training amplifies the last bit, by how much depends on the trajectory: seed 2's is a calm one.
@@ -230,7 +243,7 @@ def test_all_launchers_start_the_same_run(tmp_path):
         assert series(tmp_path / name) == series(first)
         assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / name).values(), weights(first).values()))
         config = (tmp_path / name / "config.json").read_text()
-        assert f'"threads": {max(1, (os.cpu_count() or 1) // 2)}' in config and '"world_size": 2' in config
+        assert f'"threads": {max(1, hardware.cores() // 2)}' in config and '"world_size": 2' in config
 
 
 @pytest.mark.slow
@@ -260,9 +273,7 @@ def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
 def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
     argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
-    end = time.monotonic() + 60
-    while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
-        time.sleep(0.02)
+    until((tmp_path / "r" / "last.ckpt").exists)
     os.kill(pids[1], signal.SIGTERM)
     assert zygote.wait() == [3, 3], zygote.output()
     outcome = summary(tmp_path / "r")
@@ -274,13 +285,12 @@ def test_a_signal_to_one_rank_stops_all(zygote, tmp_path):
 def test_a_rank_that_dies_ends_the_run(zygote, tmp_path):
     argv = [*GN, "--epochs", "400", "--checkpoint-minutes", "0", "--runs", str(tmp_path), "--name", "r"]
     pids = zygote.start(argv, ranks=2)
-    end = time.monotonic() + 60
-    while not (tmp_path / "r" / "last.ckpt").exists() and time.monotonic() < end:
-        time.sleep(0.02)
+    until((tmp_path / "r" / "last.ckpt").exists)
     os.kill(pids[1], signal.SIGKILL)
     began = time.monotonic()
     statuses = zygote.wait()
-    assert statuses[0] == 1 and statuses[1] == -signal.SIGKILL and time.monotonic() - began < 30
+    assert statuses[0] == 1 and statuses[1] == -signal.SIGKILL
+    assert time.monotonic() - began < 300  # torch's own limit is half an hour
     outcome = zygote.output()
     assert outcome.count("train.py: error: another process of the run has ended (") == 1 and "Traceback" not in outcome
     assert summary(tmp_path / "r")["status"] == "failed"

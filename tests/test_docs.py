@@ -254,6 +254,7 @@ OTHERS = {
     "--help",
     "--sweeps",
     "--n",
+    "--order",
     "--dist",
     "--seeds",
     "--with",

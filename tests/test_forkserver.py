@@ -2,15 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, TINY, same_weights, series, summary
+from conftest import ROOT, TINY, same_weights, series, summary, until
 from study import forkserver, processes
 from study.forkserver import ForkServer
 
@@ -26,7 +26,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if sys.argv[1] == "wait":
-        time.sleep(60)
+        time.sleep(600)
     sys.exit(sys.argv[2] if sys.argv[1] == "say" else int(sys.argv[1]) if sys.argv[1].isdigit() else None)
 """
 STATE = """
@@ -48,11 +48,9 @@ def ready(server: ForkServer) -> ForkServer:
     return server
 
 
-def ended(run: forkserver.ForkedRun, seconds: float = 60) -> int:
+def ended(run: forkserver.ForkedRun) -> int:
     """The run's exit status, waited for."""
-    limit = time.monotonic() + seconds
-    while run.poll() is None and time.monotonic() < limit:
-        time.sleep(0.01)
+    until(lambda: run.poll() is not None)
     return run.poll()
 
 
@@ -144,11 +142,7 @@ os.kill(os.getpid(), 9)
 """
     killed = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False)
     pid = int(killed.stdout)
-    for _ in range(500):
-        if not forkserver.lives(pid):
-            break
-        time.sleep(0.01)
-    assert not forkserver.lives(pid)
+    until(lambda: not forkserver.lives(pid))
 
 
 @pytest.mark.parametrize("why", ["it cannot import", "threads", "it is lost"])
@@ -156,7 +150,7 @@ def test_without_a_server_runs_are_plain_processes(why, tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     trouble = {
         "it cannot import": "raise OSError",
-        "threads": "import threading, time; threading.Thread(target=time.sleep, args=(1,)).start()",
+        "threads": "import threading, time; threading.Thread(target=time.sleep, args=(600,), daemon=True).start()",
         "it is lost": "",
     }[why]
     script.write_text(SCRIPT + f"else:\n    {trouble or 'pass'}\n")
@@ -257,13 +251,19 @@ def test_a_server_shares_neither_threads_nor_chance_nor_a_gpu(of_train, tmp_path
     assert found[0] != found[1]
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal."""
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def test_a_signal_before_training_ends_a_forked_run(of_train, tmp_path):
     """As it does a plain one: at once, with status 3 and nothing written."""
     with open(tmp_path / "log", "wb") as out:
         run = of_train.start(
-            [str(processes.TRAIN), *TINY, "--synthetic-train", "60000", "--runs", str(tmp_path)], out.fileno()
+            [str(processes.TRAIN), *TINY, "--synthetic-train", "200000", "--runs", str(tmp_path)], out.fileno()
         )
-    time.sleep(0.5)
+    until(lambda: catches(run.pid, signal.SIGTERM))  # it draws the images, for seconds
     os.kill(run.pid, signal.SIGTERM)
     assert ended(run) == 3
     assert "stopped by SIGTERM before training began" in (tmp_path / "log").read_text()

@@ -10,16 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import TINY, slow
+from conftest import TINY, slow, until
 from engine import hardware, interrupts, sources
 from study import cluster
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
@@ -72,12 +65,12 @@ def test_a_signal_while_the_run_waits(zygote, tmp_path, where, name):
         argv += ["--dataset", "cifar10", "--data-dir", str(data)]
         code = DOWNLOAD.format(marker=str(marker), argv=argv, wait=wait)
     (pid,) = zygote.start(code=code)
-    wait_for(marker.exists)
+    until(marker.exists)
     time.sleep(0.3)
     began = time.monotonic()
     os.kill(pid, getattr(signal, name))
     assert zygote.wait() == [3], zygote.output()
-    assert time.monotonic() - began < 10  # a rendezvous alone waits for ten minutes
+    assert time.monotonic() - began < 120  # a rendezvous alone waits for ten minutes
     assert zygote.output().splitlines() == [f"train.py: stopped by {name} before training began; nothing was written"]
     assert [p.name for p in tmp_path.iterdir()] == ["marker"]
 
@@ -91,7 +84,7 @@ def test_the_processes_of_other_ranks_end_too():
     )  # one that waits in C++ may not listen
     processes[1].stdout.readline()
     hardware.end_processes(SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=processes))))
-    assert [p.wait(10) for p in processes] == [-signal.SIGTERM, -signal.SIGKILL]
+    assert [p.wait(120) for p in processes] == [-signal.SIGTERM, -signal.SIGKILL]
 
 
 def test_what_is_left_is_undone_latest_first():
@@ -124,7 +117,7 @@ def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
     log = tmp_path / "log"
 
     def cancel() -> None:
-        wait_for(lambda: log.exists() and log.read_text().strip())
+        until(lambda: log.exists() and log.read_text().strip())
         os.kill(os.getpid(), signal.SIGINT)  # as Ray interrupts a task
 
     thread = threading.Thread(target=cancel if cancelled else int)
@@ -137,4 +130,4 @@ def test_further_ranks_on_ray_end_with_the_first(tmp_path, cancelled):
         thread.join()
         signal.signal(signal.SIGINT, before)
     assert status == (-signal.SIGTERM if cancelled else 0)
-    wait_for(lambda: not alive(int(log.read_text())), 10)
+    until(lambda: not alive(int(log.read_text())))

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import sweep
 from conftest import TINY
 from engine import options
 from study import grids, joblist, processes
-from test_sweep import fake, started  # noqa: F401  a fixture
+from test_sweep import fake, held, once, started  # noqa: F401  fixtures
 
 
 def names(*lines: str, extra: str = "", **kwargs) -> list[str]:
@@ -117,16 +115,11 @@ def test_nothing_is_written_down_where_nothing_is_run(fake, tmp_path):  # noqa: 
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_a_stopped_sweep_prints_adds_up(fake, tmp_path, capsys):  # noqa: F811
+def test_what_a_stopped_sweep_prints_adds_up(fake, held, tmp_path, capsys):  # noqa: F811
     """One run is finished before, one fails, one is stopped, three wait."""
     assert fake("--grid", "bs=16 epochs=1 noise=0") == 0
-
-    def stop():
-        while not (tmp_path / "runs" / "noise0_bs32_lr0.1_epochs90" / "steps.txt").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=stop, daemon=True).start()
+    steps = tmp_path / "runs" / "noise0_bs32_lr0.1_epochs90" / "steps.txt"
+    once(steps.exists, os.kill, os.getpid(), signal.SIGINT)
     argv = (
         "--grid",
         "bs+epochs=16:1,32:90,64:1 noise=0",

@@ -4,6 +4,9 @@ import copy
 import json
 import random
 import shutil
+import struct
+import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,11 +84,11 @@ def mutated(content: dict, chance: random.Random) -> dict:
 
 
 def outcome(act, *arguments) -> str:
-    """The message of the `InputError`, "" if there is none; any other exception is the test's failure."""
+    """The message of the `InputError`, one printable line, or "" if there is none; any other exception is the test's failure."""
     try:
         act(*arguments)
     except InputError as e:
-        assert "\n" not in str(e) and len(str(e)) < 700
+        assert str(e) == data.printable(e) and len(str(e)) < 700
         return str(e)
     return ""
 
@@ -349,10 +352,27 @@ def test_a_sweep_says_what_is_wrong_with_a_folder(copied):
 
 
 @pytest.fixture
-def exported(made, tmp_path) -> Path:
-    run = runfolders.read_folder(made)
-    exports.export_runs([run, runfolders.Run(**vars(run) | {"name": "s"})], tmp_path / "x.npz")
+def exported(tmp_path) -> Path:
+    """Two runs that say nothing of the machine, or of how long anything took: the file has the same bytes everywhere."""
+    steps = np.arange(0, 40, 2)
+    series = {tag: (steps, np.sin(steps / 5 + i)) for i, tag in enumerate(("train/loss", "grad/cos_clean_noisy"))}
+    series["val/acc"] = np.array([0, 20, 40]), np.array([0.1, 0.4, 0.5])
+    of_run = (
+        vars(options.parse(ARGV)),
+        {"steps_per_epoch": 20, "classes": ["a", "b"]},
+        {"status": "finished", "steps": 40},
+    )
+    exports.export_runs(
+        [runfolders.Run(name, *of_run, series, "", {"torch": "2"}) for name in "rs"], tmp_path / "x.npz"
+    )
     return tmp_path / "x.npz"
+
+
+def test_the_same_runs_are_exported_as_the_same_bytes(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 4e9)
+    monkeypatch.setattr(time, "localtime", lambda *_: time.gmtime(4e9))
+    exports.export_runs(exports.read_export(exported), tmp_path / "again.npz")
+    assert (tmp_path / "again.npz").read_bytes() == exported.read_bytes()
 
 
 def rewrite(path: Path, change) -> None:
@@ -406,3 +426,28 @@ def test_damaged_bytes_of_an_exported_file(exported):
         exported.write_bytes(damaged[: chance.randrange(len(damaged))] if chance.random() < 0.3 else damaged)
         message = outcome(exports.read_export, exported)
         assert not message or str(exported) in message
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\0" + struct.pack("<H", len(header)) + header.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("values.npy", npy(repr({"k" * 5000: 1}))),
+        ("values.npy", npy("{'descr': '<f4\x1b[31m\x85', 'fortran_order': False, 'shape': (1,)}")),
+        ("values.npy", npy("{'descr': '<f4\0', 'shape'")),
+        (
+            "steps_\x1b[31m\u202e" + "9" * 3000 + ".npy",
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1, 0)}"),
+        ),
+    ],
+)
+def test_what_an_exported_file_makes_a_message_say_is_short_and_printable(exported, name, content):
+    with zipfile.ZipFile(exported) as z:
+        members = {member: z.read(member) for member in z.namelist()} | {name: content}
+    with zipfile.ZipFile(exported, "w") as z:
+        for member, blob in members.items():
+            z.writestr(member, blob)
+    assert str(exported) in outcome(exports.read_export, exported)

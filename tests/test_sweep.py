@@ -15,7 +15,7 @@ import pytest
 
 import sweep
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, until
 from data import InputError
 from engine import identity, options
 from study import exports, grids, processes, runfolders, scheduler
@@ -34,12 +34,25 @@ def fake(tmp_path, monkeypatch):
     return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
 
 
+@pytest.fixture
+def held(tmp_path, monkeypatch) -> Path:
+    """Runs of the fixture `fake` wait after their first step for a signal, or for this file."""
+    monkeypatch.setenv("FAKE_HOLD", str(tmp_path / "go"))
+    return tmp_path / "go"
+
+
 def history(tmp_path) -> list[list[str]]:
-    return [line.split() for line in (tmp_path / "runs" / "history.txt").read_text().splitlines()]
+    path = tmp_path / "runs" / "history.txt"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def started(tmp_path) -> list[str]:
     return [words[1] for words in history(tmp_path) if words[0] == "start"]
+
+
+def once(condition, act, *arguments) -> None:
+    """Do something beside a sweep as soon as a condition holds."""
+    threading.Thread(target=lambda: (until(condition), act(*arguments)), daemon=True).start()
 
 
 # ------------------------------------------------------------------------------------------------- grids and presets
@@ -291,8 +304,9 @@ def test_everything_runs_once_and_only_once(fake, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines() == ["3 of 3 runs finished", "3 of 3 runs finished (3 of them before)"]
 
 
-def test_jobs_at_a_time_and_their_share_of_the_cores(fake, tmp_path, monkeypatch):
+def test_jobs_at_a_time_and_their_share_of_the_cores(fake, held, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "cores", lambda: 4)
+    once(lambda: len(started(tmp_path)) == 2, held.touch)
     assert fake("--grid", "bs=16,32,64,128 epochs=2", "--jobs", "2") == 0
     active = most = 0
     for what, *_ in history(tmp_path):
@@ -301,9 +315,10 @@ def test_jobs_at_a_time_and_their_share_of_the_cores(fake, tmp_path, monkeypatch
     assert most == 2 and {words[3] for words in history(tmp_path)} == {"2"}
 
 
-def test_runs_are_spread_over_gpus(fake, tmp_path, monkeypatch):
+def test_runs_are_spread_over_gpus(fake, held, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert fake("--grid", "bs=16,32,64,128 epochs=8", "--per-gpu", "2") == 0
+    once(lambda: len(started(tmp_path)) == 4, held.touch)
+    assert fake("--grid", "bs=16,32,64,128 epochs=2", "--per-gpu", "2") == 0
     first = [words for words in history(tmp_path)][:4]
     assert [w[0] for w in first] == ["start"] * 4 and sorted(w[4] for w in first) == ["4", "4", "6", "6"]
 
@@ -370,14 +385,13 @@ def test_a_damaged_folder_stops_nobody_else(fake, tmp_path, capsys):
     assert started(tmp_path)[2:] == ["bs16_epochs1", "bs64_epochs1"]
 
 
-def test_an_error_in_the_sweep_leaves_no_run_behind(fake, tmp_path, monkeypatch, capsys):
+def test_an_error_in_the_sweep_leaves_no_run_behind(fake, held, tmp_path, monkeypatch, capsys):
     """Its second run cannot be started; the first saves, is waited for, and says so in its folder."""
     made = processes.command
 
     def command(job, *args):
         if job.args.bs == 32:
-            while not (tmp_path / "runs" / "bs16_epochs90" / "steps.txt").exists():  # it listens now
-                time.sleep(0.02)
+            until((tmp_path / "runs" / "bs16_epochs90" / "steps.txt").exists)  # it listens now
             raise OSError(28, "No space left on device")
         return made(job, *args)
 
@@ -401,13 +415,9 @@ def test_a_folder_of_other_options_is_reported_and_left_alone(fake, tmp_path, ca
     assert "1 finished, 1 other of 2" in capsys.readouterr().out
 
 
-def test_a_run_that_somebody_else_stops_is_not_done(fake, tmp_path):
-    def stop():
-        while not (steps := tmp_path / "runs" / "bs16_epochs90" / "steps.txt").exists():
-            time.sleep(0.02)
-        os.kill(int(steps.with_name("pid").read_text()), signal.SIGTERM)
-
-    threading.Thread(target=stop).start()
+def test_a_run_that_somebody_else_stops_is_not_done(fake, held, tmp_path):
+    folder = tmp_path / "runs" / "bs16_epochs90"
+    once((folder / "steps.txt").exists, lambda: os.kill(int((folder / "pid").read_text()), signal.SIGTERM))
     assert fake("--grid", "bs+epochs=16:90,32:1") == 3
     assert [w[:2] for w in history(tmp_path)][-1] == ["end", "bs32_epochs1"]
 
@@ -434,30 +444,26 @@ def test_a_run_that_fails_elsewhere_meanwhile_is_not_repeated(fake, tmp_path, mo
 @pytest.mark.parametrize(
     ("first", "epochs"), [(signal.SIGTERM, "90"), (signal.SIGUSR1, "90"), (signal.SIGTERM, "90,1")]
 )
-def test_a_second_signal_kills_all_processes_of_a_run(first, epochs, fake, tmp_path):
+def test_a_second_signal_kills_all_processes_of_a_run(first, epochs, fake, held, tmp_path, monkeypatch):
     """The run does not listen, and its second process holds the lock as long as it lives."""
     folder = tmp_path / "runs" / "wd8.0_epochs90"
+    once((folder / "steps.txt").exists, os.kill, os.getpid(), first)
+    stop = processes.LocalProcesses.stop
 
-    def signals():
-        while not (folder / "steps.txt").exists():
-            time.sleep(0.02)
-        os.kill(os.getpid(), first)
-        time.sleep(0.3)
-        os.kill(os.getpid(), signal.SIGINT)
+    def then_again(backend, force):
+        stop(backend, force)
+        if not force:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=signals).start()
+    monkeypatch.setattr(processes.LocalProcesses, "stop", then_again)
     assert fake("--grid", f"wd=8 epochs={epochs}") == 3  # one of several is forked
     assert [w[0] for w in history(tmp_path)] == ["start"]
-    for _ in range(100):
-        if not processes.is_held(folder):
-            break
-        time.sleep(0.02)
-    assert not processes.is_held(folder)
+    until(lambda: not processes.is_held(folder))
 
 
-def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys):
+def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, held, tmp_path, capsys):
     argv = ("--grid", "bs=16,32,64 epochs=6", "--jobs", "2")
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    once(lambda: len(list(tmp_path.glob("runs/*/steps.txt"))) == 2, os.kill, os.getpid(), signal.SIGTERM)
     before = signal.getsignal(signal.SIGTERM)
     assert fake(*argv) == 3
     assert signal.getsignal(signal.SIGTERM) == before
@@ -465,6 +471,7 @@ def test_a_signal_lets_the_runs_save_and_they_are_resumed(fake, tmp_path, capsys
     capsys.readouterr()
     assert fake(*argv, "--status") == 0
     assert "2 stopped, 1 waiting of 3" in capsys.readouterr().out
+    held.touch()
     assert fake(*argv) == 0
     assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1", "1", "0"]
     for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
@@ -513,10 +520,7 @@ sweep.main(sys.argv[1:])
     argv = ["--grid", "bs=16,32 epochs=30", "--jobs", "1", "--runs", str(tmp_path / "runs")]
     first = subprocess.Popen([sys.executable, "-c", code, *argv], stderr=subprocess.DEVNULL)
     summary = tmp_path / "runs" / "bs16_epochs30" / "summary.json"
-    for _ in range(600):
-        if summary.exists():
-            break
-        time.sleep(0.05)
+    until(summary.exists)
     first.kill()
     first.wait()
     assert fake(*argv[:4]) == 0
@@ -633,13 +637,11 @@ def test_a_second_signal_to_a_sweep_on_ray_kills(cluster, fake, tmp_path):
     folder = tmp_path / "runs" / "wd8.0_epochs200"
 
     def signals():
-        while not (folder / "steps.txt").exists():
-            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(2)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=signals).start()
+    once((folder / "steps.txt").exists, signals)
     assert fake("--grid", "wd=8 epochs=200", "--ray", cluster.address) == 3
     time.sleep(0.5)
     steps = (folder / "steps.txt").read_text()
@@ -649,14 +651,15 @@ def test_a_second_signal_to_a_sweep_on_ray_kills(cluster, fake, tmp_path):
 
 def test_a_signal_to_a_sweep_on_ray_lets_the_runs_save(cluster, fake, tmp_path):
     argv = ("--grid", "bs=16,32,64 epochs=40", "--ray", cluster.address, "--threads", "1")
-    threading.Timer(3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    once(lambda: len(list(tmp_path.glob("runs/*/steps.txt"))) == 2, os.kill, os.getpid(), signal.SIGTERM)
     assert fake(*argv) == 3
     assert [w[0] for w in history(tmp_path)] == ["start", "start", "stop", "stop"]
 
 
 def test_a_lost_node_s_run_goes_on_elsewhere(cluster, fake, tmp_path):
     argv = ("--grid", "bs=16,32 epochs=40", "--ray", cluster.address, "--threads", "1")
-    threading.Timer(2.5, cluster.remove_node, (cluster.second,), {"allow_graceful": False}).start()
+    both = lambda: len(list(tmp_path.glob("runs/*/steps.txt"))) == 2  # noqa: E731
+    once(both, lambda: cluster.remove_node(cluster.second, allow_graceful=False))
     assert fake(*argv) == 0
     assert [w[2] for w in history(tmp_path) if w[0] == "start"] == ["0", "0", "1"]  # one was resumed
     for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
@@ -691,8 +694,7 @@ def test_a_killed_sweep_ends_with_the_same_results(tmp_path):
         [sys.executable, str(ROOT / "sweep.py"), *argv, "--runs", str(tmp_path / "killed")], stderr=subprocess.DEVNULL
     )
     second = tmp_path / "killed" / names[1]
-    while not (second / "last.ckpt").exists() and process.poll() is None:
-        time.sleep(0.02)
+    until(lambda: (second / "last.ckpt").exists() or process.poll() is not None)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 3
     assert json.loads((second / "summary.json").read_text())["status"] == "stopped"
