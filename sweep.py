@@ -24,7 +24,7 @@ from engine.hardware import cores
 from study import exports, tuning
 from study.cluster import RayTasks, Request
 from study.grids import PRESETS, REPORT_SIZES, SEEDS, Job, axis_names, expand
-from study.joblist import Sweep, find_earlier, read_jobs, write_jobs
+from study.joblist import Sweep, find_earlier, identity_of, read_jobs, write_jobs
 from study.outputs import CannotWrite
 from study.processes import STATES, LocalProcesses, command, nothing_to_start, run_state
 from study.scheduler import Backend, run_jobs
@@ -42,9 +42,9 @@ def jobs_of(args, extra: list[str]) -> list[Job]:
         if args.part or args.with_1024:
             raise InputError(f"--{'part' if args.part else 'with-1024'}: goes with --preset, not with --grid")
         return expand(args.grid, extra, "--grid", seeds)
-    # whatever the part: one run, one name
-    axes = axis_names((g for grids in PRESETS[args.preset].values() for g in grids), several=True)
-    return expand(preset_grids(args), extra, f"--preset {args.preset}", seeds, axes)
+    every = [g for grids in PRESETS[args.preset].values() for g in grids]  # whatever the part: one run, one name
+    whole = [g.format(sizes=REPORT_SIZES) for g in every]
+    return expand(preset_grids(args), extra, f"--preset {args.preset}", seeds, axis_names(every, several=True), whole)
 
 
 def preset_grids(args) -> list[str]:
@@ -198,7 +198,9 @@ def done_in_files(args) -> dict[str, list[dict]]:
     """{name: options} of the finished runs in the files of --done. Raises `InputError`."""
     done: dict[str, list[dict]] = {}
     for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
-        done.setdefault(r.name, []).append(r.options)
+        # the level of noise that comes from a file is no option
+        given = r.options | ({"noise": None} if r.options.get("noise_file") else {})
+        done.setdefault(r.name, []).append(given)
     return done
 
 
@@ -217,7 +219,7 @@ def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str,
         jobs = jobs_of(args, extra)
     done = done_in_files(args)
     find_earlier(jobs, sweeps, runs, done)
-    return list({job.name: job for job in jobs}.values()), done
+    return list({(job.name, identity_of(vars(job.args))): job for job in jobs}.values()), done
 
 
 @dataclass
@@ -285,16 +287,15 @@ def run_grid(args, extra: list[str], runs: Path, jobs: list[Job], done: dict[str
     for job in jobs:
         if states[job.name][0] == "other":
             print(f"{job.name}: {printable(states[job.name][1])}", file=sys.stderr)
+        elif states[job.name][0] == "failed" and not args.retry_failed:
+            reason = printable(states[job.name][1])
+            print(f"{job.name}: failed before: {reason} (--retry-failed starts it again)", file=sys.stderr)
     if args.print_commands:
         for job in queue:
             print(shlex.join(command(job, runs, resume=True, threads=args.threads)))
+        if not queue:
+            print(f"# none of {len(jobs)} runs is left to do", file=sys.stderr)
         return 0
-    for job in jobs:
-        if states[job.name][0] == "failed" and not args.retry_failed:
-            print(
-                f"{job.name}: failed before: {printable(states[job.name][1])} (--retry-failed starts it again)",
-                file=sys.stderr,
-            )
     place = options.parser().parse_args(extra)
     slots = slots_of(args, place)
     if args.dry_run:

@@ -9,7 +9,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from data import InputError
@@ -303,6 +303,11 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
 
     Options of `always` are in it at their default too: `noise0`, `bs128`, `no-augment-off`; not one that has no value.
     """
+    return joined(name_parts(args, always).values())
+
+
+def name_parts(args: argparse.Namespace, always: Collection[str] = ()) -> dict[str, str]:
+    """{option: its part} of a `run_name`."""
     always = set(always) - set(roles.having(roles.PLACE))
     args = argparse.Namespace(**vars(args))
     if "noise" in always and args.noise is None and not NOISES[args.noise_type].from_file:
@@ -312,31 +317,35 @@ def run_name(args: argparse.Namespace, always: Collection[str] = ()) -> str:
     defaults = vars(parser().parse_args([]))
     defaults |= {"model": default_model(args.dataset), "precision": "auto", "sched_steps": 5000}
     defaults |= {"image_size": 32} | MEASURE_DEFAULTS[args.measure]  # the size is that of a folder's images
-    parts, place, files = [], roles.having(roles.PLACE), roles.having(roles.FILE)
-    for key, value in vars(args).items():
-        default = value in (None, defaults[key]) or (key == "noise" and value == 0)
-        if key in place or value is None or (default and key not in always):
+    parts, place, files = {}, roles.having(roles.PLACE), roles.having(roles.FILE)
+    for option, value in vars(args).items():
+        default = value in (None, defaults[option]) or (option == "noise" and value == 0)
+        if option in place or value is None or (default and option not in always):
             continue
-        key = key.replace("_", "-")
+        key = option.replace("_", "-")
         if isinstance(value, bool):
-            parts.append(key if value else f"{key}-off")
+            parts[option] = key if value else f"{key}-off"
         elif key == "dataset":
-            parts.append(
-                Path(value).name.removesuffix(".npz") + (f"-{path_hash(value)}" if value not in DATASETS else "")
-            )
+            stem = Path(value).name.removesuffix(".npz")
+            parts[option] = stem + (f"-{path_hash(value)}" if value not in DATASETS else "")
         elif key == "model" and is_own(value):
             file, _, function = value.rpartition(":")
-            parts.append(f"{key}-{Path(file).stem}-{function}-{path_hash(file)}")
+            parts[option] = f"{key}-{Path(file).stem}-{function}-{path_hash(file)}"
         elif key == "loss" and LOSSES[value.partition(":")[0]].matrix and ":" in value:
             loss, _, file = value.partition(":")
-            parts.append(f"{key}-{loss}-{Path(file).stem}-{path_hash(file)}")
-        elif key.replace("-", "_") in files:
+            parts[option] = f"{key}-{loss}-{Path(file).stem}-{path_hash(file)}"
+        elif option in files:
             path = Path(value)  # noise.npz is called so in every run's folder: then the folder tells
             stem = path.parent.name if path.name == "noise.npz" else path.stem
-            parts.append(f"{key}-{stem}-{path_hash(value)}")
+            parts[option] = f"{key}-{stem}-{path_hash(value)}"
         else:
             shown = f"{value:g}" if default and isinstance(value, float) else value
-            parts.append(f"{key}-{value}" if isinstance(value, str) else f"{key}{shown}")
+            parts[option] = f"{key}-{value}" if isinstance(value, str) else f"{key}{shown}"
+    return parts
+
+
+def joined(parts: Iterable[str]) -> str:
+    """The parts of a name as the name of a folder, shortened by a hash of the whole where it is long."""
     name = re.sub(r"[^A-Za-z0-9._=+-]", "-", "_".join(parts)).lstrip("-") or "default"  # -x would be an option
     if len(name) > 180:  # well below LONGEST_NAME
         name = f"{name[:160]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"

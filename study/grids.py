@@ -86,7 +86,9 @@ class Job:
 
     argv: list[str]
     args: object = field(repr=False)
-    always: frozenset[str] = frozenset()  # the options that its name has at their default, too
+    always: frozenset[str] = frozenset()  # the axes of its grid: in its name at their default, too
+    varied: frozenset[str] = frozenset()  # those in which the runs of its grid differ: the beginning of its name
+    long_name: str = ""  # for where its own is that of another run
 
     @property
     def name(self) -> str:
@@ -172,25 +174,63 @@ def without(names: tuple[str, ...], argv: list[str]) -> list[str]:
     return [w for before, w in pairs if w.split("=")[0] not in names and before not in names]
 
 
+def axis_values(grid: str) -> dict[str, set[str]]:
+    """{option: values} that a grid gives, options as named in the parsed ones, values as they are written."""
+    values: dict[str, set[str]] = {}
+    for names, _, listed in (word.partition("=") for word in grid.split()):
+        keys = [key_of(name) for name in names.split("+")]
+        for value in listed.split(","):
+            parts = value.split(":") if len(keys) > 1 and ":" in value else [value] * len(keys)
+            for key, part in zip(keys, parts, strict=True):
+                values.setdefault(key, set()).add(part)
+    return values
+
+
 def axis_names(grids: Iterable[str], several: bool = False) -> set[str]:
     """The options that grids have as axes, as their names in the parsed options; with `several` those of several values."""
     words = (word.partition("=") for grid in grids for word in grid.split())
     return {key_of(key) for names, _, values in words for key in names.split("+") if not several or "," in values}
 
 
+def varied_options(grids: Iterable[str]) -> set[str]:
+    """The options in which runs of some grids differ, as named in the parsed options: of several values, or not in all grids."""
+    grids, plain = [axis_values(grid) for grid in grids], vars(options.parser().parse_args([]))
+    seen: dict[str, set[str]] = {key: set() for values in grids for key in values}
+    for key, values in seen.items():
+        for grid in grids:
+            values |= {str(plain[key]) if value == "default" else value for value in grid.get(key, {"default"})}
+    return {key for key, values in seen.items() if len(values) > 1}
+
+
+def named(argv: list[str], args, always: frozenset[str], varied: frozenset[str]) -> Job:
+    """The job of checked `args` under its name: the options of `varied` alone, where it has any; its long name goes on with
+    what else it has."""
+    parts = options.name_parts(args, always | varied)
+    first = [part for option, part in parts.items() if option in varied]
+    rest = [part for option, part in parts.items() if option not in varied]
+    args.name = options.joined(first or rest)
+    return Job(argv, args, always, varied, options.joined(first + rest))
+
+
 def expand(
-    grids: list[str], extra: list[str], option: str, seeds: list[str] = (), always: Collection[str] | None = None
+    grids: list[str],
+    extra: list[str],
+    option: str,
+    seeds: list[str] = (),
+    always: Collection[str] | None = None,
+    whole: Collection[str] = (),
 ) -> list[Job]:
     """The jobs of some grids, each once, in order. `extra` options hold for all and override the grid's.
 
     `seeds` set the three seeds of `SEEDS` alike, in place of an axis; one of them in `extra` stays as it is given, as any option
-    there does (`--split-seed 0`: one split for all seeds). A run's name has the options of `always` (every axis of
-    the grids, and the seeds) at their default too. Every run is checked by train.py's own parser before any is started;
-    raises `InputError`.
+    there does (`--split-seed 0`: one split for all seeds). A run's name has the options in which the runs differ, those of the
+    `whole` grids of which these are a part, at their default too, and the seed alone where all three are alike. `always`: every
+    axis of the grids. Every run is checked by train.py's own parser before any is started; raises `InputError`.
     """
-    jobs: dict[str, Job] = {}
+    given = {word.split("=")[0] for word in extra}
     always = set(axis_names(grids) if always is None else always) | (set(roles.having(roles.SEED)) if seeds else set())
-    length_given = any(word.split("=")[0] in SCHED_LENGTHS for word in extra)
+    length_given = not given.isdisjoint(SCHED_LENGTHS)
+    checked = []
     for grid in grids:
         alternatives = axes(grid, option)
         if seeds:
@@ -202,12 +242,19 @@ def expand(
                 argv = without(SCHED_LENGTHS, argv)
             argv += extra
             try:
-                args = options.parse(argv)
+                checked.append((argv, options.parse(argv)))
             except InputError as e:
                 raise InputError(f"{option}: {e}") from e
-            args.name = options.run_name(args, always)
-            job = jobs.setdefault(args.name, Job(argv, args, frozenset(always)))
-            other = differences(vars(job.args), vars(args))
-            if other:
-                raise InputError(f"{option}: two runs would be called {args.name}: {'; '.join(other.values())}")
+    varied = varied_options(whole or grids)
+    if seeds:
+        varied = varied - set(roles.having(roles.SEED)) | {key_of(name) for name in SEEDS if name not in given}
+    if all(args.seed == args.noise_seed == args.split_seed for _, args in checked):
+        varied -= {"noise_seed", "split_seed"}
+    jobs: dict[str, Job] = {}
+    for argv, args in checked:
+        new = named(argv, args, frozenset(always), frozenset(varied))
+        job = jobs.setdefault(new.name, new)
+        other = differences(vars(job.args), vars(args))
+        if other:
+            raise InputError(f"{option}: two runs would be called {args.name}: {'; '.join(other.values())}")
     return list(jobs.values())

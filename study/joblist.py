@@ -1,5 +1,6 @@
 """The jobs of a sweep as RUNS remembers them: written down when a sweep starts, read by `--status` and by later sweeps."""
 
+import functools
 import hashlib
 import json
 import re
@@ -7,6 +8,7 @@ import shlex
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from engine import jsonfiles, options, roles
 from engine.identity import compared
 from study.grids import Job
 from study.outputs import whole_file
-from study.processes import LOGS, make_folder, run_state
+from study.processes import LOGS, make_folder, options_of, run_state
+from study.runfolders import is_run
 
 JOBS_FORMAT = "label-noise sweep 1"
 
@@ -78,6 +81,7 @@ def checked(name: str, argv: list[str], options: dict) -> Job:
     return Job(argv, Namespace(**known | options | {"name": name}))
 
 
+@functools.cache
 def defaults() -> dict:
     return vars(options.parser().parse_args([]))
 
@@ -89,21 +93,41 @@ def identity_of(given: dict) -> str:
     return json.dumps(compared(given) | files, sort_keys=True, default=str)
 
 
-def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> None:
-    """Give each job the name under which its run is there already, if it is not there under its own.
+def sought(given: dict) -> str:
+    """`identity_of` without the precision: a run's folder has what the hardware made of `auto`."""
+    return identity_of(given | {"precision": None})
 
-    That is a name from one of `sweeps`, earlier ones with other axes, or the one that train.py gives. `done`: see
-    `processes.run_state`.
+
+def names_there(sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> dict[str, list[str]]:
+    """{what is `sought`: the names of such runs}, of earlier sweeps, of files of results, and of the folders in RUNS."""
+    known = [(job.name, vars(job.args)) for sweep in sweeps for job in sweep.jobs]
+    known += [(name, given) for name, listed in done.items() for given in listed]
+    for folder in sorted(filter(is_run, runs.iterdir())) if runs.is_dir() else ():
+        with suppress(InputError):  # one with a wrong field
+            if given := options_of(folder):  # not of a damaged file
+                known.append((folder.name, given))
+    names: dict[str, list[str]] = {}
+    for name, given in known:
+        names.setdefault(sought(given), []).append(name)
+    return names
+
+
+def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> None:
+    """Give each job the name under which its run is there already, if it is not there under its own, or its long name where
+    its own is that of another run.
+
+    `sweeps`: earlier ones in RUNS; `done`: see `processes.run_state`.
     """
-    known: dict[str, list[str]] = {}
-    for sweep in sweeps:
-        for job in sweep.jobs:
-            known.setdefault(identity_of(vars(job.args)), []).append(job.name)
+    there = names_there(sweeps, runs, done)
+    taken = {job.name: sought(vars(job.args)) for sweep in sweeps for job in sweep.jobs}
     for job in jobs:
-        own = job.name
-        names = [own, *(known.get(identity_of(vars(job.args)), []) if known else []), options.run_name(job.args)]
-        for job.args.name in dict.fromkeys(names):
-            if run_state(runs, job, done)[0] not in ("waiting", "other"):
+        own, which = job.name, sought(vars(job.args))
+        for name in dict.fromkeys([own, *there.get(which, []), options.run_name(job.args)]):
+            job.args.name = name
+            state = run_state(runs, job, done)[0]
+            if state not in ("waiting", "other"):
                 break
+            if name == own and state == "other":
+                taken[own] = ""
         else:
-            job.args.name = own
+            job.args.name = own if taken.get(own, which) == which else job.long_name or own

@@ -5,6 +5,7 @@ reads as far as it has come.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,13 @@ class Run:
         return 0 if self.budget == "any" else self.options.get(f"sched_{self.budget}") or 5000
 
     @property
+    def identity(self) -> tuple:
+        """What makes two runs copies of one: the name, and every option that decides the result."""
+        length = roles.having(roles.SCHED_LENGTH)
+        decides = (str(self.options.get(k)) for k in roles.having(roles.RESULT) if k not in length)
+        return self.name, self.budget, self.length, *decides
+
+    @property
     def setting(self) -> tuple:
         """Everything that must be equal for two runs to be compared, as sorted (option, value) pairs."""
         return tuple(sorted((k, str(v)) for k, v in self.options.items() if k not in NOT_SETTING and v is not None))
@@ -129,4 +137,4 @@ def read_folder(folder: Path, with_series: bool = True) -> Run:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    return os.path.isfile(folder / "config.json")  # unlike `Path.is_file` also where the folder cannot be read

@@ -17,8 +17,8 @@ from pathlib import Path
 from data import InputError
 from datasets import known_shape
 from engine import options, roles
-from study.grids import SEEDS, Job, without
-from study.joblist import identity_of
+from study.grids import SEEDS, Job, named, without
+from study.joblist import find_earlier, identity_of, read_jobs
 from study.outputs import whole_file
 from study.runfolders import read_events
 from study.searches import FOLDER, FORMAT
@@ -151,10 +151,8 @@ def trial_words(argv: list[str], seed: str, values: dict[str, str], space: list[
 def at_values(job: Job, values: dict[str, str], space: list[Dimension]) -> Job:
     """A run of the grid at tuned values, which are in its name."""
     words = [word for d in space for word in d.words(values[d.option])]
-    argv, always = [*job.argv, *words], job.always | {d.option.replace("-", "_") for d in space}
-    args = options.parse(argv)
-    args.name = options.run_name(args, always)
-    return Job(argv, args, always)
+    argv, tuned = [*job.argv, *words], {d.option.replace("-", "_") for d in space}
+    return named(argv, options.parse(argv), job.always | tuned, (job.varied or job.always) | tuned)
 
 
 class Search:
@@ -286,6 +284,7 @@ class Search:
                 continue
             values = cell.study.values(best)
             chosen = [at_values(job, values, self.plan.space) for job in cell.runs]
+            find_earlier(chosen, read_jobs(self.runs_folder), self.runs_folder, {})
             with self.journal.guard:
                 self.write(cell, {job.name: values for job in chosen})
             jobs += chosen

@@ -44,7 +44,8 @@ if __name__ == "__main__":  # a server of forked runs imports this
     lock = open(folder / ".lock", "a")
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     state = folder / "state"
-    known = {"bs": int(args.bs or 128), "threads": int(args.threads or 1)}
+    known = {"bs": int(args.bs or 128), "threads": int(args.threads or 1), "epochs": int(args.epochs or 64)}
+    known |= {name: float(vars(args)[name]) for name in ("noise", "lr", "wd") if vars(args)[name]}
     if not state.exists():
         (folder / "config.json").write_text(json.dumps({"options": known}))
     step = int(state.read_text()) if state.exists() else 0
