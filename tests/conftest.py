@@ -21,25 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared"
 
-# What a launcher or a cluster has left in the environment would make every run here one of several processes.
-LAUNCHERS = (
-    "SLURM_",
-    "LT_",
-    "OMPI_",
-    "PMI_",
-    "TORCHELASTIC_",
-    "GROUP_",
-    "LOCAL_",
-    "MASTER_",
-    "NODE_RANK",
-    "RANK",
-    "WORLD_",
-)
-for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
-    del os.environ[name]
-with suppress(locale.Error):  # what the tests read and write is UTF-8, whatever the user's language
-    locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
-
 import train  # noqa: E402
 from engine import hardware  # noqa: E402
 
@@ -71,8 +52,16 @@ def pytest_addoption(parser) -> None:
     parser.addoption("--order", type=int, metavar="SEED", help=text)
 
 
+# What a launcher or a cluster has left in the environment: every run here would be one of several processes.
+LAUNCHERS = tuple("SLURM_ LT_ OMPI_ PMI_ TORCHELASTIC_ GROUP_ LOCAL_ MASTER_ NODE_RANK RANK WORLD_".split())
+
+
 def pytest_configure(config) -> None:
     TINY.extend(config.getoption("--with").split())
+    for name in [name for name in os.environ if name.startswith(LAUNCHERS)]:
+        del os.environ[name]
+    with suppress(locale.Error):  # what the tests read and write is UTF-8, whatever the user's language
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
 
 
 def pytest_collection_modifyitems(config, items) -> None:
