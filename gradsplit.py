@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (output (b, ...), labels (b, ...)) 
 # Parameters taken to float64 at a time: on a GPU few large pieces (V x 32 MiB), on a CPU pieces that stay in its cache.
 CHUNK, CPU_CHUNK = 1 << 22, 1 << 16
 SLICE = 1 << 12  # of a large piece, by which a GPU shares it out among its processors
+IGNORED = -100  # a label that is left out: the default of torch's cross-entropy
 
 
 # ---------------------------------------------------------------------------------------------------- random streams
@@ -80,9 +82,10 @@ def label_cotangent(logits: Tensor, given: Tensor, true: Tensor, weights: Tensor
 
 def example_losses(loss: Loss | None, output: Tensor, labels: Tensor) -> Tensor:
     """Each example's loss (b,). Without `loss`: cross-entropy of `output` (b, K) against `labels` (b,) int64, and of (b, T, K)
-    against (b, T) the mean over the T positions.
+    against (b, T) the mean over those of the T positions whose label is not `IGNORED`.
 
-    Raises ValueError where that fits neither, or where `loss` returns anything but one value for each example.
+    Raises ValueError where that fits neither, where classes may stand in either dimension of the output, or where `loss`
+    returns anything but one value for each example.
     """
     if loss is None:
         if labels.dtype != torch.int64 or labels.dim() < 1 or output.shape[:-1] != labels.shape:
@@ -90,8 +93,16 @@ def example_losses(loss: Loss | None, output: Tensor, labels: Tensor) -> Tensor:
                 f"no loss is known for an output of shape {tuple(output.shape)} and labels of shape {tuple(labels.shape)} and "
                 f"{labels.dtype}: give loss=, a function (output, labels) -> one value for each example, (B,)"
             )
+        if labels.dim() > 1 and output.shape[:1] + output.shape[2:] == labels.shape:
+            raise ValueError(
+                f"an output of shape {tuple(output.shape)} may have its classes in the second or in the last dimension: give "
+                "loss=, a function (output, labels) -> one value for each example, (B,)"
+            )
         each = F.cross_entropy(output.reshape(-1, output.shape[-1]), labels.reshape(-1), reduction="none")
-        return each if labels.dim() == 1 else each.view(len(labels), -1).mean(1)
+        if labels.dim() == 1:
+            return each
+        counted = (labels != IGNORED).flatten(1).sum(1).clamp_min(1)
+        return each.view(len(labels), -1).sum(1) / counted
     each = loss(output, labels)
     if not isinstance(each, Tensor) or each.shape != labels.shape[:1]:
         kind = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
@@ -139,28 +150,36 @@ def output_cotangents(
 
 
 def pull_backs(
-    outputs: list[Tensor], entries: list[Tensor], parameters: list[Tensor], cotangents: list[Tensor], free: bool = False
-) -> list[list[Tensor]]:
+    outputs: list[Tensor],
+    entries: list[Tensor],
+    parameters: list[Tensor],
+    cotangents: list[Tensor],
+    free: bool = False,
+    around: Callable[[int], AbstractContextManager] = lambda part: nullcontext(),
+) -> list[list[Tensor | None]]:
     """The gradient U^T dz/dtheta for each cotangent U (B, K): rows, lists of tensors shaped as `parameters` (2F each).
 
     The forward may be cut into parts that follow each other: `outputs` are what each puts out, the logits z (B, K) last,
     and `entries` what the second and later ones began with, leaves of the same values as the outputs before them.
     With `free` the graphs go with it, those of a later part before an earlier one needs room for its own gradients, so
     that memory peaks close to where one backward does; whole pull-backs in turn would hold all that the forward saved
-    until the last of them. The arithmetic is the same, to the bit. A parameter that z does not depend on gets zeros.
+    until the last of them. The arithmetic is the same, to the bit. A parameter that z does not depend on gets None.
+    `around` gives the context of each product through a part.
     """
-    rows: list[list] = [[None] * len(parameters) for _ in cotangents]
+    rows: list[list[Tensor | None]] = [[None] * len(parameters) for _ in cotangents]
     above = list(cotangents)  # of each row, the gradient of what the part at hand puts out
     for k in reversed(range(len(outputs))):
         wanted = [*parameters, *entries[k - 1 : k]] if k else parameters
         for r, row in enumerate(rows):
             keep = not free or r < len(rows) - 1
-            gradients = torch.autograd.grad(outputs[k], wanted, above[r], retain_graph=keep, allow_unused=True)
+            with around(k):
+                gradients = torch.autograd.grad(outputs[k], wanted, above[r], retain_graph=keep, allow_unused=True)
             above[r] = gradients[-1]
             for i, part in enumerate(gradients[: len(parameters)]):
                 if part is not None:
-                    row[i] = part if row[i] is None else row[i] + part
-    return [[torch.zeros_like(p) if g is None else g for g, p in zip(row, parameters, strict=True)] for row in rows]
+                    before = row[i]
+                    row[i] = part if before is None else before + part
+    return rows
 
 
 def gram(rows: list[list[Tensor]]) -> Tensor:
@@ -183,7 +202,7 @@ def buckets(rows: list[list[Tensor]], size: int) -> Iterator[list[list[Tensor]]]
         same = list(parts)
         if all(part.is_contiguous(memory_format=torch.channels_last) for part in same if part.dim() == 4):
             same = [part.permute(0, 2, 3, 1) if part.dim() == 4 else part for part in same]  # as they lie in memory
-        flat = [part.reshape(-1) for part in same]
+        flat = [as_real(part).reshape(-1) for part in same]
         while flat[0].numel():
             for pieces, part in zip(bucket, flat, strict=True):
                 pieces.append(part[:room])
@@ -203,6 +222,11 @@ def sliced_products(M: Tensor) -> Tensor:
     return torch.bmm(parts, parts.mT).sum(0)
 
 
+def as_real(t: Tensor) -> Tensor:
+    """A complex tensor (...) as its real and imaginary parts (..., 2), whose inner products are those of its gradients."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
 def add_rows(rows: list[list[Tensor]]) -> list[Tensor]:
     """The sum of the gradients, as a list of tensors: clean + noisy is the training gradient."""
     total = rows[0]
@@ -211,14 +235,36 @@ def add_rows(rows: list[list[Tensor]]) -> list[Tensor]:
     return list(total)
 
 
-def set_grads(parameters: list[nn.Parameter], row: Row, add: bool = False) -> None:
+def set_grads(parameters: list[nn.Parameter], row: Sequence[Tensor | None], add: bool = False) -> None:
     """Put a gradient into `.grad`, laid out like its weight (fused SGD walks both in memory order); with `add`, onto what is
-    there, as a backward does."""
+    there. As by a backward, nothing happens where it is None, and hooks on a parameter's gradient are called."""
     for p, g in zip(parameters, row, strict=True):
-        if add and p.grad is not None:
+        if g is None:
+            continue
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            torch.autograd.backward(p, g)
+        elif add and p.grad is not None:
             p.grad += g
         else:
             p.grad = g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+
+
+def get_grads(parameters: list[nn.Parameter]) -> Row:
+    """What lies in `.grad`, zeros where that is nothing."""
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+
+
+@contextmanager
+def without_hooks(parameters: list[nn.Parameter]):
+    """Within the block no hook on a parameter's gradient is called: it would be, for each part of the gradient."""
+    hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in parameters if p._backward_hooks]
+    for own, _ in hooks:
+        own.clear()
+    try:
+        yield
+    finally:
+        for own, kept in hooks:
+            own.update(kept)
 
 
 # ---------------------------------------------------------------------------------------------------------- formulas
@@ -354,6 +400,7 @@ class Batch(NamedTuple):
     host_y: Tensor
     host_noisy: Tensor
     index: Tensor
+    counted: Tensor | None = None  # (b',) bool: which of the inputs these b examples are; None: all
 
 
 @dataclass
@@ -408,39 +455,65 @@ def sync_batchnorms(module: nn.Module) -> list[nn.SyncBatchNorm]:
     return [m for m in module.modules() if isinstance(m, nn.SyncBatchNorm)]
 
 
+class LocalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What a SyncBatchNorm, which may have been of any kind, is in one process."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
 @contextmanager
 def keep_buffers(module: nn.Module):
-    """Give running statistics back the values they had, in place: a captured graph knows them by their address."""
-    before = [b.clone() for b in module.buffers()]
+    """Give buffers back, with the values they had: in place, for a captured graph knows them by their address, and without a
+    trace in their versions, by which a backward that is still to come knows what it has saved."""
+    owners = [(m._buffers, m._buffers.copy()) for m in module.modules()]
+    before = [(b, b.clone()) for b in module.buffers()]
     try:
         yield
     finally:
-        for b, old in zip(module.buffers(), before, strict=True):
-            b.copy_(old)
+        for own, kept in owners:
+            own.clear()
+            own.update(kept)
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(b for b, _ in before)):
+            for b, old in before:
+                if b.shape == old.shape:
+                    b.copy_(old)
+                else:  # resized in place
+                    b.set_(old)
+
+
+@contextmanager
+def keep_attributes(module: nn.Module):
+    """Give the modules' own attributes (counters, flags, tensors kept for the next call) back, but not what changes within them."""
+    before = [(m.__dict__, m.__dict__.copy()) for m in module.modules()]
+    try:
+        yield
+    finally:
+        for own, kept in before:
+            for name in own.keys() - kept.keys():
+                del own[name]
+            own.update(kept)
 
 
 @contextmanager
 def batchnorm_mode(module: nn.Module, mode: str, same_on_all_ranks: bool = False):
-    """For a measurement's forward: with "eval" in eval mode, else as the network is set; running statistics and modes are
-    given back.
+    """For a measurement's forward: with "eval" in eval mode, else as the network is set; running statistics, what else the
+    forward changes in the modules, and modes are given back.
 
     `same_on_all_ranks`: all processes forward the same examples, so BatchNorm has nothing to synchronise; where it did, a
     second derivative could not be had. Gradients are to be taken within the context.
     """
-    local = sync_batchnorms(module) if same_on_all_ranks else []
-    modes = [(m, m.training) for m in module.modules()]
-    if mode == "eval":
-        module.eval()
-    for m in local:
-        m.__class__ = nn.BatchNorm2d
-    try:
-        with keep_buffers(module):
-            yield
-    finally:
+    local = [m for m in sync_batchnorms(module) if type(m) is nn.SyncBatchNorm] if same_on_all_ranks else []
+    with keep_attributes(module), keep_buffers(module):
+        if mode == "eval":
+            module.eval()
         for m in local:
-            m.__class__ = nn.SyncBatchNorm
-        for m, training in modes:
-            m.training = training
+            m.__class__ = LocalBatchNorm
+        try:
+            yield
+        finally:
+            for m in local:
+                m.__class__ = nn.SyncBatchNorm
 
 
 # ------------------------------------------------------------------------------------------------------------ forwards
@@ -468,6 +541,51 @@ def cut_graph(modules):
             handle.remove()
 
 
+@contextmanager
+def tensors_with_hooks():
+    """Within the block, a list of the shapes of the tensors inside a network on whose gradient a hook is put."""
+    register, found = Tensor.register_hook, []
+
+    def noted(tensor: Tensor, hook):
+        if tensor.grad_fn is not None:
+            found.append(tuple(tensor.shape))
+        return register(tensor, hook)
+
+    Tensor.register_hook = noted
+    try:
+        yield found
+    finally:
+        Tensor.register_hook = register
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """Raise ValueError for hooks of modules on a backward, which would be called for parts of the gradient."""
+    of_all = nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks
+    for name, m in module.named_modules():
+        if of_all or m._backward_hooks or m._backward_pre_hooks:
+            raise ValueError(
+                f"the module {name or type(m).__name__} has a backward hook, which would be called for each part of the "
+                "gradient: remove it where gradients are measured"
+            )
+
+
+def refuse_reentrant(outputs: list[Tensor]) -> None:
+    """Raise ValueError where the graph behind `outputs` has an activation checkpoint of the reentrant kind: what is below one
+    gets its gradient from a backward alone."""
+    seen, ahead = set(), [output.grad_fn for output in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            raise ValueError(
+                "the network has an activation checkpoint of the reentrant kind, which has no part of a gradient: use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        seen.add(node)
+        ahead += [before for before, _ in node.next_functions]
+
+
 class Forward:
     """One forward of examples, to be pulled back along any cotangent; of several parts, one forward of each.
 
@@ -477,31 +595,51 @@ class Forward:
     def __init__(
         self,
         context: Context,
-        x: Tensor,
+        x: Any,
         size: int,
         parts: list[Tensor] | None = None,
         full_precision: bool = False,
+        counted: Tensor | None = None,
     ) -> None:
         """`x` are the inputs (b, ...) of this process's share of `size` = B examples. `parts` are masks (b,) bool that together
-        cover it; `full_precision`: without autocast. Raises ValueError for an output that no parameter changes."""
+        cover it; `full_precision`: without autocast; `counted` (b',) bool: which b of the inputs (b', ...) are the examples.
+        Raises ValueError for an output that no parameter changes, and for hooks on gradients within the network."""
         self.context, self.unit = context, context.loss_scale() / size
         # Of each part its examples and its logits, detached; and (outputs, entries) of `pull_backs`.
         self.pieces: list[tuple[Tensor | None, Tensor]] = []
         self.graphs: list[tuple[list[Tensor], list[Tensor]]] = []
+        self.used = [False] * len(context.parameters)  # by the rows that have been pulled back
+        self.runs_again: dict[tuple[int, int], bool] = {}  # of each part of a graph that has been pulled back
         indices: list[Tensor | None] = [None]
         if parts is not None:  # here the host waits for the device
             indices = [part.nonzero().squeeze(1) for part in parts]
+        refuse_hooks(context.module)
         for index in indices:
-            some = x if index is None else select(x, index)
-            with cut_graph(getattr(context.module, "cuts", ())) as (outputs, entries):
+            at = index if counted is None or index is None else counted.nonzero().squeeze(1)[index]
+            some = x if at is None else select(x, at)
+            with cut_graph(getattr(context.module, "cuts", ())) as (outputs, entries), tensors_with_hooks() as hooked:
                 logits = context.run(some) if full_precision else context.logits(some)
+            if hooked:
+                raise ValueError(
+                    f"the network puts a hook on the gradient of a tensor of shape {hooked[0]} in its forward, which would be "
+                    "called for each part of the gradient: leave it out where gradients are measured"
+                )
             if not logits.requires_grad:
                 raise ValueError(
                     "the network's output depends on no parameter that requires a gradient: all are frozen, the output is "
                     "detached, or this ran under torch.no_grad()"
                 )
+            self.output = logits.detach()
+            if counted is not None and at is None:
+                if len(logits) != len(counted):
+                    raise ValueError(self._other_length(logits, len(counted)))
+                logits = logits[counted]
             self.pieces.append((index, logits.detach()))
             self.graphs.append(([*outputs, logits], entries))
+
+    @staticmethod
+    def _other_length(logits: Tensor, number: int) -> str:
+        return f"the network's output of shape {tuple(logits.shape)} is not of {number} examples, as the labels are"
 
     @property
     def is_joint(self) -> bool:
@@ -517,44 +655,99 @@ class Forward:
     def rows(self, labels: Tensor, weights: list[Tensor], free: bool = False, true: Tensor | None = None) -> list[Row]:
         """For each w of `weights` (b,): (1/B) sum_i w_i dL_i/dtheta against `labels` (b,) over this process's examples,
         times the loss scale; with `true` (b,) less the same against these, the label-noise part. With `free` they are the
-        last ones of this forward, and take less memory. Raises ValueError for labels or a loss that do not fit."""
+        last ones of this forward, and take less memory. Raises ValueError for labels, a loss or a network that do not fit."""
         context = self.context
         of_pieces: list[list[Row]] = [[] for _ in weights]
-        for (index, logits), graph in zip(self.pieces, self.graphs, strict=True):
-            own = [(w if index is None else w[index]).to(logits.dtype) * self.unit for w in weights]
+        for piece, ((index, logits), graph) in enumerate(zip(self.pieces, self.graphs, strict=True)):
+            dtype = logits.dtype.to_real()
+            own = [(w if index is None else w[index]).to(dtype) * self.unit for w in weights]
             y = labels if index is None else labels[index]
             t = true if index is None or true is None else true[index]
             wanted = list(range(len(own)))
             if index is not None:  # the same on all processes, whose SyncBatchNorm meets in every pull-back
-                used = context.sum_over_ranks(torch.stack([w.any() for w in own]).float()).tolist()
-                wanted = [i for i in wanted if used[i]]
+                some = context.sum_over_ranks(torch.stack([w.any() for w in own]).float()).tolist()
+                wanted = [i for i in wanted if some[i]]
             if len(logits) != len(y):
-                raise ValueError(
-                    f"the network's output of shape {tuple(logits.shape)} is not of {len(y)} examples, as the labels are"
-                )
+                raise ValueError(self._other_length(logits, len(y)))
             U = output_cotangents(context.loss, logits, y, [own[i] for i in wanted], t)
-            for i, row in zip(wanted, pull_backs(*graph, context.parameters, U, free), strict=True):
-                of_pieces[i].append(row)
+            around = partial(self._one_product, piece)
+            try:
+                with without_hooks(context.parameters):
+                    pulled = pull_backs(*graph, context.parameters, U, free, around)
+            except RuntimeError:
+                refuse_reentrant(graph[0])
+                raise
+            for i, row in zip(wanted, pulled, strict=True):
+                of_pieces[i].append(self._filled(row))
+            if not all(self.used):
+                refuse_reentrant(graph[0])
         return [add_rows(r) if r else [torch.zeros_like(p) for p in context.parameters] for r in of_pieces]
+
+    def _filled(self, row: list[Tensor | None]) -> Row:
+        """`row` with zeros where a parameter is not used, which is noted."""
+        filled = []
+        for i, (g, p) in enumerate(zip(row, self.context.parameters, strict=True)):
+            self.used[i] |= g is not None
+            if g is not None and g.layout != torch.strided:
+                name = next(name for name, q in self.context.module.named_parameters() if q is p)
+                raise ValueError(f"the gradient of the parameter {name} is sparse: build its layer with sparse=False")
+            filled.append(torch.zeros_like(p) if g is None else g)
+        return filled
+
+    @contextmanager
+    def _one_product(self, piece: int, part: int):
+        """Around a product through a part of a piece's graph. What an activation checkpoint runs again in there (BatchNorm's
+        statistics, observers, counters) is run again by the first product, as by one backward, and by the others without a trace.
+        """
+        module, key = self.context.module, (piece, part)
+        if self.runs_again.get(key):
+            with keep_attributes(module), keep_buffers(module):
+                yield
+        elif key in self.runs_again:
+            yield
+        else:
+            ran: list[nn.Module] = []
+            handle = nn.modules.module.register_module_forward_pre_hook(lambda m, args: ran.append(m))
+            try:
+                yield
+            finally:
+                handle.remove()
+            self.runs_again[key] = bool(ran)
 
     def row(self, labels: Tensor, weights: Tensor, free: bool = False, true: Tensor | None = None) -> Row:
         """The row of one w (b,), as in `rows`."""
         return self.rows(labels, [weights], free, true)[0]
 
+    def for_grads(self, row: Row) -> list[Tensor | None]:
+        """A summed `row` as a backward leaves it in `.grad`: None for a parameter that no process's output depends on, of which
+        rows have been pulled back. All processes call it; one that has left out a parameter itself waits for its device."""
+        used, context = self.used, self.context
+        if context.world_size > 1:
+            users = context.sum_over_ranks(copy_to(torch.tensor(used, dtype=torch.float32), context.device))
+            used = used if all(used) else users.bool().tolist()
+        return [g if is_used else None for g, is_used in zip(row, used, strict=True)]
+
 
 def make_forward(context: Context, batch: Batch, batchnorm: str) -> Forward:
     """The forward that the measures of a BatchNorm mode need: joint, or with "separate" one of C and one of N."""
     separate = batchnorm == "separate" and 0 < batch.n_noisy < batch.size
-    return Forward(context, batch.x, batch.size, [~batch.noisy, batch.noisy] if separate else None)
+    parts = [~batch.noisy, batch.noisy] if separate else None
+    return Forward(context, batch.x, batch.size, parts, counted=batch.counted)
 
 
 def sum_rows(context: Context, rows: list[Row]) -> list[Row]:
     """Rows summed over all processes in one collective, whatever each held of the batch."""
     if context.world_size == 1:
         return rows
-    flat = context.sum_over_ranks(torch.cat([part.reshape(-1) for row in rows for part in row]))
-    parts = iter(flat.split([p.numel() for p in context.parameters] * len(rows)))
-    return [[next(parts).view_as(p) for p in context.parameters] for _ in rows]
+    flat = context.sum_over_ranks(torch.cat([as_real(part).reshape(-1) for row in rows for part in row]))
+    parts = iter(flat.split([as_real(p).numel() for p in context.parameters] * len(rows)))
+    return [[like(next(parts), p) for p in context.parameters] for _ in rows]
+
+
+def like(flat: Tensor, p: Tensor) -> Tensor:
+    """The entries of `as_real` of a tensor of the shape and dtype of `p`, as that tensor."""
+    part = flat.view_as(as_real(p)).to(p.dtype.to_real())
+    return torch.view_as_complex(part) if p.is_complex() else part
 
 
 def inner_products(context: Context, *rows: Row) -> list[list[float]]:
@@ -657,7 +850,10 @@ def permuted_values(
     the batch's gradient. The host waits for the device. On a separate `forward` each takes two forwards of its own."""
     cosines: dict[str, list[float]] = {"null/permuted_cos_clean_all": [], "null/permuted_cos_clean_noisy": []}
     for stand_in in masks:
-        graph = forward if forward.is_joint else Forward(context, batch.x, batch.size, [stand_in, ~stand_in])
+        if forward.is_joint:
+            graph = forward
+        else:
+            graph = Forward(context, batch.x, batch.size, [stand_in, ~stand_in], counted=batch.counted)
         (s,) = sum_rows(context, [graph.row(batch.y, stand_in)])
         if graph is forward:  # the complement is what is left of g
             (ss, sg), (_, gg) = gram([s, g]).tolist()
@@ -792,6 +988,21 @@ def process() -> tuple[int, int]:
     return 0, 1
 
 
+def bare(model: nn.Module) -> tuple[nn.Module, Callable[[], AbstractContextManager] | None]:
+    """The network within the wrappers of torch.compile, DistributedDataParallel and Lightning Fabric, whose backward may be
+    called only once, or waits for one of their own; and the autocast that Fabric's runs it under."""
+    autocast = None
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif type(model).__name__ == "_FabricModule":
+            autocast, model = model._strategy.precision.forward_context, model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model, autocast
+
+
 class Meter:
     """Cosines and norms of the gradients of two sets of examples in a batch, beside what a random split of it gives.
 
@@ -816,10 +1027,10 @@ class Meter:
         reduce: Callable[[Tensor], Tensor] = all_reduce,
         seed: int = 0,
     ) -> None:
-        """`model` may be wrapped by DistributedDataParallel or torch.compile: its own network is measured.
+        """`model` may be wrapped by DistributedDataParallel, torch.compile or Lightning Fabric: its own network is measured.
 
         `loss` (output, y) -> (B,), each example's own, is averaged over the batch; None: cross-entropy of logits (B, K) and y
-        (B,) int64, or the mean over positions of (B, T, K) and (B, T). `masks` random masks of as many examples as are noisy
+        (B,) int64, or the mean over positions of (B, T, K) and (B, T), both without labels of -100. `masks` random masks of as many examples as are noisy
         cost a vector-Jacobian product each, two thirds of a plain step. `chunks`: disjoint parts of the batch, 3 products each
         part or fewer; 0: none. `batchnorm`: "train" (one forward of all, as the network is set), "eval", or "separate" (one
         forward of C and one of N; the last two cost forwards of their own). `autocast`: a dtype, or a function that returns a
@@ -838,12 +1049,9 @@ class Meter:
             raise TypeError(
                 f"autocast is {type(autocast).__name__}, neither a dtype nor a function that returns a context manager"
             )
-        model = getattr(model, "_orig_mod", model)  # of torch.compile, whose backward may be called only once
-        if isinstance(model, nn.parallel.DistributedDataParallel):  # it would wait for a backward of its own
-            model = model.module
-        self.model = getattr(model, "_orig_mod", model)
+        self.model, of_wrapper = bare(model)
         self.loss, self.masks, self.chunks, self.batchnorm = loss, masks, chunks, batchnorm
-        self.autocast, self.reduce, self.seed = autocast, reduce, seed
+        self.autocast, self.reduce, self.seed = autocast or of_wrapper, reduce, seed
         self.steps = 0  # calls of `step`, which key the masks
         self.logits: Tensor | None = None  # output of the last `step`, (b, ...), detached
 
@@ -853,26 +1061,31 @@ class Meter:
         """Instead of forward and backward: adds the gradient of the batch's mean loss to `.grad`; returns values by tag.
 
         Arguments as of `measure`. Also `train/loss`, the batch's mean loss; the output stands in `meter.logits`. A GPU is
-        waited for once, for a `noisy` that lies on it; more with `chunks`, `true`, batchnorm="separate" and several processes.
+        waited for once, for what lies on it of `noisy` and, without `loss`, of `y`; more with `chunks`, `true`,
+        batchnorm="separate" and several processes.
         """
+        if not torch.is_grad_enabled():
+            raise ValueError("meter.step ran under torch.no_grad(), where nothing has a gradient: call it outside")
         context, batch = self._context(y, scale), self._batch(x, y, noisy, true)
         at = self.steps if step is None else step
         values = {}
+        if self.batchnorm == "separate":
+            self._try_single_examples(context, batch)
         if self.batchnorm == "eval":  # before the forward moves the running statistics
             with self._no_trace(context):
                 values = self._values(context, batch, at)[1]
-        forward = Forward(context, x, batch.size)
+        forward = Forward(context, x, batch.size, counted=batch.counted)
         if self.batchnorm == "train":
             rows, values = self._values(context, batch, at, forward)
             row = add_rows(rows)
         else:
-            (row,) = sum_rows(context, [forward.row(y, torch.ones_like(batch.noisy), free=True)])
+            (row,) = sum_rows(context, [forward.row(batch.y, torch.ones_like(batch.noisy), free=True)])
         if self.batchnorm == "separate":
             with self._no_trace(context):
                 values = self._values(context, batch, at, own=row)[1]
-        self.logits = forward.logits
-        set_grads(context.parameters, row, add=True)
-        total = example_losses(self.loss, self.logits, y).sum()
+        self.logits = forward.output
+        set_grads(context.parameters, forward.for_grads(row), add=True)
+        total = example_losses(self.loss, forward.logits, batch.y).sum()
         values["train/loss"] = (total if context.world_size == 1 else self.reduce(total)) / batch.size
         self.steps += step is None
         return values
@@ -883,8 +1096,7 @@ class Meter:
         """Values by tag, floats or 0-d tensors on the device; leaves no trace in `.grad`, running statistics, modes and random
         state.
 
-        `x` inputs of B examples, `y` (B, ...) labels or targets, `noisy` (B,) bool on any device (from the CPU nothing is
-        waited for), `true` (B, ...) labels to compare with: `truth/*`, and with `chunks` `grad/label_share`. `scale` is the
+        `x` inputs of B examples, `y` (B, ...) labels or targets, `noisy` (B,) bool on any device, `true` (B, ...) labels to compare with: `truth/*`, and with `chunks` `grad/label_share`. `scale` is the
         factor on the loss in float16: a number, a 0-d tensor, or a GradScaler's `scaler.scale`; values are without it, and
         not finite where it overflows. Masks are keyed by `seed` and `step`, by default the number of calls of `step` so far.
         """
@@ -893,8 +1105,9 @@ class Meter:
             with self._no_trace(context):
                 own = None
                 if self.batchnorm == "separate":
-                    whole = Forward(context, x, batch.size).row(y, torch.ones_like(batch.noisy), free=True)
-                    (own,) = sum_rows(context, [whole])
+                    self._try_single_examples(context, batch)
+                    forward = Forward(context, x, batch.size, counted=batch.counted)
+                    (own,) = sum_rows(context, [forward.row(batch.y, torch.ones_like(batch.noisy), free=True)])
                 return self._values(context, batch, self.steps if step is None else step, own=own)[1]
 
     def _values(
@@ -926,6 +1139,11 @@ class Meter:
         """Of one call, for what may train and its scale change."""
         if not isinstance(y, Tensor):
             raise TypeError(f"y is {type(y).__name__}, not a tensor of labels (B, ...)")
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "the meter ran under torch.inference_mode(), where nothing has a gradient: call it outside, or under "
+                "torch.no_grad() (Lightning: Trainer(inference_mode=False))"
+            )
         device, autocast = y.device, self.autocast
         if callable(scale):
             scale = scale(torch.ones((), device=device))
@@ -948,7 +1166,23 @@ class Meter:
             )
         if true is not None and true.shape != y.shape:
             raise ValueError(f"true of shape {tuple(true.shape)} for y of shape {tuple(y.shape)}: both must be alike")
-        here, first, (rank, world_size) = noisy.cpu(), 0, process()
+        if true is not None and self.loss is None and bool(((true == IGNORED) != (y == IGNORED)).any()):
+            raise ValueError("true is -100 elsewhere than y: a label that is left out must be so in both")
+        first, (rank, world_size), counted = 0, process(), None
+        if self.loss is None and y.dtype == torch.int64:
+            counted = y != IGNORED if y.dim() == 1 else (y != IGNORED).flatten(1).any(1)
+        if counted is None:
+            here = noisy.cpu()
+        elif noisy.device == y.device:
+            here, count = torch.stack([noisy, counted]).cpu()
+        else:
+            here, count = noisy.cpu(), counted.cpu()
+        if counted is not None and bool(count.all()):
+            counted = None
+        if counted is not None:  # the others take part in the forward alone
+            at = copy_to(count.nonzero().squeeze(1), y.device)
+            y, here, true = y[at], here[count], None if true is None else true[at]
+        there = copy_to(here, y.device) if counted is not None or noisy.device != y.device else noisy
         host = here
         if world_size > 1:
             sizes = torch.zeros(world_size, device=y.device)
@@ -958,9 +1192,30 @@ class Meter:
             whole[first : first + len(here)] = here.to(y.device, whole.dtype)
             host = self.reduce(whole).bool().cpu()
         if not len(host):
-            raise ValueError("y and noisy hold no example")
-        there = noisy if noisy.device == y.device else copy_to(here, y.device)
-        return Batch(x, y, true, there, len(host), int(host.sum()), first, y, host, y)
+            raise ValueError("y and noisy hold no example" + " whose label is not -100" * (counted is not None))
+        return Batch(x, y, true, there, len(host), int(host.sum()), first, y, host, y, counted)
+
+    def _try_single_examples(self, context: Context, batch: Batch) -> None:
+        """Raise ValueError, on all processes, where a set of one example on one of them cannot be normalised by itself."""
+        failed = None
+        if not sync_batchnorms(self.model):  # those that synchronise meet in every forward
+            for part in (~batch.noisy, batch.noisy):
+                single = int(part.sum()) == 1 and 0 < batch.n_noisy < batch.size
+                if single:
+                    at = part.nonzero()[0] if batch.counted is None else batch.counted.nonzero()[part.nonzero()[0, 0]]
+                    try:
+                        with self._no_trace(context), torch.no_grad():
+                            context.logits(select(batch.x, at))
+                    except ValueError as e:  # BatchNorm's
+                        failed = e
+        some = failed is not None
+        if context.world_size > 1:
+            some = bool(self.reduce(torch.tensor(float(some), device=context.device)) > 0)
+        if some:
+            raise ValueError(
+                'batchnorm="separate": one of the sets has a single example, which BatchNorm cannot normalise by itself: use '
+                'batchnorm="train", or other batches'
+            ) from failed
 
     @contextmanager
     def _no_trace(self, context: Context):

@@ -18,11 +18,13 @@ Shapes: B examples of the global batch, b of them on this process, K classes, P 
 
 import dataclasses
 import math
+import random
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -102,9 +104,12 @@ class MeasuringContext(Context):
         return each if reduction == "none" else each.sum() if reduction == "sum" else each.mean()
 
     def seed_dropout(self, step: int) -> None:
-        """Give dropout, which draws from the device's global generator, a mask that depends on seed, step and rank."""
+        """Give what the network draws, from global generators, a seed that depends on the run's, step and rank."""
         if self.has_dropout:
-            torch.manual_seed(stream_seed(self.seed, f"dropout{self.rank}", step))
+            seed = stream_seed(self.seed, f"dropout{self.rank}", step)
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
@@ -126,11 +131,11 @@ class MeasuringContext(Context):
         account[family] = account.get(family, 0.0) + time.perf_counter() - began
 
 
-def batch_gradient(context: MeasuringContext, batch: Batch, full_precision: bool = False) -> tuple[Row, Tensor]:
-    """The batch's mean loss gradient times the loss scale, and its logits (b, K) detached, by the bare network."""
+def batch_gradient(context: MeasuringContext, batch: Batch, full_precision: bool = False) -> tuple[Row, Forward]:
+    """The batch's mean loss gradient times the loss scale, and the forward of the bare network that it was pulled back from."""
     forward = Forward(context, batch.x, batch.size, full_precision=full_precision)
     (row,) = sum_rows(context, [forward.row(batch.y, torch.ones_like(batch.noisy), free=True)])
-    return row, forward.logits
+    return row, forward
 
 
 # --------------------------------------------------------------------------------------------------- a measured step

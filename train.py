@@ -40,7 +40,7 @@ from engine.job import TrainingJob, prepare
 from engine.record import NotFinite, Record, check_folder, first_config
 from engine.stepclock import StepClock
 from engine.summary import print_plan, print_results_table, run_config, summarize
-from gradsplit import add_rows, set_grads
+from gradsplit import add_rows, get_grads, set_grads
 from measure import batch_gradient
 from optim import OPTIMIZERS, adjust
 
@@ -56,9 +56,9 @@ def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
     """Put the batch's mean loss gradient into `.grad`; returns the logits (b, K), detached."""
     short = batch.size != job.args.bs  # it would be compiled for its own shape
     if job.args.compile == "on" and (short or job.refused):
-        row, logits = batch_gradient(job.context, batch)
-        set_grads(job.parameters, row)
-        return logits
+        row, forward = batch_gradient(job.context, batch)
+        set_grads(job.parameters, forward.for_grads(row))
+        return forward.logits
     logits = job.model(batch.x)
     loss = job.context.training_loss(logits, batch.y, "sum")
     job.fabric.backward(loss * (job.fabric.world_size / batch.size))  # DDP averages over the processes
@@ -69,7 +69,7 @@ def measured_gradient(job: TrainingJob, batch: Batch, step: int) -> tuple[Tensor
     """Put the sum of the clean and the noisy gradient into `.grad`; returns the logits (b, K) and what was measured."""
     forward = measure.make_forward(job.context, batch)
     rows, values = measure.measure_batch(job.context, batch, step, forward)
-    set_grads(job.parameters, add_rows(rows))
+    set_grads(job.parameters, forward.for_grads(add_rows(rows)))
     return forward.logits, values
 
 
@@ -99,7 +99,7 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
 
     # Measures
     if split_mode == "separate":
-        values = measure.measure_apart(job.context, batch, step, own=[p.grad for p in job.parameters])
+        values = measure.measure_apart(job.context, batch, step, own=get_grads(job.parameters))
     if job.examples:
         job.examples.add(batch, logits)
     if measured:
@@ -110,7 +110,7 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
         if OPTIMIZERS[args.optimizer].sgd:
             values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     if full:
-        norms = torch._foreach_norm([p.grad for p in job.parameters])
+        norms = torch._foreach_norm([p.grad for p in job.parameters if p.grad is not None])
         values["grad/norm_per_layer"] = torch.stack(norms) / job.context.loss_scale()
         before = [p.detach().clone() for p in job.parameters]
 

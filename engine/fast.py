@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data import Batch, Epoch, InputError, one_line
 from engine import files
 from engine.hardware import reset_peak_memory
-from gradsplit import keep_buffers
+from gradsplit import get_grads, keep_buffers
 from measure import batch_gradient
 
 # When `--compile auto` compiles on a CPU, and `--graph auto` captures on a GPU: measured, see benchmarks/RESULTS.md. On a GPU
@@ -193,7 +193,7 @@ def compare_with_eager(job, gradient, asked: str) -> None:
         except Exception as e:  # a compiler and its back ends raise all sorts
             job.optimizer.zero_grad(set_to_none=True)
             raise (CaptureFailed if args.graph == "on" else Unfit)(failure(asked, e)) from e
-        fast_row = [p.grad for p in job.parameters]
+        fast_row = get_grads(job.parameters)
         job.optimizer.zero_grad(set_to_none=True)
     error, bound = distance(fast_row, exact if mixed else eager), BOUND.get(args.precision)
     if mixed:

@@ -300,4 +300,4 @@ def test_a_weight_used_on_both_sides_of_a_cut_gets_both_gradients():
     entry = h.detach().requires_grad_()
     z = (entry**2 * w)[None]
     ((row, none),) = gradsplit.pull_backs([h, z], [entry], [w, unused], [torch.ones(1, 1)])
-    assert row == 3 * 4 * 1.5**2 and torch.equal(none, torch.zeros(2))  # d(4 w^3)/dw
+    assert row == 3 * 4 * 1.5**2 and none is None  # d(4 w^3)/dw
