@@ -14,7 +14,7 @@ import torch
 
 import epochwise
 import train
-from conftest import TINY, same_weights, series, slow, summary, weights
+from conftest import TINY, same_weights, series, slow, summary, until, weights
 from engine import labels, record
 
 NOISY = [*TINY, "--noise", "0.5", "--sched", "onecycle", "--sched-epochs", "4", "--checkpoint-minutes", "1e-6"]
@@ -35,18 +35,19 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert (a / "noise.npz").read_bytes() == (b / "noise.npz").read_bytes()
 
 
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
-
-
 def written(folder: Path) -> int:
     """When the last checkpoint was written, in nanoseconds; 0 before there is one."""
     with suppress(FileNotFoundError):
         return (folder / "last.ckpt").stat().st_mtime_ns
     return 0
+
+
+def lives(pid: int) -> bool:
+    """Whether there is a process of this number; the zygote collects those that have ended."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, 0)
+        return True
+    return False
 
 
 @pytest.mark.parametrize("times", slow(12))
@@ -60,7 +61,7 @@ def test_killed_again_and_again(zygote, tmp_path, times):
         before = written(folder)
         (pid,) = zygote.start([*argv, "--name", "cut", "--resume"])
         if rng.random() < 0.75:  # while it trains, once it has come a step further; else while it starts
-            wait_for(lambda: written(folder) > before)
+            until(lambda: written(folder) > before or not lives(pid))
             time.sleep(rng.uniform(0, 0.3))
         else:
             time.sleep(rng.uniform(0, 1.5))
@@ -91,10 +92,7 @@ def whole(zygote, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", ["SIGTERM", *slow("SIGINT", "SIGUSR1")])
 def test_a_signal_saves_and_status_is_3(zygote, whole, tmp_path, name):
     argv = [*NOISY, "--runs", str(tmp_path), "--epochs", "4"]
-    (pid,) = zygote.start([*argv, "--name", "cut"])
-    wait_for(lambda: (tmp_path / "cut" / "last.ckpt").exists())
-    os.kill(pid, getattr(signal, name))
-    assert zygote.wait() == [3]
+    assert zygote.run_and(lambda pid: os.kill(pid, getattr(signal, name)), [*argv, "--name", "cut"], at=7) == 3
     result = summary(tmp_path / "cut")
     assert (result["status"], result["reason"]) == ("stopped", name)
     assert record.load_state(tmp_path / "cut" / "last.ckpt")["step"] == result["steps"] < 20
@@ -105,7 +103,7 @@ def test_a_signal_saves_and_status_is_3(zygote, whole, tmp_path, name):
 
 def test_a_second_interrupt_ends_at_once(zygote, tmp_path):
     (pid,) = zygote.start([*NOISY, "--runs", str(tmp_path), "--epochs", "200", "--name", "r"])
-    wait_for(lambda: (tmp_path / "r" / "last.ckpt").exists())
+    until((tmp_path / "r" / "last.ckpt").exists)
     os.kill(pid, signal.SIGSTOP)  # so that both are there before the step ends
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGTERM)
@@ -196,7 +194,7 @@ def test_precision_and_threads_are_kept(go, monkeypatch):
 def test_a_second_writer_is_refused(zygote, tmp_path, capsys):
     argv = [*NOISY, "--runs", str(tmp_path), "--name", "r", "--epochs", "200"]
     (pid,) = zygote.start(argv)
-    wait_for(lambda: (tmp_path / "r" / "last.ckpt").exists())
+    until((tmp_path / "r" / "last.ckpt").exists)
     assert train.main([*argv, "--resume"]) == 2
     assert "another process is writing" in capsys.readouterr().err
     os.kill(pid, signal.SIGKILL)
@@ -551,12 +549,19 @@ def test_the_clock_of_rank_0_decides_for_all(zygote, tmp_path, ahead, at):
     assert f"written {at}" in zygote.output(0) and "written []" in zygote.output(1)
 
 
-@pytest.mark.slow
 def test_checkpoints_do_not_count_as_training(go, monkeypatch):
-    original = train.checkpoint
-    monkeypatch.setattr(train, "checkpoint", lambda *args: (time.sleep(0.8), original(*args)))
-    folder = go("--noise", "0.5", "--checkpoint-minutes", "1e-6", "--epochs", "1")
-    assert 0 < record.load_state(folder / "last.ckpt")["steps_seconds"] < 4 * 0.8  # there are four within the epoch
+    """By a clock on which a step takes a second and a checkpoint a thousand."""
+    clock = [0.0]
+
+    def taking(seconds: float, act):
+        return lambda *args, **named: (clock.append(clock[-1] + seconds), act(*args, **named))[1]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    monkeypatch.setattr(train, "train_step", taking(1, train.train_step))
+    monkeypatch.setattr(train, "checkpoint", taking(1000, train.checkpoint))
+    folder = go("--noise", "0.5", "--checkpoint-minutes", "1e-6")
+    assert clock[-1] > 9000  # after each step
+    assert 0 < record.load_state(folder / "last.ckpt")["steps_seconds"] <= 10
 
 
 def test_changed_data_is_noticed(go, monkeypatch, capsys):
