@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gradsplit import Batch, copy_to, generator, stream_seed  # noqa: F401 - random streams and batches are known by this module's name, too
 
+VAL_FRAC = 0.2  # share of the training set that is held out where --val-frac does not say
 PAD = 4  # pixels of zero padding on each side, as RandomCrop(32, padding=4)
 BLOCK = 1000  # images put on the device at a time
 
@@ -64,6 +65,9 @@ class Source(NamedTuple):
     `x_train` (N, H, W, C) uint8, `y_train` (N,) int64 true labels, `given` (N,) int64 labels that came with the set
     to be trained on, or None; `x_test`, `y_test` likewise. `mean`, `std` (C,) float per channel, of pixels in 0..1.
     `flips` (K,) int64 is the class that each class is taken for (itself if for none), or None where nobody knows.
+    `x_val`, `y_val`: a validation set that the set brings, or None. `stored` (M,) int64, sorted: the examples whose images
+    `x_train` (M, H, W, C) then holds, None for all. `names` (N,): the files of the training examples, where there are such.
+    `digest` identifies the files' images, None for a published or drawn set. `notes`: lines to be shown at the start.
     """
 
     x_train: Tensor
@@ -75,6 +79,22 @@ class Source(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flips: Tensor | None = None
+    x_val: Tensor | None = None
+    y_val: Tensor | None = None
+    stored: Tensor | None = None
+    names: tuple[str, ...] | None = None
+    digest: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def images(self, index: Tensor) -> Tensor:
+        """Those of the training examples `index` (n,), (n, H, W, C) uint8."""
+        return self.x_train[index if self.stored is None else torch.searchsorted(self.stored, index)]
+
+    def validation(self, held: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (m, H, W, C) uint8 and true labels (m,) int64: the set's own or, without these, of the training examples `held`."""
+        if self.x_val is not None and self.y_val is not None:
+            return self.x_val, self.y_val
+        return self.images(held), self.y_train[held]
 
 
 def flip_map(classes: tuple[str, ...], taken_for: dict[str, str]) -> Tensor:

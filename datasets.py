@@ -205,6 +205,7 @@ class Shape(NamedTuple):
     width: int
     channels: int
     classes: int
+    val: int = 0  # images of a validation set of its own
 
 
 class Files(NamedTuple):

@@ -319,7 +319,7 @@ def fresh_labels(context: MeasuringContext, batch: Batch, step: int) -> Tensor |
     g = data.generator(context.noise_seed, "fresh", step)
     draws = torch.rand(batch.size, K, generator=g, dtype=torch.float64)  # of the global batch, on any rank
     draws = draws[batch.first : batch.first + len(batch.y)].to(batch.y.device)
-    law = context.transition.to(batch.y.device)[batch.true]  # (b, K)
+    law = context.transition.to(batch.y.device).index_select(0, batch.true).to_dense()  # (b, K)
     at = torch.stack([batch.true, batch.y], 1)
     law = law.scatter(1, at, 0.0)
     evenly = torch.ones_like(law).scatter(1, at, 0.0)

@@ -180,9 +180,17 @@ def margins(logits: Tensor, labels: Tensor) -> Tensor:
     return (own - logits.scatter(1, labels[:, None], -math.inf).amax(1, keepdim=True)).squeeze(1)
 
 
+DENSE = 1000  # classes up to which counts of pairs of classes are a plain matrix
+
+
 def confusion(true: Tensor, predicted: Tensor, K: int) -> Tensor:
-    """Counts (K, K) float64 of (true, predicted) class; `true`, `predicted` (n,) int64 on the CPU."""
-    return torch.bincount(true * K + predicted, minlength=K * K).view(K, K).double()
+    """Counts (K, K) float64 of (true, predicted) class, a sparse tensor beyond DENSE classes; `true`, `predicted` (n,) int64 on
+    the CPU."""
+    if K <= DENSE:
+        return torch.bincount(true * K + predicted, minlength=K * K).view(K, K).double()
+    pairs, counts = (true * K + predicted).unique(return_counts=True)
+    at = torch.stack([pairs // K, pairs % K])
+    return torch.sparse_coo_tensor(at, counts.double(), (K, K), check_invariants=True, is_coalesced=True)
 
 
 def memorized_excess(predicted: Tensor, true: Tensor, given: Tensor, counts: Tensor) -> float:
@@ -194,9 +202,10 @@ def memorized_excess(predicted: Tensor, true: Tensor, given: Tensor, counts: Ten
     terms; NaN if none is left. After Feldman & Zhang 2020 (2008.03703) and Lesci et al. 2024 (2406.04327): in the training
     set minus out of it.
     """
-    size = counts.sum(1)
-    kept = size[true] > 0
-    chance = counts[true[kept], given[kept]] / size[true[kept]]
+    law = counts.index_select(0, true).to_dense()  # (n, K)
+    size = law.sum(1)
+    kept = size > 0
+    chance = law[kept].gather(1, given[kept, None]).squeeze(1) / size[kept]
     return float(((predicted == given)[kept].double() - chance).mean())
 
 

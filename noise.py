@@ -9,11 +9,12 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import data
 from data import InputError, Source, one_line
-from engine import checks, cmdline, noisefile, options, sources
+from engine import checks, cmdline, inputs, noisefile, options, sources
 from engine.labels import relabel
 from noises import NOISES
 
@@ -25,7 +26,10 @@ def command_line():
     m = sub.add_parser("make", help="write the noise.npz that train.py would", allow_abbrev=False)
     m.add_argument("out", type=cmdline.path, metavar="OUT.npz")
     m.add_argument(
-        "--true", type=cmdline.path, metavar="FILE.npy", help="true labels (N,) of any data set, in place of --dataset"
+        "--true",
+        type=cmdline.path,
+        metavar="FILE",
+        help="true labels (N,) of any data set (.npy, .json, .csv), in place of --dataset",
     )
     options.data_options(m)
     options.noise_options(m)
@@ -61,7 +65,9 @@ def make(args) -> str:
     if args.true or args.val_frac == 0:
         index = data.drawn(N, args.split_seed, args.subset)
     else:
-        index, _ = data.split(N, args.val_frac, args.split_seed, args.subset)
+        index, _ = inputs.split(args, source)
+    for note in source.notes:
+        print(f"noise.py: {note}", file=sys.stderr)
     labels, ledger, _ = relabel(args, source, index)
     try:
         noisefile.save(out, index, source.y_train[index], labels, ledger["dynamic"])
@@ -84,7 +90,76 @@ def bare(args) -> Source:
     y = noisefile.read_true(args.true)
     args.dataset, none = args.true, torch.empty(0, dtype=torch.int64)
     names = tuple(map(str, range(int(y.max()) + 1)))
-    return Source(none, y, None, none, none, names, (), ())
+    notes = sources.absent_classes(
+        y, len(names), f"--true {args.true}:", "to renumber: np.unique(y, return_inverse=True)[1]"
+    )
+    return Source(none, y, None, none, none, names, (), (), notes=tuple(notes))
+
+
+def named(text: str) -> tuple[str, str | None]:
+    """FILE.pt:LABELS -> (FILE.pt, LABELS), anything else -> (text, None)."""
+    path, colon, name = text.rpartition(":")
+    return (path, name) if colon and path.endswith(".pt") else (text, None)
+
+
+def show(text: str) -> str:
+    """What `inspect` prints: a file's ledger, or the rate of each label set where there are several."""
+    path, name = named(text)
+    if path.endswith(".pt") and name is None and os.path.isfile(path):
+        sets = [k for k in noisefile.load_pt(path, "inspect") if k != noisefile.CLEAN]
+        width = max(map(len, sets), default=0)
+        files = [(k, noisefile.read(path, k, "inspect")) for k in sets]
+        rates = "\n".join(f"{k:<{width}}  {(f.label != f.true).double().mean().item():.4f}" for k, f in files)
+        return f"{path}: {len(sets)} sets of labels, share that is wrong\n{rates}"
+    file = with_truth(noisefile.read(path, name, "inspect"), f"inspect {text}")
+    index = file.known
+    K = int(torch.cat([file.true, file.label]).max()) + 1
+    rate, seed = file.dynamic or ((file.label != file.true).double().mean().item(), None)
+    drawn = noisefile.ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
+    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + noisefile.describe_labels(
+        drawn, tuple(map(str, range(K)))
+    )
+
+
+def with_truth(file: noisefile.LabelFile, source: str) -> noisefile.LabelFile:
+    """The file, if it has true labels. Raises `InputError`."""
+    if file.true is None:
+        raise InputError(f"{source}: holds no true labels (true) beside label, from which a rate could be told")
+    return file
+
+
+def compare(one: str, other: str) -> str:
+    """What `compare` prints: rates and agreement of two files on the examples that both know.
+
+    Beside the agreement stands what two independent draws with the same two matrices would have. Raises `InputError`.
+    """
+    a, b = (with_truth(noisefile.read(*named(text), "compare"), f"compare {text}") for text in (one, other))
+    common, at_a, at_b = np.intersect1d(a.known.numpy(), b.known.numpy(), assume_unique=True, return_indices=True)
+    if len(common) == 0:
+        raise InputError(f"compare {one}, {other}: the files have no example in common")
+    true, la, lb = a.true[at_a], a.label[at_a], b.label[at_b]
+    different = int((true != b.true[at_b]).sum())
+    if different:
+        raise InputError(
+            f"compare {one}, {other}: true labels differ for {different} of {len(common)} examples: "
+            "made for different data sets or orders"
+        )
+    K = int(torch.cat([true, la, lb]).max()) + 1
+    na, nb = la != true, lb != true
+    both = na & nb
+    rows = {
+        "examples in common": f"{len(common)} of {len(a.true)} and {len(b.true)}",
+        "share that is wrong": f"{na.double().mean().item():.4f} and {nb.double().mean().item():.4f}",
+        "same label": f"{(la == lb).double().mean().item():.4f}",
+        "wrong in both": f"{both.double().mean().item():.4f}",
+        "the same there": f"{(la == lb)[both].double().mean().item():.4f}" if both.any() else "-",
+    }
+    if K <= noisefile.LARGEST:
+        Ta, Tb = (noisefile.shares(noisefile.transitions(true, x, K)) for x in (la, lb))
+        chance = float((Ta * Tb).sum(1) @ torch.bincount(true, minlength=K).double()) / len(true)
+        rows["same label"] += f" ({chance:.4f} expected of independent draws)"
+        rows["matrices differ by"] = f"{float((Ta - Tb).abs().max()):.4f} at most"
+    return "\n".join(f"{name:<20}  {value}" for name, value in rows.items())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "make":
             print(make(args))
         else:
-            print(noisefile.show(args.file) if args.command == "inspect" else noisefile.compare(*args.files))
+            print(show(args.file) if args.command == "inspect" else compare(*args.files))
     except InputError as e:
         cmdline.complain(e, "noise.py")
         return 2

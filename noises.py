@@ -73,14 +73,35 @@ def by_matrix(true: Tensor, K: int, rate: float, g: torch.Generator, matrix: Ten
     At rate 1 the labels follow the matrix itself, at another rate (1 - rate) I + rate `matrix`. A class of
     probability 0 is never drawn. `true` (n,) int64 -> (n,) int64.
     """
+    return by_rows(true, rate, g, lambda k: (torch.arange(K), matrix[k]))
+
+
+def by_counts(true: Tensor, of: Tensor, given: Tensor, K: int, g: torch.Generator) -> Tensor:
+    """Labels (n,) int64 drawn by the transition matrix that the labels `given` (m,) of examples of the classes `of` (m,) realise.
+
+    What `by_matrix` draws from their counts, without a K x K matrix. A class that `of` lacks keeps its labels.
+    `true` (n,) int64 -> (n,) int64.
+    """
+    of, order = of.sort()
+    rows = given[order].split(torch.bincount(of, minlength=K).tolist())
+
+    def row(k: int) -> tuple[Tensor, Tensor]:
+        classes, counts = rows[k].unique(return_counts=True)
+        return (classes, counts.double()) if len(classes) else (torch.tensor([k]), torch.ones(1, dtype=torch.float64))
+
+    return by_rows(true, 1.0, g, row)
+
+
+def by_rows(true: Tensor, rate: float, g: torch.Generator, row: Callable[[int], tuple[Tensor, Tensor]]) -> Tensor:
+    """`by_matrix` with class k's row as `row(k)`: classes (r,), sorted, and their weights (r,) float64."""
     selected = select(len(true), rate, g)
     of, labels = true[selected], true.clone()
     u = torch.rand(len(of), generator=g, dtype=torch.float64)
-    upto = matrix.cumsum(1)
-    upto = upto / upto[:, -1:]  # exactly 1 at the end, so that u < 1 finds a class
-    for k in range(K):
-        mine = of == k
-        labels[selected[mine]] = torch.searchsorted(upto[k], u[mine], right=True)
+    for k in of.unique().tolist():
+        mine, (classes, weights) = of == k, row(k)
+        upto = weights.cumsum(0)
+        upto = upto / upto[-1]  # exactly 1 at the end, so that u < 1 finds a class
+        labels[selected[mine]] = classes[torch.searchsorted(upto, u[mine], right=True)]
     return labels
 
 

@@ -31,7 +31,16 @@ import metrics
 from data import Batch, InputError, one_line
 from engine import cmdline, examples, fast, identity, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
-from engine.checkpoints import Claimed, check_labels, checkpoint, claim_folder, drop_later_best, keep_best, restore
+from engine.checkpoints import (
+    Claimed,
+    check_images,
+    check_labels,
+    checkpoint,
+    claim_folder,
+    drop_later_best,
+    keep_best,
+    restore,
+)
 from engine.evaluation import evaluate
 from engine.hardware import lost_process, make_fabric, sum_over_ranks
 from engine.inputs import Inputs, read_inputs
@@ -226,6 +235,7 @@ def run(args, signals: Signals) -> int:
     inputs = read_inputs(args)
     if earlier:
         check_labels(earlier, inputs.ledger, folder)
+        check_images(earlier, inputs.source, folder)
 
     fabric, scaler = make_fabric(args)
     with memory.explain_out_of_memory(args, inputs.source):
@@ -250,6 +260,8 @@ def run(args, signals: Signals) -> int:
             return 0
         drop_later_best(job, record)
         record.say(f"resuming {args.name} at step {job.state.step} of {job.total_steps}")
+    for note in inputs.source.notes:
+        record.say(note)
     status = train_and_record(job, record, inputs, claimed, signals)
     if fabric.world_size > 1 and status != "failed":
         fabric.barrier()  # a launcher kills rank 0 as soon as another one has left with a status of its own
@@ -314,14 +326,14 @@ def write_ranking(job: TrainingJob, record: Record, inputs: Inputs) -> None:
         record.say(f"{examples.NAME} is not written: no epoch was followed from its start to its end")
     elif record.active:
         index = inputs.indices[0]
-        columns = index, inputs.labels, inputs.source.y_train[index]
+        columns = index, inputs.labels, inputs.source.y_train[index], inputs.source.names
         record.guard(examples.NAME, job.examples.write, record.folder / examples.NAME, *columns)
 
 
 def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Claimed) -> None:
     """Write what is known before the first step, with one more segment in config.json, and open the event file."""
-    source, index, held = inputs.source, *inputs.indices
-    config = run_config(job, source, held, inputs.ledger)
+    source, index = inputs.source, inputs.indices[0]
+    config = run_config(job, source, inputs.ledger)
     segment = {
         "step": job.state.step,
         **{k: config["options"][k] for k in roles.having(roles.HARDWARE)},

@@ -11,7 +11,7 @@ from torch import nn
 
 import epochwise
 import models
-from data import InputError, one_line
+from data import InputError, Source, one_line
 from engine import fitting, identity
 from engine.files import write_temporary
 from engine.hardware import on_rank_zero, sum_over_ranks
@@ -116,6 +116,13 @@ def check_labels(config: dict, ledger: dict, folder: Path) -> None:
     """Raise `InputError` if the run in `folder` was started with other labels."""
     if config["noise"]["labels_sha256"] != ledger["labels_sha256"]:
         raise InputError(f"--resume: the labels are not those that {folder} was started with; has the data changed?")
+
+
+def check_images(config: dict, source: Source, folder: Path) -> None:
+    """Raise `InputError` if the run in `folder` was started with other images."""
+    first = config.get("resolved", {}).get("data_digest")
+    if first and first != source.digest:
+        raise InputError(f"--resume: the images are not those that {folder} was started with; has the data changed?")
 
 
 def check_matrix(config: dict, job: TrainingJob, folder: Path) -> None:

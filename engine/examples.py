@@ -9,7 +9,7 @@ Shapes: n examples of the training split, b of a batch on this process, K classe
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,15 @@ TOTALS = {  # (n,) each, over the epochs so far
     "predicted": torch.int32,  # class predicted in the last epoch
 }
 DETECTORS = {"detect/aum": "aum", "detect/forgetting": "forgetting", "detect/loss": "loss"}  # series: score
+
+
+BLOCK = 1000  # examples brought over from the device at a time, and held in float64
+
+
+def by_example(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Margin and loss (b,) float64 and predicted class (b,) int64, on the CPU, of `logits` (b, K) on any device."""
+    logits = logits.to("cpu", torch.float64)
+    return metrics.margins(logits, labels), F.cross_entropy(logits, labels, reduction="none"), logits.argmax(1)
 
 
 class Examples:
@@ -54,16 +63,18 @@ class Examples:
         steps are missing, because this began within it, is dropped.
         """
         whole, self.steps = self.steps == self.steps_per_epoch, 0
-        logits = self.sum_over_ranks(self.logits).to("cpu", torch.float64, copy=True)
+        table = self.sum_over_ranks(self.logits)
+        parts = [by_example(part, y) for part, y in zip(table.split(BLOCK), labels.split(BLOCK))] if whole else []
         self.logits.zero_()
         if not whole:
             return {}
-        total, predicted, values = self.totals, logits.argmax(1), {}
+        margin, loss, predicted = map(torch.cat, zip(*parts))
+        total, values = self.totals, {}
         if self.epochs:
             values["train/prediction_changes"] = float((predicted != total["predicted"]).double().mean())
             total["forgotten"] += (total["predicted"] == labels) & (predicted != labels)
-        total["margin"] += metrics.margins(logits, labels)
-        total["loss"] += F.cross_entropy(logits, labels, reduction="none")
+        total["margin"] += margin
+        total["loss"] += loss
         total["learned"] |= predicted == labels
         total["predicted"] = predicted.int()
         self.epochs += 1
@@ -97,16 +108,21 @@ class Examples:
         if saved["logits"] is not None and holds_table:
             self.logits.copy_(saved["logits"])
 
-    def write(self, path: Path, index: Tensor, labels: Tensor, true: Tensor) -> None:
+    def write(
+        self, path: Path, index: Tensor, labels: Tensor, true: Tensor, names: Sequence[str] | None = None
+    ) -> None:
         """Write the ranking, the label most likely wrong first, whole or not at all; not before an epoch is whole.
 
         Arrays (n,): `index` into the data set's training set, `label` trained on, `true` the set's own, `aum`, `forgetting`
-        (int32), `learned` (bool), `loss`.
+        (int32), `learned` (bool), `loss`, and `name` where the examples of the training set have `names`.
         """
         score = self.scores()
         order = score["aum"].argsort(descending=True, stable=True)
         columns = {"index": index, "label": labels, "true": true, "aum": -score["aum"], "loss": score["loss"]}
         columns |= {"forgetting": self.totals["forgotten"], "learned": self.totals["learned"]}
+        arrays = {name: column[order].numpy() for name, column in columns.items()}
+        if names is not None:
+            arrays["name"] = np.array([names[i] for i in arrays["index"].tolist()])
         buffer = io.BytesIO()
-        np.savez(buffer, **{name: column[order].numpy() for name, column in columns.items()})
+        np.savez(buffer, **arrays)
         files.replace(path, buffer.getvalue())

@@ -12,7 +12,8 @@ from engine.labels import ByEpoch, relabel, relabel_held_out
 
 
 class Inputs(NamedTuple):
-    """`indices` are those of the training split (n,) and of the validation split; `labels` (n,) are trained on.
+    """`indices` are those of the training split (n,) and of the examples held out for validation, none where the set
+    brings a validation set (`Source.validation`); `labels` (n,) are trained on.
 
     `ledger` says what was changed; `by_epoch` as of `labels.relabel`, `val_given` of `labels.relabel_held_out`.
     """
@@ -35,10 +36,20 @@ def check_network(args, source: Source) -> None:
         raise InputError(f"{where}: needs images whose sides are multiples of {entry.multiple}, not {H} x {W}")
 
 
+def split(args, source: Source) -> tuple[Tensor, Tensor]:
+    """`data.split` of the training examples; all of them, and none held out, for a set with a validation set of its own."""
+    if source.x_val is None:
+        return data.split(len(source.y_train), args.val_frac, args.split_seed, args.subset)
+    if args.val_frac != data.VAL_FRAC:
+        raise InputError(f"--val-frac {args.val_frac}: {args.dataset} has a validation set of its own; leave it out")
+    index = data.drawn(len(source.y_train), args.split_seed, args.subset)
+    return index, index[:0]
+
+
 def read_inputs(args) -> Inputs:
     """Load and split the set and make its labels, as the options say. Raises `InputError` where they do not go together."""
     source = sources.load(args)
-    index, held = data.split(len(source.x_train), args.val_frac, args.split_seed, args.subset)
+    index, held = split(args, source)
     if args.bs > len(index):
         raise InputError(f"--bs {args.bs}: larger than the training split of {len(index)} examples")
     check_network(args, source)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import data
 import epochwise
+import metrics
 import models
 import optim
 from data import Images, TrainSet
@@ -116,8 +117,8 @@ def prepare(
     module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     mask = None if fake is None else fake_mask(len(index), fake, data.generator(args.noise_seed, "fake-mask"))
-    train = TrainSet(source.x_train[index], labels, true, *stats, device, not args.no_augment, mask, by_epoch)
-    sets = (source.x_train[held], source.y_train[held]), (source.x_test, source.y_test)
+    train = TrainSet(source.images(index), labels, true, *stats, device, not args.no_augment, mask, by_epoch)
+    sets = source.validation(held), (source.x_test, source.y_test)
     val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
     module = on_device(module, device, synchronize=fabric.world_size > 1 and args.sync_bn == "on")
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -133,7 +134,7 @@ def prepare(
         module,
         device,
         train=train,
-        transition=torch.bincount(true * K + labels, minlength=K * K).view(K, K).double(),
+        transition=metrics.confusion(true, labels, K),
         options=MeasuringOptions(**{f.name: getattr(args, f.name) for f in dataclasses.fields(MeasuringOptions)}),
         autocast=fabric.autocast,
         sum_over_ranks=partial(sum_over_ranks, fabric),
@@ -152,7 +153,7 @@ def prepare(
         momentum=lambda: optimizer.param_groups[0].get("momentum", math.nan),
         held_out=val[0],
     )
-    length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), len(held))
+    length = epochwise.RunLength(total_steps, steps_per_epoch, args.bs, len(train), val[0].n)
     context.state.plan = epochwise.make_plan(context, length)
     return TrainingJob(
         args, fabric, context, model, optimizer, val, test, rates, whole_steps, val_given, scaler, auto=auto

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from data import InputError, Source, generator
-from engine import noisefile, sources
+from engine import folders, noisefile
 from engine.noisefile import LabelFile, ledger
 from losses import LOSSES
-from noises import NOISES, Noise, apply, by_matrix
+from noises import NOISES, Noise, apply, by_counts
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
     if source.given is not None:
         if args.noise is not None or kind != "uniform":
             option = f"--noise {args.noise}" if args.noise is not None else f"--noise-type {kind}"
-            brought = "y_train_noisy" if args.dataset.endswith(".npz") else sources.GIVEN
+            brought = folders.GIVEN if source.names else "y_train_noisy"
             raise InputError(f"{option}: {args.dataset} brings its own noisy labels ({brought})")
         labels = source.given[index]
         rate = (source.given != source.y_train).double().mean().item()
@@ -58,7 +58,7 @@ def relabel(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoch 
         return drawn_anew(kind, noise, rate, seed, index, true, K)
     more = class_laws(args, source)
     if "images" in noise.needs:
-        more["images"] = source.x_train[index]
+        more["images"] = source.images(index)
     if rate == 1 and not noise.reaches_one:
         raise InputError(f"--noise {args.noise}: {kind} noise cannot reach 1, its flip rates spread below it")
     labels = apply(kind, true, K, rate, seed, **more)
@@ -83,26 +83,25 @@ def class_laws(args, source: Source) -> dict[str, Tensor]:
 
 
 def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], labels: Tensor) -> Tensor | None:
-    """Labels (m,) of the validation split as noisy as those (n,) of the training split; None where none of these is wrong.
+    """Labels (m,) of the validation images as noisy as those (n,) of the training split; None where none of these is wrong.
 
-    Those that the set brings or the file holds, where it has them; else drawn by the class matrix that the training labels
-    (of a first epoch) realise: the run's law but for what depends on the image. The generator is keyed by these labels, for a
-    run that is repeated from its noise.npz, which need not know the noise seed. Call after `relabel`, which checks the options.
+    For held-out training examples those that the set brings or the file holds, where it has them; else drawn by the class matrix
+    that the training labels (of a first epoch) realise: the run's law but for what depends on the image. The generator is keyed by
+    these labels, for a run that is repeated from its noise.npz, which need not know the noise seed. Call after `relabel`, which
+    checks the options.
     """
     (index, held), noise, K = indices, NOISES[args.noise_type], len(source.classes)
-    true, of = source.y_train[held], source.y_train[index]
+    true, of = source.validation(held)[1], source.y_train[index]
     if torch.equal(of, labels):
         return None
-    if noise.from_file:
+    if len(held) and noise.from_file:
         file = noisefile.read(args.noise_file, args.noise_labels)
         at = positions(file, len(source.y_train))[held]
         if not noise.draw and bool((at >= 0).all()):
             return file.label[at]
-    elif source.given is not None:
+    elif len(held) and source.given is not None:
         return source.given[held]
-    matrix = noisefile.transitions(of, labels, K).double()
-    matrix = torch.where(matrix.sum(1, keepdim=True) > 0, matrix, torch.eye(K).double())
-    return by_matrix(true, K, 1.0, generator(int(noisefile.sha256(labels)[:15], 16), "noise-held-out"), matrix)
+    return by_counts(true, of, labels, K, generator(int(noisefile.sha256(labels)[:15], 16), "noise-held-out"))
 
 
 def loss_matrix(args, true: Tensor, labels: Tensor, K: int, by_epoch: ByEpoch | None = None) -> Tensor | None:
@@ -157,13 +156,14 @@ def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoc
     shuffle = NOISES[kind].draw
     file = noisefile.read(args.noise_file, args.noise_labels)
     at = locate(file, source, index, args.dataset, where)
+    of = source.y_train[file.known]
     if file.dynamic is not None:
         if shuffle:
             raise InputError(f"{where}: its labels are drawn anew each epoch, so there is no matrix to match")
         if file.index is None or not torch.equal(file.index, index):
             raise InputError(f"{where}: dynamic noise needs the same split (--split-seed, --val-frac, --subset)")
         return drawn_anew(kind, NOISES["dynamic"], *file.dynamic, index, true, K)
-    rate = (file.label != file.true).double().mean().item()
+    rate = (file.label != of).double().mean().item()
     labels, seed = file.label[at], None
     if shuffle:
         seed = args.noise_seed
@@ -173,21 +173,19 @@ def from_file(args, source: Source, index: Tensor) -> tuple[Tensor, dict, ByEpoc
 
 def positions(file: LabelFile, N: int) -> Tensor:
     """Where in `file` each of `N` examples is, (N,) int64; -1 where it is not."""
-    known = torch.arange(len(file.true)) if file.index is None else file.index
-    return torch.full((N,), -1).scatter(0, known, torch.arange(len(known)))
+    return torch.full((N,), -1).scatter(0, file.known, torch.arange(len(file.known)))
 
 
 def locate(file: LabelFile, source: Source, index: Tensor, dataset: str, where: str) -> Tensor:
     """Positions in `file` (n,) int64 of the examples `index` (n,) of `source`; `where` is what an error names.
 
-    Raises `InputError` unless the file's true labels are the set's, its labels classes of it, and none is missing.
+    Raises `InputError` unless the file's true labels, if it has any, are the set's, its labels classes of it, and none is missing.
     """
-    N, K = len(source.y_train), len(source.classes)
-    known = torch.arange(len(file.true)) if file.index is None else file.index
+    N, K, known = len(source.y_train), len(source.classes), file.known
     size = int(known.max()) + 1
     if size > N or (file.index is None and size < N):
         raise InputError(f"{where}: is for a training set of {size} examples and {dataset} has {N}: another data set")
-    different = int((file.true != source.y_train[known]).sum())
+    different = 0 if file.true is None else int((file.true != source.y_train[known]).sum())
     if different:
         raise InputError(
             f"{where}: its true labels are not {dataset}'s for {different} of {len(known)} examples: "

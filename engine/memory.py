@@ -39,20 +39,22 @@ def needed(args, source: Source | None = None) -> dict[str, int]:
     its size is not known before it is loaded (`source`).
     """
     if source is not None:
-        size = Shape(len(source.x_train), len(source.x_test), *source.x_train.shape[1:], len(source.classes))
+        n_val = 0 if source.x_val is None else len(source.x_val)
+        size = Shape(len(source.x_train), len(source.x_test), *source.x_train.shape[1:], len(source.classes), n_val)
     else:
-        size = known_shape(args) or (own_shape(args.dataset, args.image_size) if args.dataset not in DATASETS else None)
+        own = args.dataset not in DATASETS
+        size = own_shape(args.dataset, args.image_size, args.subset) if own else known_shape(args)
     parts = {}
     if size:
-        n, n_test, H, W, C, _ = size
+        n, n_test, H, W, C, _, n_val = size
         used = min(n, args.subset or n)
-        held = round(args.val_frac * used)
+        held = 0 if n_val else round(args.val_frac * used)
         copies, pad = (1, 0) if args.no_augment else (2, PAD)  # a padded copy and its mirror image
         stored = copies * (used - held) * (H + 2 * pad) * (W + 2 * pad) * C
-        parts["data set"] = stored + (n + held + 2 * n_test) * H * W * C  # with the set as it was loaded
+        parts["data set"] = stored + (n + held + 2 * n_test + 2 * n_val) * H * W * C  # with the set as it was loaded
     if models.is_own(args.model):
         return parts  # it is not known before it is made
-    _, _, H, W, C, K = size or Shape(0, 0, 32, 32, 3, 10)
+    _, _, H, W, C, K = (size or Shape(0, 0, 32, 32, 3, 10))[:6]
     try:
         with torch.device("meta"):
             module = models.build_model(args.model, C, K, args.width, args.norm, 0, (H, W))
@@ -124,8 +126,12 @@ def require_memory(args, on_gpu: bool) -> None:
         return  # what cannot be too much is not counted
     parts, limit = needed(args), total()
     if on_gpu:
-        shape = own_shape(args.dataset, args.image_size)
-        parts = {"data set": (shape.train + shape.test) * shape.height * shape.width * shape.channels} if shape else {}
+        shape = own_shape(args.dataset, args.image_size, args.subset)
+        parts = (
+            {"data set": (shape.train + shape.test + shape.val) * shape.height * shape.width * shape.channels}
+            if shape
+            else {}
+        )
     if sum(parts.values()) <= limit:
         return
     of_data = parts.get("data set", 0) > sum(parts.values()) / 2

@@ -8,11 +8,12 @@ Shapes: n examples that a file knows, K classes.
 
 import hashlib
 import io
+import json
 import os
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +26,19 @@ CLEAN = "clean_label"  # CIFAR-10N's and CIFAR-100N's name for the true labels
 
 
 class LabelFile(NamedTuple):
-    """`index` (n,) int64 into a training set, no two alike, or None for its whole and in order; `true`, `label` (n,)
-    int64; `dynamic` is (rate, seed) where the labels are but the first epoch's of a noise that is drawn anew."""
+    """`index` (n,) int64 into a training set, no two alike, or None for its whole and in order; `true`, None where the file does
+    not know, and `label` (n,) int64; `dynamic` is (rate, seed) where the labels are but the first epoch's of a noise that is
+    drawn anew."""
 
     index: Tensor | None
-    true: Tensor
+    true: Tensor | None
     label: Tensor
     dynamic: tuple[float, int] | None = None
+
+    @property
+    def known(self) -> Tensor:
+        """`index`, or all positions."""
+        return torch.arange(len(self.label)) if self.index is None else self.index
 
 
 def archive(index: Tensor, true: Tensor, label: Tensor, dynamic: tuple[float, int] | None = None) -> bytes:
@@ -62,11 +69,17 @@ def sha256(*columns: Tensor) -> str:
     return digest.hexdigest()
 
 
+def reason(e: Exception) -> str:
+    """Of an exception in one line, without numpy's advice to unpickle."""
+    pickled = isinstance(e, ValueError) and "pickle" in str(e)
+    return "it is no plain array: damaged, or Python objects" if pickled else one_line(e)
+
+
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
 def read(path: str, name: str | None = None, option: str = "--noise-file") -> LabelFile:
-    """Labels from an `.npz` of `archive`'s layout, or those called `name` in a `.pt` of CIFAR-10N's.
+    """Labels from columns (`read_columns`), of which `label` is needed, or those called `name` in a `.pt` of CIFAR-10N's.
 
     `option` is what an `InputError` is to be laid at. Raised for a file that is not there, cannot be read, lacks an
     array, wants more than integer arrays to be made, or whose arrays are not labels.
@@ -77,39 +90,71 @@ def read(path: str, name: str | None = None, option: str = "--noise-file") -> La
         return read_pt(path, name, option)
     if name is not None:
         raise InputError(f"--noise-labels {name}: {path} holds one set of labels only, not several as CIFAR-10N's .pt")
-    return read_npz(path, option)
+    source = f"{option} {path}"
+    return as_labels(read_columns(path, source), source)
 
 
-def labels(a: object, name: str, source: str, like: Tensor | None = None, classes: bool = True) -> Tensor:
-    """An array as int64 labels (n,), or as positions without `classes`, as long as `like`. Else `InputError`."""
+COLUMNS = "index", "true", "label"
+KINDS = ".npz", ".npy", ".json", ".csv"
+
+
+def read_columns(path: str, source: str) -> dict[str, object]:
+    """Arrays of a file of labels by name: an `.npz`, a `.json` of an object of lists or a `.csv` with a header may have all
+    of `COLUMNS`; a `.npy`, a list in a `.json` and a single column are `label`. Not checked further; nothing is unpickled.
+    """
+    kind = os.path.splitext(path)[1].lower()
+    try:
+        with open(path, "rb") as f, warnings.catch_warnings(action="ignore"):  # an empty file: its shape says so
+            if kind == ".csv":
+                arrays = read_csv(f)
+            else:
+                arrays = json.load(f) if kind == ".json" else np.load(f, allow_pickle=False)
+            if isinstance(arrays, (list, np.ndarray)):
+                return {"label": arrays}
+            return {k: arrays[k] for k in (*COLUMNS, "dynamic_rate", "dynamic_seed") if k in arrays}
+    except Exception as e:  # zipfile, zlib, numpy, json and the file system each raise their own
+        what = kind if kind in KINDS else f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        raise InputError(f"{source}: not a readable {what} of labels ({reason(e)})") from e
+
+
+def read_csv(file: BinaryIO) -> dict[str, np.ndarray]:
+    """Columns of whole numbers: those of `COLUMNS` that the first line names, or a single one."""
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")  # Excel puts a mark before it
+    head = [name.strip().strip('"').lower() for name in lines.readline().split(",")]
+    named = not all(re.fullmatch(r"[+-]?\d*", name) for name in head)
+    names = [name for name in head if name in COLUMNS] if len(head) > 1 else ["label"]
+    if not names:
+        raise ValueError("its first line names none of the columns index, true and label")
+    lines.seek(0)
+    how = {"delimiter": ",", "ndmin": 2, "comments": None, "skiprows": int(named)}
+    table = np.loadtxt(lines, np.int64, usecols=[head.index(n) for n in names] if len(head) > 1 else None, **how)
+    return dict(zip(names, table.T))
+
+
+def labels(a: object, name: str, source: str, N: int | None = None, classes: bool = True) -> Tensor:
+    """An array (n,) or, as Keras has them, (n, 1), of `N` entries, as int64 labels (n,), or as positions without `classes`. Else
+    `InputError`."""
     try:
         a = a.numpy() if isinstance(a, Tensor) else np.asarray(a)
     except Exception as e:  # ragged lists, tensors of a kind that numpy lacks: each raises its own
-        raise InputError(f"{source}: {name} is not an array of integers ({one_line(e)})") from e
-    if a.dtype.kind not in "iu" or a.ndim != 1 or len(a) == 0:
-        raise InputError(f"{source}: {name} is {a.dtype} of shape {a.shape}, not integer (n,)")
-    if like is not None and len(a) != len(like):
-        raise InputError(f"{source}: {name} has {len(a)} entries, true has {len(like)}")
+        raise InputError(f"{source}: {name} is not an array of integers ({reason(e)})") from e
+    a = a[:, 0] if a.ndim == 2 and a.shape[1] == 1 else a
+    if a.dtype.kind not in "iu" or a.ndim != 1 or len(a) == 0 or len(a) != (N or len(a)):
+        raise InputError(f"{source}: {name} is {a.dtype} of shape {a.shape}, not integer ({N or 'n'},)")
     if int(a.min()) < 0 or int(a.max()) > (9999 if classes else 2**31):
         what = "class numbers from 0" if classes else "positions from 0"
         raise InputError(f"{source}: {name} holds {a.min()}..{a.max()}, not {what}")
     return torch.from_numpy(a.astype(np.int64))
 
 
-def read_npz(path: str, option: str) -> LabelFile:
-    """`read` for `.npz`. Pickled arrays are refused by numpy."""
-    source = f"{option} {path}"
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            arrays = {k: z[k] for k in ("index", "true", "label", "dynamic_rate", "dynamic_seed") if k in z.files}
-    except Exception as e:  # zipfile, zlib, numpy and the file system each raise their own
-        raise InputError(f"{source}: not a readable .npz of labels ({one_line(e)})") from e
-    missing = [k for k in ("index", "true", "label") if k not in arrays]
-    if missing:
-        raise InputError(f"{source}: lacks the array {', '.join(missing)}; needed are index, true and label")
-    true = labels(arrays["true"], "true", source)
-    label, index = labels(arrays["label"], "label", source, true), labels(arrays["index"], "index", source, true, False)
-    if len(index.unique()) < len(index):
+def as_labels(arrays: dict[str, object], source: str) -> LabelFile:
+    """The checked content of `read_columns`."""
+    if "label" not in arrays:
+        raise InputError(f"{source}: lacks the array label; beside it there may be index and true")
+    label = labels(arrays["label"], "label", source)
+    true = labels(arrays["true"], "true", source, len(label)) if "true" in arrays else None
+    index = labels(arrays["index"], "index", source, len(label), False) if "index" in arrays else None
+    if index is not None and len(index.unique()) < len(index):
         raise InputError(f"{source}: index names an example twice")
     dynamic = None
     if "dynamic_rate" in arrays:
@@ -130,7 +175,7 @@ def read_pt(path: str, name: str | None, option: str) -> LabelFile:
         how = "--noise-labels must be" if option == "--noise-file" else f"give {path}:LABELS, LABELS being"
         raise InputError(f"{source}: {given}; {how} one of {one_line(', '.join(names))}")
     true = labels(arrays[CLEAN], CLEAN, source)
-    return LabelFile(None, true, labels(arrays[name], name, source, true))
+    return LabelFile(None, true, labels(arrays[name], name, source, len(true)))
 
 
 def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
@@ -165,15 +210,14 @@ def load_pt(path: str, option: str = "--noise-file") -> dict[str, object]:
 
 
 def read_true(path: str) -> Tensor:
-    """True labels (N,) int64 of a whole training set from a `.npy`. Raises `InputError`."""
+    """True labels (N,) int64 of a whole training set: a `.npy`, a list in a `.json`, one column. Raises `InputError`."""
     source = f"--true {path}"
     if not os.path.isfile(path):
         raise InputError(f"{source}: there is no such file")
-    try:
-        a = np.load(path, allow_pickle=False)
-    except Exception as e:
-        raise InputError(f"{source}: not a readable .npy ({one_line(e)})") from e
-    y = labels(a, "the array", source)
+    arrays = read_columns(path, source)
+    if arrays.keys() != {"label"}:
+        raise InputError(f"{source}: holds no plain list of labels, (N,) in a .npy, .json or .csv")
+    y = labels(arrays["label"], "the array", source)
     if int(y.max()) == 0:
         raise InputError(f"{source}: holds one class only")
     return y
@@ -195,7 +239,7 @@ def read_matrix(path: str, K: int, source: str) -> Tensor:
                 T = np.loadtxt(path, delimiter=",", ndmin=2, encoding="utf-8-sig")  # Excel puts a mark before it
         T = np.asarray(T)
     except Exception as e:
-        raise InputError(f"{source}: not a readable .npy or .csv of numbers ({one_line(e)})") from e
+        raise InputError(f"{source}: not a readable .npy or .csv of numbers ({reason(e)})") from e
     if T.dtype.kind not in "fiu":  # a complex one would lose its imaginary part
         raise InputError(f"{source}: is of {T.dtype}, not of real numbers")
     T = torch.from_numpy(T.astype(np.float64))
@@ -288,67 +332,3 @@ def describe_labels(ledger: dict, classes: tuple[str, ...]) -> str:
         cells = "".join(f"{100 * p:6.1f}" if p else "     ." for p in row)
         lines.append(f"{name:<{width}}  {'-' if rate is None else f'{100 * rate:.1f}':>7}  {cells}")
     return "\n".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------- inspect and compare
-
-
-def named(text: str) -> tuple[str, str | None]:
-    """FILE.pt:LABELS -> (FILE.pt, LABELS), anything else -> (text, None)."""
-    path, colon, name = text.rpartition(":")
-    return (path, name) if colon and path.endswith(".pt") else (text, None)
-
-
-def show(text: str) -> str:
-    """What `inspect` prints: a file's ledger, or the rate of each label set where there are several."""
-    path, name = named(text)
-    if path.endswith(".pt") and name is None and os.path.isfile(path):
-        sets = [k for k in load_pt(path, "inspect") if k != CLEAN]
-        width = max(map(len, sets), default=0)
-        files = [(k, read(path, k, "inspect")) for k in sets]
-        rates = "\n".join(f"{k:<{width}}  {(f.label != f.true).double().mean().item():.4f}" for k, f in files)
-        return f"{path}: {len(sets)} sets of labels, share that is wrong\n{rates}"
-    file = read(path, name, "inspect")
-    index = torch.arange(len(file.true)) if file.index is None else file.index
-    K = int(torch.cat([file.true, file.label]).max()) + 1
-    rate, seed = file.dynamic or ((file.label != file.true).double().mean().item(), None)
-    drawn = ledger("file", rate, seed, index, file.true, file.label, K, dynamic=file.dynamic is not None)
-    return f"{text}: examples {int(index.min())}..{int(index.max())}\n" + describe_labels(
-        drawn, tuple(map(str, range(K)))
-    )
-
-
-def compare(one: str, other: str) -> str:
-    """What `compare` prints: rates and agreement of two files on the examples that both know.
-
-    Beside the agreement stands what two independent draws with the same two matrices would have. Raises `InputError`.
-    """
-    files = [read(*named(text), "compare") for text in (one, other)]
-    a, b = files
-    ia, ib = (torch.arange(len(f.true)) if f.index is None else f.index for f in files)
-    common, at_a, at_b = np.intersect1d(ia.numpy(), ib.numpy(), assume_unique=True, return_indices=True)
-    if len(common) == 0:
-        raise InputError(f"compare {one}, {other}: the files have no example in common")
-    true, la, lb = a.true[at_a], a.label[at_a], b.label[at_b]
-    different = int((true != b.true[at_b]).sum())
-    if different:
-        raise InputError(
-            f"compare {one}, {other}: true labels differ for {different} of {len(common)} examples: "
-            "made for different data sets or orders"
-        )
-    K = int(torch.cat([true, la, lb]).max()) + 1
-    na, nb = la != true, lb != true
-    both = na & nb
-    rows = {
-        "examples in common": f"{len(common)} of {len(a.true)} and {len(b.true)}",
-        "share that is wrong": f"{na.double().mean().item():.4f} and {nb.double().mean().item():.4f}",
-        "same label": f"{(la == lb).double().mean().item():.4f}",
-        "wrong in both": f"{both.double().mean().item():.4f}",
-        "the same there": f"{(la == lb)[both].double().mean().item():.4f}" if both.any() else "-",
-    }
-    if K <= LARGEST:
-        Ta, Tb = (shares(transitions(true, x, K)) for x in (la, lb))
-        chance = float((Ta * Tb).sum(1) @ torch.bincount(true, minlength=K).double()) / len(true)
-        rows["same label"] += f" ({chance:.4f} expected of independent draws)"
-        rows["matrices differ by"] = f"{float((Ta - Tb).abs().max()):.4f} at most"
-    return "\n".join(f"{name:<20}  {value}" for name, value in rows.items())

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from data import InputError
+from data import VAL_FRAC, InputError
 from datasets import DATASETS, DataSet, default_model
 from engine import checks, course, roles, startfrom
 from engine.cmdline import (
@@ -70,7 +70,7 @@ def data_options(p: Parser):
         metavar="PIXELS",
         help="of a folder's images, 28 to 224, or HxW (default: 32)",
     )
-    g.add_argument("--val-frac", type=share, default=0.2, metavar="X", help="share held out for validation")
+    g.add_argument("--val-frac", type=share, default=VAL_FRAC, metavar="X", help="share held out for validation")
     g.add_argument("--subset", type=count, metavar="N", help="use only N training examples, drawn before the split")
     g.add_argument("--synthetic-train", type=count, default=10_000, metavar="N", help="drawn training images")
     g.add_argument("--synthetic-test", type=count, default=2_000, metavar="N", help="drawn test images")
@@ -89,7 +89,10 @@ def noise_options(p: Parser) -> None:
     g.add_argument("--noise-type", choices=list(NOISES), default="uniform", help="law of a selected example's label")
     g.add_argument("--noise-matrix", type=path, metavar="FILE", help="for matrix: K x K probabilities, .npy or .csv")
     g.add_argument(
-        "--noise-file", type=path, metavar="FILE", help="for human, file, matched: a noise.npz, or CIFAR-10N's .pt"
+        "--noise-file",
+        type=path,
+        metavar="FILE",
+        help="for human, file, matched: a noise.npz, a .csv, .json or .npy of labels, or CIFAR-10N's .pt",
     )
     g.add_argument("--noise-labels", metavar="NAME", help="which labels of a .pt: worse_label, aggre_label, ...")
 

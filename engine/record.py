@@ -270,7 +270,7 @@ class Record:
         if ledger["matrix"]:
             matrix = tensorboard_views.matrix_picture(ledger["matrix"], source.classes)
             self.write("add_image", "noise/matrix", matrix)
-        labels = tensorboard_views.label_picture(source.x_train[index[:16]], true, label, source.classes)
+        labels = tensorboard_views.label_picture(source.images(index[:16]), true, label, source.classes)
         self.write("add_image", "data/labels", labels)
         self.write("flush")
 

@@ -117,6 +117,7 @@ RESOLVED_FIELDS = {
     "val_examples": whole(),
     "test_examples": whole(),
     "loss_matrix_sha256": TEXT,
+    "data_digest": TEXT,
     "schedule": {
         **dict.fromkeys(("run_steps", "sched_steps", "warmup_steps", "delay_steps"), whole(1)),
         **dict.fromkeys(("run_epochs", "sched_epochs"), NOT_NEGATIVE),

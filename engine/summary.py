@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import data
 import epochwise
@@ -18,7 +17,7 @@ from engine.record import Record, versions
 from optim import OPTIMIZERS
 
 
-def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
+def run_config(job, source: data.Source, ledger: dict) -> dict:
     """config.json: the options as resolved, what followed from them, the labels and the versions."""
     on_gpu = job.fabric.device.type == "cuda"
     machine = torch.cuda.get_device_name(job.fabric.device) if on_gpu else platform.processor() or platform.machine()
@@ -34,11 +33,13 @@ def run_config(job, source: data.Source, held: Tensor, ledger: dict) -> dict:
         "parameters": sum(p.numel() for p in job.parameters),
         "classes": list(source.classes),
         "train_examples": len(job.train),
-        "val_examples": len(held),
+        "val_examples": job.val[0].n,
         "test_examples": len(source.x_test),
     }
     if job.loss_matrix_sha256:
         resolved["loss_matrix_sha256"] = job.loss_matrix_sha256
+    if source.digest:
+        resolved["data_digest"] = source.digest
     return {"options": dict(vars(job.args)), "resolved": resolved, "noise": ledger, "versions": versions()}
 
 

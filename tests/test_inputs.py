@@ -6,15 +6,20 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import data
 import datasets
+import measure
+import metrics
 import train
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, series
 from data import InputError
 from engine import cmdline, memory, options, sources
 from study import grids
@@ -30,6 +35,7 @@ def refuse(capsys, runs: Path, argv: list[str], *says: str) -> None:
     assert out == "" and err.count("\n") == 1 and err.startswith("train.py: error: "), err
     for text in says:
         assert text in err
+    assert "allow_pickle" not in err  # what numpy advises
     assert (sorted(runs.rglob("*")) if runs.exists() else None) == before
 
 
@@ -321,7 +327,8 @@ def good() -> dict[str, np.ndarray]:
         ({"y_test": np.full(20, 4)}, ("y_test", "class 4")),
         ({"y_train": np.arange(100) - 1}, ("y_train", "-1")),
         ({"y_train_noisy": np.zeros(5, int)}, ("y_train_noisy", "(100,)")),
-        ({"y_train": np.array([{}] * 100, dtype=object)}, ("not a readable .npz",)),
+        ({"y_train": np.array([{}] * 100, dtype=object)}, ("not a readable .npz", "Python objects")),
+        ({"y_train": np.zeros((100, 4), int)}, ("y_train", "(100, 4)", "integer (100,)")),
     ],
 )
 def test_misshapen_npz(change, says, capsys, tmp_path):
@@ -329,6 +336,55 @@ def test_misshapen_npz(change, says, capsys, tmp_path):
     np.savez(tmp_path / "own.npz", **arrays)
     argv = ["--dataset", str(tmp_path / "own.npz"), "--bs", "8"]
     refuse(capsys, tmp_path / "runs", argv, "own.npz", *says)
+
+
+def test_labels_as_keras_has_them_and_a_validation_set(go, tmp_path, capsys):
+    arrays = {k: v[:, None] if k[0] == "y" else v for k, v in good().items()}
+    x_val, y_val = arrays["x_train"][::-1][:30], arrays["y_train"][::-1][:30]
+    np.savez(tmp_path / "own.npz", **arrays, x_val=x_val, y_val=y_val, weights=np.zeros(3))
+    source = sources.load_npz(str(tmp_path / "own.npz"))
+    assert source.y_train.tolist() == good()["y_train"].tolist() and source.y_test.shape == (20,)
+    folder = go("--dataset", str(tmp_path / "own.npz"), "--bs", "16", "--max-steps", "1")
+    err = capsys.readouterr().err
+    assert "x_val holds 30 images: the validation set" in err and "not read: weights" in err
+    resolved = json.loads((folder / "config.json").read_text())["resolved"]
+    assert (resolved["train_examples"], resolved["val_examples"]) == (100, 30)
+    x, y = source.validation(torch.arange(0))
+    assert y.tolist() == y_val[:, 0].tolist() and torch.equal(x[..., 0], torch.from_numpy(x_val.copy()))
+    np.savez(tmp_path / "own.npz", **arrays, x_val=x_val)
+    refuse(capsys, tmp_path / "runs", ["--dataset", str(tmp_path / "own.npz")], "lacks the array y_val")
+
+
+@pytest.mark.parametrize(
+    ("move", "says"),
+    [
+        (lambda y: y + 1, "no example of class 0 of 0..4"),
+        (lambda y: np.where(y == 2, 7, y), "no example of classes 2, 4, 5, 6 of 0..7"),
+    ],
+)
+def test_classes_without_images_are_named(move, says, tmp_path, go, capsys):
+    arrays = {k: move(v) if k[0] == "y" else v for k, v in good().items()}
+    np.savez(tmp_path / "own.npz", **arrays)
+    go("--dataset", str(tmp_path / "own.npz"), "--bs", "16", "--max-steps", "1")
+    err = capsys.readouterr().err
+    assert says in err and "np.unique(y_train, return_inverse=True)" in err
+    classes, y_train = np.unique(arrays["y_train"], return_inverse=True)  # as the message says
+    np.savez(
+        tmp_path / "own.npz", **arrays | {"y_train": y_train, "y_test": np.searchsorted(classes, arrays["y_test"])}
+    )
+    assert sources.load_npz(str(tmp_path / "own.npz")).notes == ()
+
+
+def test_replaced_images_of_an_npz_are_noticed(go, tmp_path, capsys):
+    np.savez(tmp_path / "own.npz", **good())
+    own = ["--dataset", str(tmp_path / "own.npz"), "--bs", "16"]
+    go(*own, "--max-steps", "1")
+    np.savez_compressed(tmp_path / "own.npz", **good())  # another file, the same arrays
+    go(*own, "--max-steps", "2", "--resume")
+    capsys.readouterr()
+    np.savez(tmp_path / "own.npz", **good() | {"x_test": good()["x_test"][::-1]})
+    argv = [*TINY, *own, "--max-steps", "3", "--resume", "--name", "r"]
+    refuse(capsys, tmp_path / "runs", argv, "--resume", "images are not those")
 
 
 def test_damaged_npz(capsys, tmp_path):
@@ -409,6 +465,41 @@ def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
         assert reason.startswith("not enough memory")
     else:
         assert not folder.exists()
+
+
+def test_no_matrix_of_all_pairs_of_many_classes(go, tmp_path):
+    """2,003 classes, a number whose square is no other size: nothing of the run has K x K entries."""
+    K, seen = 2003, []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            seen.extend(t.shape for t in [out] if isinstance(t, torch.Tensor) and t.layout == torch.strided)
+            return out
+
+    x, y = np.zeros((K, 28, 28), np.uint8), np.arange(K)
+    np.savez(tmp_path / "own.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    given = "--noise 0.5 --subset 60 --bs 16 --epochs 1 --measure full --measure-budget 20 --measure-every 3".split()
+    with Sizes():
+        folder = go("--dataset", str(tmp_path / "own.npz"), *given)
+    assert series(folder).keys() >= {"fresh/cos", "val/acc_noisy", "detect/aum"}
+    assert (48, K) in seen and not [shape for shape in seen if shape.numel() == K * K]
+
+
+def test_sparse_counts_of_classes_give_the_same_bits(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    true, label, predicted = torch.randint(10, (3, 400), generator=g)
+    true = true.clamp_max(8)  # one class has no example
+    results = []
+    for most in (1000, 5):
+        monkeypatch.setattr(metrics, "DENSE", most)
+        context = SimpleNamespace(transition=metrics.confusion(true, label, 10), noise_seed=0)
+        assert context.transition.is_sparse == (most == 5) and len(context.transition) == 10
+        batch = data.Batch(None, label[:64], true[:64], (label != true)[:64], 64, 0, 0, None, None, None)
+        fresh = measure.fresh_labels(context, batch, 3)
+        excess = metrics.memorized_excess(predicted, true, label, metrics.confusion(true[200:], predicted[200:], 10))
+        results.append((fresh.tolist(), excess))
+    assert results[0] == results[1] and (torch.tensor(results[0][0]) != label[:64]).sum() > 40
 
 
 def test_what_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):

@@ -71,6 +71,17 @@ def test_the_share_is_exact_where_every_selected_label_changes(kind):
         assert int((draw(kind, rate, 3, 2001) != labels(2001)).sum()) == round(rate * 2001)
 
 
+def test_labels_by_counts_are_those_of_their_matrix():
+    """To the last one, without the matrix; a class that the counts lack keeps its labels."""
+    of, g = labels(3000) % 7, torch.Generator().manual_seed(1)
+    given = torch.where(of == 3, 3, torch.randint(K, (3000,), generator=g))
+    counts = noisefile.transitions(of, given, K).double()
+    counts[7:] = torch.eye(K, dtype=torch.float64)[7:]
+    want = noises.by_matrix(labels(), K, 1.0, data.generator(4, "t"), counts)
+    got = noises.by_counts(labels(), of, given, K, data.generator(4, "t"))
+    assert torch.equal(got, want) and bool((got == labels())[(labels() >= 7) | (labels() == 3)].all())
+
+
 def test_asymmetric_changes_exactly_the_selected_of_the_mapped_classes():
     selected = noises.select(N, 0.4, data.generator(7, "noise"))
     want = labels()

@@ -1,7 +1,7 @@
 """Noise from files and by command: CIFAR-10N, runs repeated from noise.npz, `python noise.py`, and bad input."""
 
 import noises
-from engine.labels import relabel
+from engine.labels import relabel, relabel_held_out
 import json
 import os
 import pickle
@@ -43,6 +43,7 @@ def refused(capsys, argv: list[str], *says: str) -> None:
     assert noise.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and err.startswith("noise.py: error: "), err
+    assert "allow_pickle" not in err
     for text in says:
         assert text in err
 
@@ -266,6 +267,23 @@ def test_make_from_labels_alone(tmp_path, capsys):
     refused(capsys, argv, "y.npy", "integer")
 
 
+def test_true_labels_of_other_kinds(tmp_path, capsys):
+    y, made = np.arange(60) % 3 + 1, []
+    np.save(tmp_path / "y.npy", y[:, None])
+    (tmp_path / "y.json").write_text(json.dumps(y.tolist()))
+    (tmp_path / "y.csv").write_text("label\n" + "\n".join(map(str, y)))
+    for kind in ("npy", "json", "csv"):
+        out = tmp_path / f"{kind}.npz"
+        assert noise.main(["make", str(out), "--true", str(tmp_path / f"y.{kind}"), "--noise", "0.5"]) == 0
+        assert "no example of class 0 of 0..3" in capsys.readouterr().err
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+    argv = ["make", str(tmp_path / "b.npz"), "--true"]
+    np.save(tmp_path / "y.npy", np.array([{}], dtype=object))
+    refused(capsys, [*argv, str(tmp_path / "y.npy")], "not a readable .npy of labels", "Python objects")
+    refused(capsys, [*argv, str(tmp_path / "npy.npz")], "no plain list of labels", ".json or .csv")
+
+
 def test_inspect_and_compare(tmp_path, capsys):
     true = torch.arange(1000) % 4
     a = noises.apply("symmetric", true, 4, 0.2, 0)
@@ -399,12 +417,69 @@ def test_a_matrix_that_is_no_table(capsys, tmp_path):
         refuse(capsys, tmp_path / "runs", argv, "T.csv", says)
 
 
+def label_files(folder: Path, y: np.ndarray, label: np.ndarray) -> list[str]:
+    """The same labels of 200 examples in files of every kind."""
+    np.save(folder / "a.npy", label.astype(np.uint8)[:, None])
+    np.savez(folder / "b.npz", label=label)
+    (folder / "c.json").write_text(json.dumps(label.tolist()))
+    (folder / "d.json").write_text(json.dumps({"label": label.tolist(), "true": y.tolist(), "by": "me"}))
+    (folder / "e.csv").write_text("\n".join(map(str, label)) + "\n")
+    (folder / "f.csv").write_text("noisy\n" + "\n".join(map(str, label)) + "\n", encoding="utf-8-sig")
+    rows = [f"{i},x.png,{k},{t}" for i, (k, t) in enumerate(zip(label, y))]
+    (folder / "g.csv").write_text("\r\n".join(['"index",path,"label",true', *rows[::-1]]))  # in any order
+    return sorted(p.name for p in folder.glob("?.*"))
+
+
+def test_labels_of_other_kinds(tmp_path, capsys):
+    _, y = datasets.synthetic(200, 0, "train")
+    label = torch.where(torch.arange(200) % 3 == 0, (y + 1) % 10, y)
+    ledgers = []
+    names = label_files(tmp_path, y.numpy(), label.numpy())
+    for name in names:
+        args = options.parse([*TINY, "--noise-type", "file", "--noise-file", str(tmp_path / name)])
+        source = sources.load(args)
+        labels, ledger, _ = relabel(args, source, torch.arange(200))
+        assert torch.equal(labels, label), name
+        ledgers.append(ledger)
+    assert len(names) == 7 and all(ledger == ledgers[0] for ledger in ledgers) and ledgers[0]["nominal"] == 67 / 200
+    held_out = relabel_held_out(args, source, (torch.arange(150), torch.arange(150, 200)), label[:150])
+    assert torch.equal(held_out, label[150:])
+    refused(capsys, ["inspect", str(tmp_path / "a.npy")], "a.npy", "holds no true labels")
+    assert noise.main(["compare", str(tmp_path / "d.json"), str(tmp_path / "g.csv")]) == 0
+    capsys.readouterr()
+    np.save(tmp_path / "a.npy", label[:199])
+    argv = [*TINY, "--noise-type", "file", "--noise-file"]
+    refuse(capsys, tmp_path / "runs", [*argv, str(tmp_path / "a.npy")], "199 examples", "another data set")
+    refuse(capsys, tmp_path / "runs", [*argv, str(tmp_path / "a.npy"), "--noise-labels", "x"], "one set of labels only")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("n.csv", "", "not integer"),
+        ("n.csv", "1,2\n3,4\n", "names none of the columns index, true and label"),
+        ("n.csv", "label\ncat\n", "could not convert string 'cat'"),
+        ("n.csv", "index,true\n0,1\n", "lacks the array label"),
+        ("n.json", "[1, 2", "not a readable .json of labels"),
+        ("n.json", "7", "not a readable .json of labels"),
+        ("n.json", "[[1], [2, 3]]", "label is not an array of integers"),
+        ("n.json", '{"labels": [1]}', "lacks the array label"),
+        ("n.json", "[1.5]", "not integer"),
+        ("n.pkl", "x", "not a readable .npz, .npy, .json or .csv of labels (it is no plain array"),
+    ],
+)
+def test_labels_that_are_none(name, content, says, capsys, tmp_path):
+    (tmp_path / name).write_text(content)
+    argv = [*TINY, "--noise-type", "file", "--noise-file", str(tmp_path / name)]
+    refuse(capsys, tmp_path / "runs", argv, f"--noise-file {tmp_path / name}", says)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"label": None}, ("lacks the array label",)),
         ({"label": np.zeros(200)}, ("label", "integer")),
-        ({"label": np.zeros(7, int)}, ("label", "7 entries")),
+        ({"label": np.zeros(7, int)}, ("true", "(200,)", "integer (7,)")),
         ({"label": np.full(200, 10)}, ("label 10", "classes 0..9")),
         ({"label": np.full(200, -1)}, ("label", "-1")),
         ({"index": np.zeros(200, int)}, ("index", "twice")),
@@ -473,7 +548,7 @@ def test_pt_files_of_the_wrong_kind(capsys, tmp_path):
         ([y, y], "not a dictionary"),
         ({"worse_label": y}, "clean_label"),
         ({"clean_label": y, "other": y}, "one of other"),
-        ({"clean_label": y, "worse_label": y[:5]}, "5 entries"),
+        ({"clean_label": y, "worse_label": y[:5]}, "integer (200,)"),
         ({"clean_label": y, "worse_label": [0] * 200, "more": {}}, "true labels"),  # a list will do as labels
         ({"clean_label": y, "worse_label": np.array([{}], dtype=object)}, "refused"),
         ({"clean_label": y, "worse_label": "words"}, "worse_label"),

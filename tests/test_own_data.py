@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps, features
 from torchvision.datasets import CIFAR100
 
 import data
 import datasets
-from conftest import same_weights
-from engine import options, sources
+from conftest import TINY, same_weights, series
+from engine import folders, options, sources
 from test_inputs import refuse
 
 # ------------------------------------------------------------------------------------------------------------ CIFAR-100
@@ -126,7 +126,7 @@ def test_a_folder_is_read_in_order_resized_and_cut(photos):
 def test_a_folder_of_rectangles(photos, size, shape, columns):
     source = sources.load_folder(str(photos), size)
     assert source.x_train.shape == (36, *shape, 3)
-    assert sources.own_shape(str(photos), size) == (36, 12, *shape, 3, 3)
+    assert sources.own_shape(str(photos), size)[:6] == (36, 12, *shape, 3, 3)
     first, end = columns
     assert int(source.x_train[0, :, first:end].float().std((0, 1)).max()) == 0
     assert size == 224 or int(source.x_train[0, 0, 0, 1]) == (
@@ -164,7 +164,7 @@ def test_a_grey_folder_has_one_channel(photos):
 
 def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path):
     for encoding in ("utf-8", "utf-8-sig"):  # the second as Excel saves it
-        (photos / sources.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n", encoding=encoding)
+        (photos / folders.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\n", encoding=encoding)
         source = sources.load_folder(str(photos), 28)
         assert (source.given != source.y_train).nonzero().squeeze(1).tolist() == [0, 35]
         assert source.given[[0, 35]].tolist() == [1, 0]
@@ -173,11 +173,11 @@ def test_a_folder_trains_with_the_labels_it_brings(photos, go, capsys, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     assert config["noise"]["type"] == "given" and config["options"]["image_size"] == 28
     capsys.readouterr()
-    refuse(capsys, tmp_path / "runs", [*argv, "--noise", "0.5"], "--noise 0.5", "own noisy labels", sources.GIVEN)
-    (photos / sources.GIVEN).write_text("ant/00.bmp,wasp\n")
-    refuse(capsys, tmp_path / "runs", argv, sources.GIVEN, "entry 1", "wasp")
-    (photos / sources.GIVEN).write_bytes(b"\xff\xfe,\x00")
-    refuse(capsys, tmp_path / "runs", argv, sources.GIVEN)
+    refuse(capsys, tmp_path / "runs", [*argv, "--noise", "0.5"], "--noise 0.5", "own noisy labels", folders.GIVEN)
+    (photos / folders.GIVEN).write_text("ant/00.bmp,wasp\n")
+    refuse(capsys, tmp_path / "runs", argv, folders.GIVEN, "entry 1", "wasp")
+    (photos / folders.GIVEN).write_bytes(b"\xff\xfe,\x00")
+    refuse(capsys, tmp_path / "runs", argv, folders.GIVEN)
 
 
 def test_classes_of_any_name(photos, go, monkeypatch):
@@ -220,6 +220,8 @@ def header(width: int, height: int) -> bytes:
         ((8000, 6251), ("8000 x 6251 pixels", "more than 50 megapixels")),
         ((10_000, 10_000), ("10000 x 10000 pixels", "more than 50 megapixels")),  # Pillow warns
         ((30_000, 30_000), ("more than 50 megapixels",)),  # Pillow refuses
+        ((1, 2_000_000), ("1 x 2000000 pixels", "to cover 32 x 32", "2048 megapixels", "more than 50")),
+        ((100_000, 2), ("100000 x 2 pixels", "51 megapixels")),
         ((8000, 6250), ("not a readable image",)),  # small enough to be tried
     ],
 )
@@ -237,3 +239,213 @@ def test_an_empty_folder_and_one_class(capsys, tmp_path, photos):
                 f.unlink()
             (photos / part / name).rmdir()
     refuse(capsys, tmp_path / "runs", ["--dataset", str(photos), "--bs", "8"], "one class only")
+
+
+# ------------------------------------------------------------------------------------ what a folder holds beside images
+
+
+def spread(folder: Path) -> None:
+    """Files of other endings, hidden ones, what a notebook leaves, and a folder that is no split."""
+    colour = Image.new("RGB", (40, 40), (9, 8, 7))
+    for name in ("a.jfif", "b.jpe", "c.gif", "d.PNG"):
+        colour.save(folder / "train" / "bee" / name, format={"d.PNG": "PNG", "c.gif": "GIF"}.get(name, "JPEG"))
+    for name in ("readme.txt", "e.heic", "no_ending", ".DS_Store"):
+        (folder / "train" / "bee" / name).write_bytes(b"x")
+    for place in ("train", "train/ant"):  # as a class, and below one
+        (folder / place / ".ipynb_checkpoints").mkdir()
+        colour.save(folder / place / ".ipynb_checkpoints" / "a-checkpoint.png")
+    (folder / "test" / "list.csv").write_text("x")
+    (folder / "extra").mkdir()
+
+
+def test_what_is_left_out_of_a_folder_is_counted(photos, go, capsys):
+    before = sources.load_folder(str(photos), 28)
+    assert before.notes == ()
+    spread(photos)
+    source = sources.load_folder(str(photos), 28)
+    assert source.classes == CLASSES and source.y_train.bincount().tolist() == [12, 16, 12]
+    assert torch.equal(source.x_train[source.y_train != 1], before.x_train[before.y_train != 1])
+    assert source.notes == (
+        f"--dataset {photos}: left out, for these are no images by their names: 1 .heic, 1 .txt, 1 beside the classes in test/, "
+        "3 hidden, 1 without an ending",
+        f"--dataset {photos}: not read: extra/",
+    )
+    go("--dataset", str(photos), "--bs", "8", "--max-steps", "1")
+    assert f"train.py: {source.notes[0]}\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_avif_is_read(photos):
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(photos / "train" / "ant" / "zz.avif", quality=100)
+    source = sources.load_folder(str(photos), 28)
+    assert source.notes == () and source.x_train[12, 14, 14].tolist() == pytest.approx([200, 0, 0], abs=4)
+
+
+def test_a_class_in_two_spellings_and_names_of_another_system(photos):
+    """A letter with its accent may be one code point or two: macOS writes two."""
+    one, two = "caf\u00e9", "cafe\u0301"
+    (photos / "train" / "ant").rename(photos / "train" / two)
+    (photos / "test" / "ant").rename(photos / "test" / one)
+    (photos / "train" / two / "00.bmp").rename(photos / "train" / two / f"{two}.bmp")
+    for entry, encoding in ((f"{one}/{one}.bmp,bee", "utf-8"), (f"cow/00.bmp,{one}", "cp1252")):
+        (photos / folders.GIVEN).write_text(entry, encoding=encoding)
+        source = sources.load_folder(str(photos), 28)
+        assert source.classes[1] == two and source.y_test.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+        changed = source.given != source.y_train
+        assert int(changed.sum()) == 1 and source.given[changed].tolist() == [0 if encoding == "utf-8" else 1]
+    (photos / "train" / one).mkdir()
+    (photos / "train" / two / "01.png").rename(photos / "train" / one / "01.png")
+    with pytest.raises(data.InputError, match="two Unicode spellings"):
+        sources.load_folder(str(photos), 28)
+
+
+def test_bad_entries_of_train_noisy(photos, capsys, tmp_path):
+    argv = ["--dataset", str(photos), "--bs", "8"]
+    (photos / folders.GIVEN).write_text("ant/00.bmp,bee\ncow/11.png,ant\nant/00.bmp,cow\n")
+    refuse(capsys, tmp_path / "runs", argv, folders.GIVEN, "entry 3: 'ant/00.bmp'", "entry 1 already")
+    (photos / folders.GIVEN).write_bytes(b"ant/\xe900.bmp,bee\n")
+    refuse(capsys, tmp_path / "runs", argv, folders.GIVEN, "entry 1: 'ant/\u00e900.bmp,bee'", "read as Windows-1252")
+
+
+# ----------------------------------------------------------------------------------------- a validation set of its own
+
+
+def test_a_folder_with_a_validation_set(photos, go, capsys, tmp_path):
+    (photos / "val").mkdir()
+    for k, name in enumerate(CLASSES):
+        (photos / "val" / name).mkdir()
+        for i in range(2 + k):
+            Image.new("RGB", (40, 40), (i, k, 7)).save(photos / "val" / name / f"{i}.png")
+    given = ["--dataset", str(photos), "--bs", "8", "--noise", "0.5", "--max-steps", "2"]
+    folder = go(*given)
+    assert "val/ holds 9 images: the validation set; --val-frac is unused" in capsys.readouterr().err
+    resolved = json.loads((folder / "config.json").read_text())["resolved"]
+    assert (resolved["train_examples"], resolved["val_examples"], resolved["test_examples"]) == (36, 9, 12)
+    assert series(folder).keys() >= {"val/acc", "val/acc_noisy"}
+    with np.load(folder / "noise.npz") as z:
+        assert z["index"].tolist() == [*range(36)]
+    source = sources.load_folder(str(photos), 28)
+    x, y = source.validation(torch.arange(0))
+    assert y.tolist() == [0] * 2 + [1] * 3 + [2] * 4 and x[:, 0, 0, 1].tolist() == y.tolist()
+    assert sources.own_shape(str(photos), 28).val == 9
+    refuse(capsys, tmp_path / "runs", [*given, "--val-frac", "0.3"], "--val-frac 0.3", "validation set of its own")
+    (photos / "val").rename(photos / "aside")
+    refuse(capsys, tmp_path / "runs", [*TINY, *given, "--resume", "--name", "r"], "--resume", "has the data changed?")
+    (photos / "aside").rename(photos / "valid")
+    capsys.readouterr()
+    assert go(*given, "--resume") == folder  # the same images under another name
+    capsys.readouterr()
+    (photos / "val").mkdir()
+    refuse(capsys, tmp_path / "runs", given, "holds val/ and valid/")
+    (photos / "val").rmdir()
+    (photos / "valid" / "bee").rename(photos / "valid" / "wasp")
+    refuse(capsys, tmp_path / "runs", given, "train/ and valid/ hold different classes (bee, wasp)")
+
+
+# --------------------------------------------------------------------------------------- what is decoded, and into what
+
+
+def test_images_are_turned_as_a_camera_says(photos):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture.save(photos / "train" / "ant" / "00.bmp", format="PNG", exif=exif)
+        ImageOps.exif_transpose(Image.open(photos / "train" / "ant" / "00.bmp")).save(
+            photos / "train" / "ant" / "01.png"
+        )
+        source = sources.load_folder(str(photos), "28x48")
+        assert torch.equal(source.x_train[0], source.x_train[1]), orientation
+        assert torch.equal(source.x_train[0], folders.pixels_of(source_file(photos), (28, 48), "")[0])
+    assert not torch.equal(source.x_train[0], plain(picture, (28, 48), photos))
+
+
+def source_file(photos: Path) -> str:
+    return str(photos / "train" / "ant" / "01.png")
+
+
+def plain(picture: Image.Image, size: tuple[int, int], folder: Path) -> torch.Tensor:
+    """The pixels of an image that is not turned."""
+    picture.save(folder / "plain.png")
+    return folders.pixels_of(str(folder / "plain.png"), size, "")[0]
+
+
+def test_damaged_exif_data_say_nothing(tmp_path):
+    picture = Image.new("RGB", (32, 32), (1, 2, 3))
+    picture.save(tmp_path / "a.jpg", exif=b"Exif\0\0no tiff header")
+    assert folders.pixels_of(str(tmp_path / "a.jpg"), (32, 32), "")[0].shape == (32, 32, 3)
+
+
+def test_transparent_pixels_are_white(tmp_path):
+    levels = torch.arange(256, dtype=torch.uint8).view(16, 16, 1).expand(-1, -1, 3)
+    levels = levels.repeat_interleave(2, 0).repeat_interleave(2, 1)  # (32, 32, 3): all that a channel may have
+
+    def read(image: Image.Image, **how) -> torch.Tensor:
+        image.save(tmp_path / "a.png", **how)
+        return folders.pixels_of(str(tmp_path / "a.png"), (32, 32), "")[0]
+
+    opaque = Image.fromarray(levels.numpy()).convert("RGBA")
+    assert torch.equal(read(opaque), levels)  # as they are, to the bit
+    opaque.putalpha(0)
+    assert bool((read(opaque) == 255).all())
+    opaque.putalpha(51)  # a fifth
+    assert int((read(opaque).int() - (levels.double() * 0.2 + 204).round().int()).abs().max()) <= 1
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 9, 9, 9])
+    assert bool((read(palette, transparency=1) == 255).all()) and bool((read(palette, transparency=0) == 9).all())
+
+
+def test_a_subset_of_a_folder_is_all_that_is_decoded(photos, monkeypatch):
+    whole, read = sources.load_folder(str(photos), 28), []
+    original = folders.pixels_of
+    monkeypatch.setattr(folders, "pixels_of", lambda path, *more: read.append(path) or original(path, *more))
+    some = sources.load_folder(str(photos), 28, 10, 3)
+    chosen = data.drawn(36, 3, 10)
+    assert len(read) == 10 + 12 and torch.equal(some.stored, chosen) and torch.equal(some.y_train, whole.y_train)
+    index = data.split(36, 0.3, 3, 10)[0]
+    assert torch.equal(some.images(index), whole.x_train[index]) and len(index) == 7
+    assert (some.mean, some.std) == data.pixel_statistics(whole.x_train[chosen])
+    assert sources.own_shape(str(photos), 28, 10)[:2] == (10, 12)
+
+
+def test_decoding_shows_a_bar_on_rank_0(photos, monkeypatch):
+    bars = []
+
+    class Bar(folders.tqdm):
+        def __init__(self, **how):
+            bars.append(how)
+            super().__init__(**how)
+            self.disable, self.counted = True, 0  # nothing on the screen
+
+        def update(self, n=1):
+            bars[-1]["counted"] = bars[-1].get("counted", 0) + n
+
+    monkeypatch.setattr(folders, "tqdm", Bar)
+    monkeypatch.setattr(folders, "BLOCK", 5)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        sources.load_folder(str(photos), 28)
+        assert bars[-1]["total"] == 48 and bars[-1]["disable"] == (rank == "1")
+
+
+# ----------------------------------------------------------------------------------------------- files that have names
+
+
+def test_a_replaced_image_is_noticed_when_a_run_is_resumed(photos, go, capsys, tmp_path):
+    given = ["--dataset", str(photos), "--bs", "8"]
+    go(*given, "--max-steps", "1")
+    capsys.readouterr()
+    file = photos / "test" / "bee" / "01.png"
+    before = file.read_bytes()
+    Image.new("RGB", (40, 50), (0, 99, 0)).save(file)
+    argv = [*TINY, *given, "--max-steps", "2", "--resume", "--name", "r"]
+    refuse(capsys, tmp_path / "runs", argv, "--resume", "images are not those", "has the data changed?")
+    file.write_bytes(before)  # the same content at another time
+    go(*given, "--max-steps", "2", "--resume")
+
+
+def test_the_ranking_names_files(photos, go):
+    folder = go("--dataset", str(photos), "--bs", "8", "--noise", "0.4", "--epochs", "1", "--examples")
+    with np.load(folder / "examples.npz", allow_pickle=False) as z:
+        names = sorted(path.relative_to(photos / "train").as_posix() for path in (photos / "train").rglob("*.*"))
+        assert [names[i] for i in z["index"]] == z["name"].tolist() and len(z["name"]) == 29
