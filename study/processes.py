@@ -16,20 +16,12 @@ from typing import NamedTuple
 from data import InputError, one_line
 from engine import jsonfiles, locks, schema
 from engine.identity import differences
-from study.forkserver import ForkedRun, ForkServer, possible
+from study.forkserver import ForkedRun, possible, start_server
 from study.grids import Job
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-# What train.py imports only where it is needed, and every run of a sweep needs.
-LATE_IMPORTS = (
-    "torchvision",
-    "torch.utils.tensorboard",
-    "tensorboard.plugins.hparams.metadata",
-    "tensorboard.plugins.hparams.plugin_data_pb2",
-)
 LOGS = ".sweep"  # folder in RUNS: what each process printed, and why it failed if it never got a folder of its own
 LOG_TAIL = 65536  # bytes of a log that are read for a reason
-WARMING = 0.1  # seconds between looks at a server of forked runs that is not ready
 STATES = ("finished", "running", "stopped", "failed", "other", "waiting")
 
 
@@ -154,9 +146,10 @@ def make_folder(runs: Path) -> None:
 
 
 def kill(process: subprocess.Popen | ForkedRun) -> None:
-    """End a run at once, all of its processes: they are a process group of their own."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    """End a run at once, all of its processes: they are a process group of their own, but for one that has just begun."""
+    for send in (os.killpg, os.kill):
+        with contextlib.suppress(ProcessLookupError):
+            send(process.pid, signal.SIGKILL)
 
 
 class Exit(NamedTuple):
@@ -180,19 +173,24 @@ class LocalProcesses:
         self.active: dict[
             str, tuple[subprocess.Popen | ForkedRun, str | None, int]
         ] = {}  # process, slot, log's first byte
-        self.server = ForkServer(TRAIN, LATE_IMPORTS) if runs > 1 and possible() else None
+        self.forks = runs > 1 and possible()
+        if self.forks:
+            start_server()
 
     def has_room(self) -> bool:
-        return bool(self.free) and not (self.server and self.server.warming())
+        return bool(self.free)
 
     def start(self, job: Job, argv: list[str], folder: Path, log: Path, again: bool) -> None:
         slot = self.free[0]
-        own = {"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {}
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot} if slot is not None else {})
         process: subprocess.Popen | ForkedRun | None = None
         with open(log, "ab") as out:
             begin = out.tell()
-            if self.server and job.args.devices in (1, "auto") and "," not in (slot or ""):
-                process = self.server.start(argv[1:], out.fileno(), own)
+            if self.forks and job.args.devices in (1, "auto") and "," not in (slot or ""):
+                try:
+                    process = ForkedRun(argv[1:], log, environment)
+                except (EOFError, OSError):
+                    self.forks = False  # the server cannot import, or is lost
             if process is None:
                 # a session of its own: a terminal's Ctrl-C reaches the sweep alone, which passes it on once
                 process = subprocess.Popen(
@@ -200,14 +198,13 @@ class LocalProcesses:
                     stdout=out,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
-                    env=os.environ | own,
+                    env=environment,
                     start_new_session=True,
                 )
             self.active[job.name] = (process, self.free.pop(0), begin)
 
     def wait(self, seconds: float) -> list[tuple[str, Exit]]:
-        if not (self.server and self.server.warming(WARMING)):
-            time.sleep(seconds)
+        time.sleep(seconds)
         ended = []
         for name, (process, slot, begin) in list(self.active.items()):
             code = process.poll()
@@ -225,5 +222,4 @@ class LocalProcesses:
         self.active[name][0].terminate()
 
     def close(self) -> None:
-        if self.server:
-            self.server.close()
+        """Nothing to let go of: the server ends with this process and the runs."""

@@ -2,6 +2,7 @@
 
 import json
 import locale
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -23,6 +24,7 @@ SHARED = ROOT.parent / "shared"
 
 import train  # noqa: E402
 from engine import hardware  # noqa: E402
+from study import forkserver  # noqa: E402
 
 TINY = (
     "--dataset synthetic --synthetic-train 200 --synthetic-test 40 --width 8 --bs 32 --epochs 2 --measure-every 2 "
@@ -84,6 +86,16 @@ def no_test_before():
     if os.environ != environment:
         os.environ.clear()
         os.environ.update(environment)
+
+
+@pytest.fixture
+def bare_server(monkeypatch):
+    """Forked runs are those of a stand-in for train.py: their server, which ends with the test, imports nothing."""
+    stop = multiprocessing.forkserver._forkserver._stop
+    stop()
+    monkeypatch.setattr(forkserver, "PRELOAD", ())
+    yield
+    stop()
 
 
 @pytest.fixture(scope="session")

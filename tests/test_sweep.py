@@ -25,10 +25,9 @@ FAKE = Path(__file__).with_name("fake_train.py")
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
+def fake(tmp_path, monkeypatch, bare_server):
     """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_train.py."""
     monkeypatch.setattr(processes, "TRAIN", FAKE)
-    monkeypatch.setattr(processes, "LATE_IMPORTS", ())
     monkeypatch.setattr(scheduler, "POLL", 0.02)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return lambda *argv: sweep.main([*argv, "--runs", str(tmp_path / "runs")])
@@ -513,9 +512,9 @@ def test_a_killed_sweeps_runs_are_waited_for(fake, tmp_path):
 import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from study import processes
+from study import forkserver, processes
 import sweep
-processes.TRAIN, processes.LATE_IMPORTS = Path({str(FAKE)!r}), ()
+processes.TRAIN, forkserver.PRELOAD = Path({str(FAKE)!r}), ()
 sweep.main(sys.argv[1:])
 """
     argv = ["--grid", "bs=16,32 epochs=30", "--jobs", "1", "--runs", str(tmp_path / "runs")]

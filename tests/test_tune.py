@@ -28,7 +28,7 @@ TUNE = ["--tune", "lr=log:0.0001:10", "--trials", "6"]
 
 
 @pytest.fixture
-def fake(tmp_path, monkeypatch):
+def fake(tmp_path, monkeypatch, bare_server):
     """fake(*arguments) -> exit status of a sweep in tmp_path/runs whose runs are those of fake_trial.py."""
     pytest.importorskip("optuna", reason="Optuna is optional: pip install -r requirements-tune.txt")
     monkeypatch.setattr(processes, "TRAIN", FAKE)
@@ -209,7 +209,8 @@ SWEEP = """
 import sys
 sys.path[:0] = [{root!r}]
 from pathlib import Path
-from study import processes, scheduler, tuning
+from study import forkserver, processes, scheduler, tuning
+forkserver.PRELOAD = ()
 processes.TRAIN, scheduler.POLL, scheduler.LOOK_AGAIN, tuning.LOOK = Path({fake!r}), 0.01, 0.1, 0.02
 import os, sweep
 status = sweep.main({argv!r})
