@@ -343,7 +343,6 @@ def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Clai
     config["segments"] = [*claimed.config.get("segments", []), segment]
     record.configure(config)
     record.open_events(claimed.checkpoint["events"] if claimed.checkpoint else {})
-    record.session_started()
     if not claimed.checkpoint:
         ledger = inputs.ledger
         record.start(ledger, index, source.y_train[index], inputs.labels, source, job.state.plan)

@@ -10,7 +10,6 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,9 @@ from engine.schema import EVENTS
 from engine.tensorboard_views import encodable
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
+HPARAMS = (
+    "events.out.tfevents.0000000000.hparams"  # the event file of TensorBoard's hparams table, read before all others
+)
 # beside the event files
 RUN_FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", "examples.npz", *CHECKPOINTS, "failed.ckpt")
 LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
@@ -139,7 +141,7 @@ class Record:
         self.config: dict = {}
         self.fault: str | None = None
         self.last_is_good = True  # last.ckpt, if there is one, is worth keeping as previous.ckpt
-        self.writer = self.lock_file = self.thread_hook = None
+        self.writer = self.lock_file = None
 
     def claim(self, resume: bool, check: Callable[[dict, Path], None] = lambda *_: None) -> str | None:
         """Create the folder, or with `resume` take the one that is there, and lock it. On rank 0 alone.
@@ -207,13 +209,15 @@ class Record:
             raise InputError(f"--name {self.folder.name}: another process is writing {self.folder}") from None
 
     def open_events(self, sizes: dict[str, int]) -> None:
-        """Cut the event files to `sizes` bytes, as they were at a checkpoint, remove newer ones, and open a new one.
+        """Cut the event files to `sizes` bytes, as they were at a checkpoint, remove newer ones, list the run in TensorBoard's
+        hparams table with the options of `config`, and open a new one.
 
-        So each step is in them once, for readers of the raw files too, whenever the run was killed.
+        So each step is in them once, for readers of the raw files too, whenever the run was killed. The table's row has a
+        file of its own: a resumed run, whose options may have grown, writes it again.
         """
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from engine import eventfile
 
         def open_them() -> None:
             files.remove_leftovers(self.folder)
@@ -222,28 +226,22 @@ class Record:
                     files.truncate(path, sizes[path.name])
                 else:
                     path.unlink()
-            self.writer = SummaryWriter(str(self.folder), filename_suffix=f".{len(sizes)}")
+            files.replace(self.folder / HPARAMS, eventfile.content(tensorboard_views.hparams_start(self.config)))
+            self.writer = eventfile.Writer(self.folder / eventfile.new_name(sizes))
 
-        self.thread_hook, threading.excepthook = threading.excepthook, self.thread_ended
         self.guard("the event file", open_them)
-
-    def thread_ended(self, args) -> None:
-        """TensorBoard's writing thread hands on what ended it at the next call: no traceback of its own."""
-        if not type(args.thread).__module__.startswith("tensorboard."):
-            self.thread_hook(args)
 
     def event_sizes(self) -> dict[str, int]:
         """Bytes of every event file that holds series."""
-        files = [path for path in self.folder.glob(EVENTS) if path.suffix != tensorboard_views.HPARAMS_SUFFIX]
-        return {path.name: path.stat().st_size for path in files}
+        return {path.name: path.stat().st_size for path in self.folder.glob(EVENTS) if path.name != HPARAMS}
 
     def sync_events(self) -> dict[str, int]:
         """Bytes of every event file once all that was logged is on the disk."""
+        if self.writer:
+            self.writer.flush()
         for path in self.folder.glob(EVENTS):
             with files.open_regular(path, "r+b") as f:
                 os.fsync(f.fileno())
-        if self.writer:
-            self.writer.flush()  # again: the thread that writes may tell of a refusal only after a flush has returned
         return self.event_sizes()
 
     def configure(self, config: dict) -> None:
@@ -353,23 +351,6 @@ class Record:
         """Take over what `checkpoint` added of the record's own."""
         self.latest, self.recent_noisy = state["latest"], state["recent_noisy"]
 
-    def session_started(self) -> None:
-        """List the run in TensorBoard's hparams table, with the options of `config`.
-
-        They are in a separate event file, which checkpoints do not list: a resumed run, whose options may have
-        grown, writes it again.
-        """
-        if not self.active:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        def write() -> None:
-            with SummaryWriter(str(self.folder), filename_suffix=tensorboard_views.HPARAMS_SUFFIX) as writer:
-                for summary in tensorboard_views.hparams_start(self.config):
-                    writer.file_writer.add_summary(summary)
-
-        self.guard("the event file", write)
-
     def session_ended(self, status: str) -> None:
         """Give the run its status in the hparams table: `finished` or `failed`."""
         if self.writer:
@@ -380,8 +361,6 @@ class Record:
         """Close the event file: nothing is logged any more."""
         self.write("close")
         self.writer = None
-        if self.thread_hook:
-            threading.excepthook, self.thread_hook = self.thread_hook, None
 
     def close(self) -> None:
         """Close what is open and let go of the lock."""

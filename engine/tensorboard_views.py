@@ -55,7 +55,6 @@ CHARTS = {
 }
 FIRST_HPARAMS = ("noise", "lr", "sched", "bs", "seed")  # the five that TensorBoard shows unasked
 HPARAM_METRICS = ("val/acc", "test/acc", "train/acc_noisy", "probe/memorized")
-HPARAMS_SUFFIX = ".hparams"  # of the event file that holds the hparams table's row of a run
 
 
 # ------------------------------------------------------------------------------------------------- custom scalars

@@ -245,14 +245,13 @@ def test_a_read_only_file_system(go, monkeypatch, capsys, tmp_path):
 GN = ("--noise", "0.5", "--norm", "gn", "--checkpoint-minutes", "0")
 REFUSING = """
 import os, signal, sys
-from engine import record
+from engine import eventfile, files, record
 import train
-from tensorboard.compat.tensorflow_stub.io import gfile
 full = []  # there is no room for files with one of these in their name
 
-def refusing(write, at):
+def refusing(write, path):
     def act(*args):
-        if any(name in os.fsdecode(args[at]) for name in full):
+        if any(name in os.fsdecode(path(args[0])) for name in full):
             raise OSError(28, os.strerror(28))
         return write(*args)
     return act
@@ -261,8 +260,9 @@ def before(owner, name, act):
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **named: (act(*args), original(*args, **named))[1])
 
-record.write_temporary = refusing(record.write_temporary, 0)
-gfile.LocalFileSystem._write = refusing(gfile.LocalFileSystem._write, 1)
+record.write_temporary = refusing(record.write_temporary, lambda path: path)
+files.replace = refusing(files.replace, lambda path: path)
+eventfile.EventFile.flush = refusing(eventfile.EventFile.flush, lambda self: self.file.name)
 {code}
 status = train.main({argv!r})
 sys.stdout.flush()

@@ -14,7 +14,7 @@ from PIL import Image
 
 import train
 from conftest import TINY, accelerator, series, slow, summary
-from engine import record
+from engine import eventfile, record
 from engine import tensorboard_views as views
 from engine.evaluation import Evaluation
 
@@ -79,12 +79,31 @@ def test_hparams_list_finished_stopped_and_failed_runs(go, tmp_path, monkeypatch
 
 def test_hparams_of_a_run_that_grew(go, tmp_path):
     folder = go("--max-steps", "1")
-    time.sleep(1.1)  # TensorBoard reads event files of one second in the order of a counter's digits, 10 before 9
     assert train.main([*TINY, "--max-steps", "2", "--resume", "--runs", str(tmp_path / "runs"), "--name", "r"]) == 0
     _, actual = hparams_table(tmp_path / "runs")
     status, row, metrics = actual["r"]
     assert (status, row["max_steps"], metrics["val/acc"][0]) == ("STATUS_SUCCESS", 2, 2)
-    assert len(list(folder.glob(f"*{views.HPARAMS_SUFFIX}"))) == 1
+    assert [path.name for path in folder.glob("*.hparams")] == [record.HPARAMS]
+
+
+def test_the_reader_that_follows_the_last_file_by_name_sees_the_whole_run(go, monkeypatch):
+    """TensorBoard's Python reader: begun while the run trains, and again while a machine goes on whose clock is behind."""
+    step, readers = train.train_step, []
+
+    def watched(job, batch, number, measured):
+        if number in (2, 6):
+            readers.append(accumulated(runs / "r"))
+        return step(job, batch, number, measured)
+
+    runs = go("--max-steps", "1", name="warm").parent  # the folder's name
+    monkeypatch.setattr(train, "train_step", watched)
+    folder = go("--max-steps", "5", "--measure-every", "1")
+    monkeypatch.setattr(eventfile.time, "time", lambda now=time.time: now() - 5000)
+    go("--max-steps", "10", "--measure-every", "1", "--resume")
+    names = sorted(path.name for path in folder.glob("events*"))
+    assert names[0] == record.HPARAMS and [name.rpartition(".")[2] for name in names[1:]] == ["0", "1"]
+    for reader in readers:
+        assert [event.step for event in reader.Reload().Scalars("train/loss")] == list(range(10))
 
 
 @pytest.mark.parametrize(
