@@ -343,7 +343,7 @@ def build_model(
 COUNTER = "num_batches_tracked"
 
 
-def counts_in_vain(module: nn.Module) -> bool:
+def counts_in_vain(module: nn.Module | None) -> bool:
     """Whether this is a BatchNorm of fixed momentum, which has no use for a count of its batches and can go without."""
     fixed = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None
     return fixed and not isinstance(module, nn.SyncBatchNorm)  # that one insists
@@ -364,7 +364,8 @@ def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:
     for name, value in model.state_dict().items():
         state[name] = value
         owner, _, last = name.rpartition(".")
-        if last == "running_var" and modules[owner].num_batches_tracked is None:
+        module = modules.get(owner)
+        if last == "running_var" and counts_in_vain(module) and module.num_batches_tracked is None:
             state[f"{owner}.{COUNTER}"] = torch.tensor(steps)
     return state
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradsplit
@@ -141,3 +142,18 @@ def test_counters_stay_where_they_are_used():
     models.stop_counting(kept)
     assert [m.num_batches_tracked is None for m in kept] == [False, False, True]
     assert list(models.counted_state(kept, 2)) == list(torch.nn.Sequential(*map(type(kept[2]), (3, 3, 3))).state_dict())
+
+
+def test_running_statistics_without_a_counter_are_saved_as_they_are():
+    """torchvision's frozen BatchNorm has none; nor has one that keeps no statistics, and an instance norm keeps its own."""
+    net = torch.nn.Sequential(
+        torchvision.ops.FrozenBatchNorm2d(3),
+        torch.nn.BatchNorm2d(3, track_running_stats=False),
+        torch.nn.InstanceNorm2d(3, track_running_stats=True),
+        torch.nn.BatchNorm2d(3),
+    )
+    names = set(net.state_dict())
+    models.stop_counting(net)
+    saved = models.counted_state(net, 2)
+    assert set(saved) == names and int(saved["3.num_batches_tracked"]) == 2
+    assert net.load_state_dict(saved) and not net[0].weight.requires_grad
