@@ -29,7 +29,7 @@ import epochwise
 import measure
 import metrics
 from data import Batch, InputError, one_line
-from engine import cmdline, examples, fast, identity, memory, noisefile, options, pace, roles
+from engine import cmdline, examples, fast, identity, launchers, memory, noisefile, options, pace, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
 from engine.checkpoints import (
     Claimed,
@@ -357,6 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with signals.caught():
             args = options.parse(argv)
+            launchers.settle(args.devices, args.num_nodes)
             return run(args, signals)
     except InputError as e:
         cmdline.complain(cmdline.shortened(str(e), argv or ()))

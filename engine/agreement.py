@@ -8,7 +8,7 @@ import time
 import torch
 
 from data import printable
-from engine import cmdline
+from engine import cmdline, launchers
 from engine.checkpoints import checkpoint
 from engine.hardware import sum_over_ranks
 from engine.interrupts import Signals
@@ -69,7 +69,7 @@ def raise_if_fault(job: TrainingJob, record: Record) -> None:
 
 def complain_on_any_rank(line: str) -> None:
     """The error's line, with the rank before it unless that is 0."""
-    if cmdline.rank_zero():
+    if launchers.rank_zero():
         cmdline.complain(line)
     else:
         rank = os.environ.get("RANK") or os.environ["LOCAL_RANK"]

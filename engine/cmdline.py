@@ -10,6 +10,7 @@ import re
 import sys
 
 from data import QUOTED, InputError, cut, one_line, printable  # noqa: F401 - one_line is known by this name, too
+from engine import launchers
 
 
 class Help(argparse.HelpFormatter):
@@ -88,11 +89,6 @@ def devices(text: str):
     return text if text == "auto" else count(text)
 
 
-def rank_zero() -> bool:
-    """Whether this process is the one that speaks, before Fabric is there to ask."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
-
-
 def show_anything() -> None:
     """Have standard output spell out what its encoding lacks, a class called ü or a path of odd bytes, and not raise."""
     if hasattr(sys.stdout, "reconfigure"):  # a test's stand-in may have none
@@ -101,5 +97,5 @@ def show_anything() -> None:
 
 def complain(message: object, program: str = "train.py") -> None:
     """One line on standard error, of a run from rank 0."""
-    if program != "train.py" or rank_zero():
+    if program != "train.py" or launchers.rank_zero():
         print(f"{program}: error: {printable(shortened(str(message), sys.argv[1:]))}", file=sys.stderr, flush=True)

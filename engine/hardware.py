@@ -12,12 +12,13 @@ from datetime import timedelta
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from data import InputError, one_line
-from engine import interrupts, options
+from engine import interrupts, launchers, options
 
 TIMEOUT = timedelta(minutes=10)  # a collective that waits longer means that a process is lost
 
@@ -59,14 +60,19 @@ def resolve(args) -> int:
     elif args.accelerator != "cpu" and not gpus:
         raise InputError(f"--accelerator {args.accelerator}: there is no CUDA GPU here; use cpu or auto")
     on_gpu = args.accelerator != "cpu"
-    if args.devices == "auto":
-        args.devices = gpus if on_gpu else 1
     args.num_nodes = int(args.num_nodes)
-    if (
-        "LOCAL_WORLD_SIZE" in os.environ
-    ):  # torchrun, and so `fabric run`, has started the processes: theirs is the count
-        args.devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        args.num_nodes = int(os.environ["WORLD_SIZE"]) // args.devices
+    started = launchers.started()
+    if args.devices == "auto" and not started:
+        args.devices = gpus if on_gpu else 1
+    if started:  # theirs is the count
+        for option, count in zip(("devices", "num_nodes"), started, strict=True):
+            given = getattr(args, option)
+            if not options.under_fabric_run() and given not in (1, count, "auto"):
+                raise InputError(
+                    f"--{option.replace('_', '-')} {given}: the launcher has started {started[0]} process{'es' * (started[0] > 1)} on each of "
+                    f"{started[1]} machines; leave it out, or give the launcher that number"
+                )
+            setattr(args, option, count)
     try:  # Fabric also takes lists of GPUs, "0,2"
         here = int(args.devices) if "," not in str(args.devices) else len(str(args.devices).strip(",").split(","))
     except ValueError:
@@ -91,7 +97,7 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     read: they are removed, so that all is passed here in one way and `fabric run train.py` is the run that `python
     train.py` is. Raises `InputError`.
     """
-    resolve(args)
+    here = resolve(args)
     for name in options.FABRIC:
         os.environ.pop(f"LT_{name.upper()}", None)
     # On GPUs too float32 means float32, and the same command the same bits as far as their other kernels go.
@@ -103,7 +109,9 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
         keep_freed_memory()
     scaler = torch.amp.GradScaler(kind) if args.precision == "16-mixed" else None
     # As a plugin, because Fabric would quietly turn 16-mixed into bf16-mixed on a CPU.
-    how = {"plugins": MixedPrecision("16-mixed", kind, scaler)} if scaler else {"precision": args.precision}
+    how = {"plugins": cluster()} | ({} if scaler else {"precision": args.precision})
+    if scaler:
+        how["plugins"].append(MixedPrecision("16-mixed", kind, scaler))
     # Without SyncBatchNorm each process keeps its own running statistics until they are averaged (`average_buffers` of
     # a measuring context).
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -115,17 +123,26 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     if warn_of_streams:
         warn_of_streams(False)
     strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}) if args.strategy == "ddp" else "auto"
+    processes = here * args.num_nodes
+    if processes > 1 and not launchers.started():
+        os.environ[launchers.OWN] = str(processes)
     try:
         place = {"accelerator": args.accelerator, "devices": args.devices, "num_nodes": args.num_nodes}
-        fabric = Fabric(strategy=strategy, **place, **how)
-        interrupts.undo_at_end(lambda: end_processes(fabric))
-        stop_with_parent()
-        if not options.under_fabric_run():
-            fabric.launch()
+        with launchers.say_if_waiting(processes):
+            fabric = Fabric(strategy=strategy, **place, **how)
+            interrupts.undo_at_end(lambda: end_processes(fabric))
+            stop_with_parent()
+            if not options.under_fabric_run():
+                fabric.launch()
     except ValueError as e:
         raise InputError(f"--devices {args.devices}, --strategy {args.strategy}: {one_line(e)}") from e
     torch.set_num_threads(args.threads)  # last: launchers give each process all cores, or one
     return fabric, scaler
+
+
+def cluster() -> list[ClusterEnvironment]:
+    """Fabric's cluster where no launcher has started the processes: left to itself it takes a SLURM job or an mpirun for one."""
+    return [] if launchers.started() else [LightningEnvironment()]
 
 
 def keep_freed_memory() -> None:
@@ -152,8 +169,8 @@ def end_processes(fabric: Fabric) -> None:
 
 def stop_with_parent() -> None:
     """In a process that Fabric has started for a rank: have it receive SIGTERM when its parent has ended."""
-    own = os.environ.get("LOCAL_RANK", "0") != "0" and "TORCHELASTIC_RUN_ID" not in os.environ
-    if own and sys.platform == "linux":
+    own = launchers.OWN in os.environ and launchers.TORCHRUN not in os.environ
+    if own and os.environ.get("LOCAL_RANK", "0") != "0" and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

@@ -12,6 +12,8 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
+from engine import launchers
+
 PROMPT = 0.3  # seconds within which the handler is run, unless a call into C waits
 TIDY = 5.0  # seconds that the interrupted run may take to clean up
 STOPPED_STATUS = 3
@@ -48,7 +50,7 @@ def undo() -> None:
 
 def print_ended(name: str) -> None:
     """Print the last line of a run that was stopped before it began to train; on one process of several."""
-    if all(os.environ.get(variable, "0") == "0" for variable in ("RANK", "LOCAL_RANK")):
+    if launchers.rank_zero():
         print(f"train.py: stopped by {name} before training began; nothing was written", file=sys.stderr, flush=True)
 
 

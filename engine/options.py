@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import VAL_FRAC, InputError
 from datasets import DATASETS, DataSet, default_model
-from engine import checks, course, roles, startfrom
+from engine import checks, course, launchers, roles, startfrom
 from engine.cmdline import (
     Parser,
     below_one,
@@ -257,7 +257,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def under_fabric_run() -> bool:
     """Whether `fabric run` started this process; its own options then decide."""
-    return os.environ.get("LT_CLI_USED", "0") == "1"
+    return os.environ.get("LT_CLI_USED", "0") == "1" and launchers.started() is not None
 
 
 def check(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from conftest import (
     weights,
     without,
 )
-from engine import hardware, options
+from data import InputError
+from engine import hardware, launchers, options
 from test_metrics import job_for, warm
 
 # Training amplifies the last bit, by how much depends on the trajectory: seed 2's is a calm one.
@@ -253,6 +255,119 @@ def test_bad_input_is_said_once(tmp_path):
     result = launch([*fabric_run("--devices=2"), *without(argv, "--accelerator")], tmp_path)
     assert result.returncode == 1 and not (tmp_path / "runs").exists()  # the launcher's status
     assert result.stderr.count("train.py: error: --noise: '2' is not a number from 0 to 1") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+BATCH = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "script.sh", "SLURM_NTASKS": "2", "SLURM_NODELIST": "n1"}
+BATCH |= {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NNODES": "1"}
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "n[05-06]",
+    "SLURM_STEP_ID": "1",
+}
+
+
+@pytest.fixture
+def alone_in(monkeypatch):
+    """alone_in(variables): an environment of these and of no other launcher's; what is set in it is undone."""
+
+    def enter(variables: dict[str, str]) -> None:
+        for name in (*launchers.PLACE, *launchers.MEETING, launchers.TORCHRUN, "GROUP_RANK", "LT_CLI_USED"):
+            monkeypatch.setenv(name, "")  # to be restored even where it was absent
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return enter
+
+
+@pytest.mark.parametrize(
+    ("left", "word"),
+    [
+        ({}, ""),
+        (BATCH, ""),  # sbatch --ntasks=2
+        (BATCH | {"SLURM_NTASKS_PER_NODE": "2"}, ""),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, ""),  # srun as a way to start four runs
+        ({"LOCAL_RANK": "0", "MASTER_ADDR": "far.away", "MASTER_PORT": "1", "NODE_RANK": "2"}, ""),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK=1 in"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LT_CLI_USED": "1"}, "RANK=1, WORLD_SIZE=2 in"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "PMI_SIZE": "2"}, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "TPU_NAME": "t", "SLURM_JOB_NAME": "bash"}, ""),
+    ],
+)
+def test_what_others_left_in_the_environment_is_of_no_process_of_this_run(alone_in, go, capsys, left, word):
+    alone_in(left)
+    assert launchers.rank_zero()
+    go("--max-steps", "1", "--measure", "off", "--synthetic-train", "20", "--bs", "16")
+    error = capsys.readouterr().err
+    assert error.count("in the environment: of another program, and left aside") == bool(word) and word in error
+    assert not {*launchers.PLACE, *launchers.MEETING} & {*os.environ}
+
+
+def test_a_lone_process_under_slurm_starts_its_own_ranks(alone_in):
+    """`--devices 2` in a job of one task: Fabric would take the two to be there and go on with one."""
+    alone_in(BATCH | {"SLURM_NTASKS": "1"})
+    args = options.parse(["--dataset", "synthetic", "--accelerator", "cpu", "--devices", "2"])
+    launchers.settle(args.devices, args.num_nodes)
+    assert hardware.resolve(args) == 2 and args.strategy == "ddp" and launchers.started() is None
+    environment = hardware.cluster()[0]
+    assert not environment.creates_processes_externally and environment.main_address == "127.0.0.1"
+
+
+def test_tasks_of_srun_are_joined_where_that_is_asked_for(alone_in, monkeypatch):
+    alone_in(BATCH | STEP | {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"})
+    for wrong in ((4, 1), (2, 1), (1, 2)):
+        with pytest.raises(InputError, match="srun has started 4 tasks on 2 nodes .SLURM_STEP_NUM_TASKS=4."):
+            launchers.settle(*wrong)
+    launchers.settle(2, 2)
+    assert launchers.started() == (2, 2) and not launchers.rank_zero()
+    assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")} == {
+        "RANK": "3", "LOCAL_RANK": "1", "GROUP_RANK": "1", "MASTER_ADDR": "n05",
+    }  # fmt: skip
+    assert int(os.environ["MASTER_PORT"]) == 15000 + (471100 + 1) % 10000
+
+
+@pytest.mark.parametrize("option", [["--devices", "2"], ["--num-nodes", "3"]])
+def test_a_launcher_with_another_count_is_not_overheard(alone_in, option):
+    alone_in({launchers.TORCHRUN: "t", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"})
+    args = options.parse(["--dataset", "synthetic", "--accelerator", "cpu", *option])
+    with pytest.raises(InputError, match=f"{' '.join(option)}: the launcher has started 1 process"):
+        hardware.resolve(args)
+
+
+def test_machines_started_by_hand_know_of_each_other(alone_in):
+    alone_in({"MASTER_ADDR": "n1"})
+    with pytest.raises(InputError, match="--num-nodes 2: NODE_RANK, MASTER_PORT must be in the environment"):
+        launchers.settle(1, 2)
+
+
+def test_waiting_for_others_is_said(monkeypatch, capsys):
+    said = threading.Event()
+    monkeypatch.setattr(launchers, "print", lambda *a, **k: (print(*a, **k), said.set()), raising=False)
+    monkeypatch.setattr(launchers, "PATIENCE", 0.01)
+    with launchers.say_if_waiting(2):
+        assert said.wait(30)
+    assert "waiting for the other of 2 processes" in capsys.readouterr().err
+
+
+AS_SRUN = """
+import os, train
+of_torchrun = [os.environ.pop(name) for name in ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+os.environ |= {given!r} | {{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}}
+os._exit(train.main({argv!r}))
+"""
+
+
+def test_two_tasks_of_srun_are_one_run(zygote, alone, tmp_path):
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    argv = [*GN, "--bs", "8", "--epochs", "13", "--max-steps", "3", "--devices", "2"]
+    argv += ["--runs", str(tmp_path), "--name", "r"]
+    assert zygote.run(code=AS_SRUN.format(given=BATCH | step, argv=argv), ranks=2) == [0, 0], zygote.output()
+    want, got = series(alone["8"])["train/loss"][0], series(tmp_path / "r")["train/loss"][0]
+    assert got == pytest.approx(want, rel=2e-7)
+    assert json.loads((tmp_path / "r" / "config.json").read_text())["resolved"]["world_size"] == 2
 
 
 def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import TINY, slow, until
+from conftest import TINY, free_port, slow, until
 from engine import hardware, interrupts, sources
 from study import cluster
 
@@ -30,6 +30,7 @@ def test_a_signal_while_data_is_loaded(go, monkeypatch, capsys, name, tmp_path):
 # Both wait in C++, where no Python handler is run: for the peers of a rendezvous that never come.
 PEERS = """
 import os, sys, torch, train
+os.environ |= {{"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": {port!r}}}
 init = torch.distributed.init_process_group
 def marked(*args, **named):
     open({marker!r}, "w").close()
@@ -59,7 +60,7 @@ def test_a_signal_while_the_run_waits(zygote, tmp_path, where, name):
     marker, data = tmp_path / "marker", tmp_path / "data"
     argv = [*TINY, "--runs", str(tmp_path / "runs"), "--name", "r"]
     if where == "peers":
-        code = PEERS.format(marker=str(marker), argv=[*argv, "--num-nodes", "2"])
+        code = PEERS.format(port=free_port(), marker=str(marker), argv=[*argv, "--num-nodes", "2"])
     else:
         wait = STORE if where == "download in C" else "time.sleep(600)"
         argv += ["--dataset", "cifar10", "--data-dir", str(data)]
