@@ -222,7 +222,7 @@ def launch(command: list[str], tmp_path: Path, **more) -> subprocess.CompletedPr
 
 @pytest.mark.slow
 def test_all_launchers_start_the_same_run(tmp_path):
-    """`python --devices 2`, `fabric run` and `torchrun`: the same bits, threads shared out, one run's folder each."""
+    """`python --devices 2`, `fabric run` and `torchrun`, in a SLURM job: the same bits, threads shared out, one folder each."""
     torchrun = sys.executable, "-m", "torch.distributed.run"  # what the script of that name starts
     need_devices(2)
     argv = [*TINY, "--norm", "gn", "--noise", "0.5", "--max-steps", "6", "--runs", str(tmp_path)]
@@ -237,7 +237,7 @@ def test_all_launchers_start_the_same_run(tmp_path):
         "torchrun": [*torchrun, "--nproc_per_node", "2", "--master_port", free_port(), "train.py", *argv],
     }
     for name, command in commands.items():
-        result = launch([*command, "--name", name], tmp_path)
+        result = launch([*command, "--name", name], tmp_path, env=os.environ | BATCH | {"LOCAL_RANK": "0"})
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("label noise uniform") == 1  # rank 0 alone speaks
     first = tmp_path / "python"
