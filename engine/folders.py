@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import InputError, one_line
-from engine.cmdline import rank_zero
+from engine.launchers import rank_zero
 
 ENDINGS = tuple(".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .pnm .tif .tiff .webp .gif .avif".split())
 VALIDATION = "val", "valid", "validation"  # names that a folder's own validation set may have
