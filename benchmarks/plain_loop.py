@@ -45,7 +45,8 @@ def loader(source, B: int, workers: int, pin: bool) -> DataLoader:
     """Shuffled batches with the usual augmentation."""
     augment = [transforms.RandomCrop(source.x_train.shape[1], padding=4), transforms.RandomHorizontalFlip()]
     normal = [transforms.ToTensor(), transforms.Normalize(source.mean, source.std)]
-    pictures = Pictures(source.x_train, source.y_train, transforms.Compose([*augment, *normal]))
+    labels = source.y_train if source.stored is None else source.y_train[source.stored]
+    pictures = Pictures(source.x_train, labels, transforms.Compose([*augment, *normal]))
     return DataLoader(pictures, B, shuffle=True, num_workers=workers, pin_memory=pin, drop_last=True)
 
 

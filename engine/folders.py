@@ -76,9 +76,9 @@ def scan(path: str) -> Folder:
             if len(classes) < 2:
                 raise InputError(f"{where}: train/ holds one class only")
         number = {same_spelling(name): k for k, name in enumerate(classes)}
-        if len(number) < len(classes):
-            raise InputError(f"{where}: train/ holds a class twice, in two Unicode spellings of its name")
         here = {same_spelling(name): names for name, names in images.items()}
+        if len(here) < len(images):
+            raise InputError(f"{where}: {split}/ holds a class twice, in two Unicode spellings of its name")
         if here.keys() != number.keys():
             odd = sorted(number.keys() ^ here.keys())
             raise InputError(f"{where}: train/ and {split}/ hold different classes ({one_line(', '.join(odd[:5]))})")
@@ -152,19 +152,22 @@ def given_labels(path: str, folder: Folder) -> Tensor | None:
         rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     except (OSError, csv.Error) as e:
         raise InputError(f"{where} cannot be read ({type(e).__name__})") from e
-    position = {same_spelling(name): i for i, name in enumerate(train.names)}
+    position = {same_spelling(name): i for i, name in enumerate(train.names)} | {
+        n: i for i, n in enumerate(train.names)
+    }
     number = {same_spelling(name): k for k, name in enumerate(folder.classes)}
     labels, seen = list(train.labels), {}
     for entry, row in enumerate(rows, 1):
-        name, label = map(same_spelling, row) if len(row) == 2 else ("", "")
-        if name not in position or label not in number:
+        name, label = row if len(row) == 2 else ("", "")
+        at, label = position.get(name, position.get(same_spelling(name))), number.get(same_spelling(label))
+        if at is None or label is None:
             raise InputError(
                 f"{where}, entry {entry}: '{one_line(','.join(row))}' is not a file of train/ and a class, "
                 f"CLASS/FILE,OTHER CLASS (read as {encoding})"
             )
-        if name in seen:
-            raise InputError(f"{where}, entry {entry}: '{one_line(row[0])}' stands in entry {seen[name]} already")
-        labels[position[name]], seen[name] = number[label], entry
+        if at in seen:
+            raise InputError(f"{where}, entry {entry}: '{one_line(row[0])}' stands in entry {seen[at]} already")
+        labels[at], seen[at] = label, entry
     return torch.tensor(labels)
 
 

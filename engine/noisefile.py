@@ -95,6 +95,7 @@ def read(path: str, name: str | None = None, option: str = "--noise-file") -> La
 
 
 COLUMNS = "index", "true", "label"
+DYNAMIC = "dynamic_rate", "dynamic_seed"  # as `archive` writes them
 KINDS = ".npz", ".npy", ".json", ".csv"
 
 
@@ -111,7 +112,7 @@ def read_columns(path: str, source: str) -> dict[str, object]:
                 arrays = json.load(f) if kind == ".json" else np.load(f, allow_pickle=False)
             if isinstance(arrays, (list, np.ndarray)):
                 return {"label": arrays}
-            return {k: arrays[k] for k in (*COLUMNS, "dynamic_rate", "dynamic_seed") if k in arrays}
+            return {k: arrays[k] for k in (*COLUMNS, *DYNAMIC) if k in arrays}
     except Exception as e:  # zipfile, zlib, numpy, json and the file system each raise their own
         what = kind if kind in KINDS else f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
         raise InputError(f"{source}: not a readable {what} of labels ({reason(e)})") from e
@@ -157,9 +158,10 @@ def as_labels(arrays: dict[str, object], source: str) -> LabelFile:
     if index is not None and len(index.unique()) < len(index):
         raise InputError(f"{source}: index names an example twice")
     dynamic = None
-    if "dynamic_rate" in arrays:
-        rate, seed = arrays["dynamic_rate"], arrays.get("dynamic_seed", np.empty(0))
-        plain = rate.size == seed.size == 1 and rate.dtype.kind in "fiu" and seed.dtype.kind in "iu"
+    if DYNAMIC[0] in arrays:
+        rate, seed = (arrays.get(k) for k in DYNAMIC)
+        plain = all(isinstance(a, np.ndarray) and a.size == 1 for a in (rate, seed))
+        plain = plain and rate.dtype.kind in "fiu" and seed.dtype.kind in "iu"
         if not plain or not 0 <= rate.item() <= 1 or not 0 <= seed.item() < 2**63:
             raise InputError(f"{source}: dynamic_rate and dynamic_seed are not a share and a seed")
         dynamic = float(rate.item()), seed.item()

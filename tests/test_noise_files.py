@@ -465,6 +465,7 @@ def test_labels_of_other_kinds(tmp_path, capsys):
         ("n.json", "[[1], [2, 3]]", "label is not an array of integers"),
         ("n.json", '{"labels": [1]}', "lacks the array label"),
         ("n.json", "[1.5]", "not integer"),
+        ("n.json", '{"label": [1], "dynamic_rate": 0.5}', "not a share and a seed"),
         ("n.pkl", "x", "not a readable .npz, .npy, .json or .csv of labels (it is no plain array"),
     ],
 )
