@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -155,8 +156,8 @@ def test_status_without_a_grid(fake, tmp_path, capsys):  # noqa: F811
     result = capsys.readouterr()
     lines = result.out.splitlines()
     assert [line.split("  ")[1] for line in lines[:2]] == [
-        f"sweep.py --grid 'bs=16 lr=9,0.1 epochs=1' --runs {runs}",
-        f"sweep.py --grid 'bs=16,32 lr=0.1 epochs=1' --runs {runs}",
+        f"sweep.py --grid 'bs=16 lr=9,0.1 epochs=1' --runs {shlex.quote(str(runs))}",
+        f"sweep.py --grid 'bs=16,32 lr=0.1 epochs=1' --runs {shlex.quote(str(runs))}",
     ]
     assert [line.split()[:2] for line in lines[2:-1]] == [
         ["lr9.0", "failed"],

@@ -180,10 +180,11 @@ def own_data(path: Path) -> str:
 
 
 def test_paths_of_one_name_are_different_runs(tmp_path, monkeypatch):
-    a, b, chinese = (own_data(tmp_path / name) for name in ("a/own.npz", "b/own.npz", "数据.npz"))
-    for version in ("imgs.v1", "imgs.v2"):
-        (tmp_path / version).mkdir()
-    sets = f"dataset={a},{b},{chinese},{tmp_path / 'imgs.v1'},{tmp_path / 'imgs.v2'}"
+    monkeypatch.chdir(tmp_path)  # a grid's values hold no space, and the folder's own name may
+    sets = [own_data(Path(name)) for name in ("a/own.npz", "b/own.npz", "数据.npz")] + ["imgs.v1", "imgs.v2"]
+    for version in sets[3:]:
+        Path(version).mkdir()
+    sets = f"dataset={','.join(sets)}"
     names = [j.name for j in grids.expand([sets], [], "--grid")]
     assert len(set(names)) == 5 and [n[:-6] for n in (*names[:2], *names[3:])] == [
         "own-",
