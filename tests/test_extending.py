@@ -111,9 +111,10 @@ def test_entries_from_outside_train_sweep_resume_and_report(added, tmp_path, mon
     grid = " ".join(f"{option}=added" for option in added) + " seed=0,1"
     assert sweep.main(["--grid", grid, "--runs", str(runs), "--threads", "1", *given.split(), "--max-steps", "3"]) == 0
     folders = sorted(path for path in runs.iterdir() if (path / "config.json").is_file())
-    assert len(folders) == 2 and all(folder.name.count("added") == len(added) for folder in folders)
+    assert [folder.name for folder in folders] == ["seed0", "seed1"]
 
     first = json.loads((folders[0] / "config.json").read_text())["options"]
+    assert {first[option.replace("-", "_")] for option in added} == {"added"}
     again = [word for option in added for word in (f"--{option}", "added")] + ["--seed", str(first["seed"])]
     again += ["--runs", str(runs), "--name", folders[0].name, "--threads", "1", *given.split(), "--max-steps", "5"]
     assert train.main([*again, "--resume"]) == 0
