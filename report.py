@@ -10,8 +10,12 @@ A path is a folder of runs, one run's folder, a file made by --export, or a .csv
 """
 
 import argparse
+import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"  # in place of a notebook's, which this Python may not have: matplotlib would not load
 
 from data import InputError, printable
 from engine import cmdline
@@ -124,22 +128,38 @@ def print_verdicts(judged: Judged) -> None:
         print(f"these runs cannot judge: {', '.join(unjudged)}")
 
 
+def at_least_one(runs: Iterable[Run], args, left_out: list[str]) -> Iterator[Run]:
+    """The same runs. Raises `InputError` at their end where there was none."""
+    there = False
+    for run in runs:
+        there = True
+        yield run
+    if not there:
+        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
+        raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
+
+
+def warn(left_out: list[str], remarks: list[str]) -> None:
+    """A line on standard error for each thing that a reader of the results should know."""
+    for line in [f"left out {line}" for line in left_out] + remarks:
+        print(f"report.py: warning: {printable(line)}", file=sys.stderr)
+
+
 def make_report(args) -> int:
     """Read, export, draw and judge. Raises `InputError`, and `CannotWrite` where the disk refuses."""
     check_report_options(args)
     left_out: list[str] = []
+    remarks: list[str] = []
     if args.csv and not (args.out or args.export):  # one run at a time in memory
-        print(tables.write_tables(results.iter_runs(args.paths, left_out=left_out), Path(args.csv)))
-        for line in left_out:
-            print(f"report.py: warning: left out {printable(line)}", file=sys.stderr)
+        runs = at_least_one(results.iter_runs(args.paths, left_out=left_out, remarks=remarks), args, left_out)
+        print(tables.write_tables(runs, Path(args.csv)))
+        warn(left_out, remarks)
         return 0
-    runs = results.load_runs(args.paths, left_out=left_out)
+    runs = results.load_runs(args.paths, left_out=left_out, remarks=remarks)
     searches = read_searches(args.paths, left_out) if args.out or args.export else []
-    if not runs and not searches:
-        more = f" (and {len(left_out) - 1} more)" if len(left_out) > 1 else ""
-        raise InputError(f"no run can be read: {left_out[0]}{more}" if left_out else f"{args.paths[0]}: no run in it")
-    for line in left_out:
-        print(f"report.py: warning: left out {printable(line)}", file=sys.stderr)
+    if args.csv or not searches:
+        runs = list(at_least_one(runs, args, left_out))
+    warn(left_out, remarks)
     reference = read_curves(Path(args.reference)) if args.reference else []
     if args.csv:
         print(tables.write_tables(runs, Path(args.csv)))
@@ -156,7 +176,7 @@ def make_report(args) -> int:
             page.write(runs[0].name)
         else:
             margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
-            about = (runs, reference, look, margins, args.format, left_out, searches)
+            about = (runs, reference, look, margins, args.format, left_out, searches, remarks)
             for judged in write_full_report(page, *about):
                 print_verdicts(judged)
             page.write("Label noise and SGD")

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
+from matplotlib.style import context
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from data import printable
@@ -387,8 +388,8 @@ def save_figure(figure: Figure, stem: Path, formats: Iterable[str] = ("png", "sv
 def save_styled(
     make: Callable[..., Figure | None], *args, stem: Path, formats: Iterable[str] = ("png", "svg"), **kwargs
 ) -> bool:
-    """Make a figure in the common style and save it; whether there was anything to draw."""
-    with rc_context(STYLE), warnings.catch_warnings():
+    """Make a figure in the common style, whatever the user's own is, and save it; whether there was anything to draw."""
+    with context(STYLE, after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # of a name in a script that the font lacks
         figure = make(*args, **kwargs)
         if figure is not None:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from data import one_line
 from schedules import percent
@@ -103,7 +104,7 @@ def write_cells(page: Page, setting: Setting) -> None:
         header = [
             "schedule",
             "seen of it",
-            "noise",
+            "noise (nominal)",
             "B",
             "lr, momentum",
             "seeds",
@@ -224,8 +225,8 @@ def at_best(settings: list[Setting]) -> tuple[list[Setting], list[str]]:
                     f"{len(sizes[1])} of {len(cells)} cells have a single one (batch size {named[1]})"
                 )
         if kept:
-            names = {row.name for row in tuned([runvalues.finding_row(r) for r in kept if r.finished])}
-            runs = [r for r in kept if r.name in names]
+            rows = [replace(runvalues.finding_row(r), name=str(i)) for i, r in enumerate(kept) if r.finished]
+            runs = [kept[i] for i in sorted(int(row.name) for row in tuned(rows))]  # names may be of several runs
             tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, kept, [], False))
     return tuned_settings, notes
 
@@ -239,10 +240,12 @@ def write_full_report(
     formats: tuple[str, ...],
     left_out: list[str],
     searches: Sequence[CellSearch] = (),
+    remarks: Sequence[str] = (),
 ) -> list[Judged]:
     """The report on many runs: cells, figures, findings, the rest; returns its verdicts: at one rate, at tuned cells.
 
-    `left_out` are the runs and searches that cannot be read, as "NAME: reason"; `searches`: the oldest first.
+    `left_out` are the runs and searches that cannot be read, as "NAME: reason"; `searches`: the oldest first; `remarks`: on
+    what was read.
     """
     searched = sort_runs(runs, list(searches))
     settings = group_settings(searched.fixed)
@@ -258,6 +261,8 @@ def write_full_report(
     if left_out:
         page.text(f"{len(left_out)} more cannot be read and are left out:")
         page.bullets([literal(line) for line in left_out])
+    if remarks:
+        page.bullets([literal(line) for line in remarks])
     judged = write_judged(page, settings, look, margins, formats) if settings else []
     at_tuned = write_tuned(page, searched, look, formats, margins)
     with page.folded("How the verdicts are reached"):

@@ -24,7 +24,7 @@ def read_curves(path: Path) -> list[Run]:
     points: dict[tuple, dict[str, list[tuple[int, float]]]] = {}
     about: dict[tuple, dict] = {}
     try:
-        with open(path, newline="", encoding="utf-8") as f:
+        with open(path, newline="", encoding="utf-8-sig") as f:
             for row in csv.DictReader(f):
                 ratio = row["figure"] == "13"
                 key = (ratio, row["scheduler"], row["noise"], row["batch_size"], row["lr"])

@@ -35,14 +35,15 @@ def write_tuned(
             f"{len(searched.earlier)} runs are left out: they are at values that a search has chosen before it had more trials, or "
             "before a newer search of the same cell."
         )
-    settings = tuned_settings(searched)
+    settings, real = tuned_settings(searched)
     if not settings:
         page.text("No search is complete and has its best values run at the judged seeds yet.")
         return []
     page.heading(2, "Figures at tuned cells")
-    of_name = {(run.name, run.source): run for run, _ in searched.tuned}
-    real = lambda runs: [of_name[r.name, r.source] for r in runs]  # noqa: E731
-    drawn = [replace(s, runs=real(s.runs), ratio_runs=real(s.runs), all_runs=real(s.runs)) for s in settings]
+    drawn = []
+    for s in settings:
+        runs = [real[id(run)] for run in s.runs]
+        drawn.append(replace(s, runs=runs, ratio_runs=runs, all_runs=runs))
     add_figures(page, drawn, look, formats, "-tuned-cells")
     page.heading(2, "Findings at tuned cells")
     page.text(
@@ -55,14 +56,15 @@ def write_tuned(
     return judged
 
 
-def tuned_settings(searched: Searches) -> list[Setting]:
-    """Runs at tuned values in groups that may be compared, without a trace of the values."""
-    made = []
+def tuned_settings(searched: Searches) -> tuple[list[Setting], dict[int, Run]]:
+    """Runs at tuned values in groups that may be compared, without a trace of the values; {id of such a run: the run itself}."""
+    made, real = [], {}
     for pairs in group_by(searched.tuned, lambda pair: pair[1].key).values():
         words = pairs[0][1].words
-        settings = group_settings([search.neutral(run) for run, search in pairs])
-        made += [replace(s, label=f"{s.label}, {words}", ratio=False, scaled=[]) for s in settings]
-    return made
+        neutral = [search.neutral(run) for run, search in pairs]
+        real |= {id(plain): run for plain, (run, _) in zip(neutral, pairs, strict=True)}
+        made += [replace(s, label=f"{s.label}, {words}", ratio=False, scaled=[]) for s in group_settings(neutral)]
+    return made, real
 
 
 # ------------------------------------------------------------------------------------------------------------- table

@@ -356,6 +356,25 @@ def test_the_reports_missing_curve_is_named():
     assert f"no dashed curve at 0% label noise for batch 128 {why}" in text
 
 
+def test_a_figure_has_our_style_whatever_the_users_is(tmp_path):
+    """A dark matplotlibrc, text set by TeX, a locale's decimal comma, a notebook's back end: the same bytes as without."""
+    from matplotlib import rc_context, rcParams
+
+    run = made("a", {"val/acc": {0: 0.5, 100: 0.625}})
+    own = {"text.usetex": True, "axes.facecolor": "black", "figure.facecolor": "black", "savefig.facecolor": "black"}
+    own |= {"text.color": "white", "lines.linewidth": 9, "font.family": "monospace", "axes.formatter.use_locale": True}
+    own |= {"savefig.bbox": "tight", "path.effects": [], "svg.fonttype": "path", "savefig.transparent": True}
+    files = []
+    for settings in ({}, own):
+        with rc_context(settings):
+            rcParams["backend"] = "module://a_notebook_of.somebody" if settings else rcParams["backend"]
+            before = dict(rcParams)
+            assert drawing.save_styled(onerun.run_figure, run, Look(), stem=tmp_path / "f", formats=drawing.FORMATS)
+            assert dict(rcParams) == before
+        files.append({name: (tmp_path / f"f.{name}").read_bytes() for name in drawing.FORMATS})
+    assert files[0] == files[1]
+
+
 def lightness(color) -> float:
     """CIE L* of an sRGB colour, 0 to 100."""
     linear = np.where((c := np.array(color)) <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)

@@ -7,6 +7,7 @@ import random
 import re
 import resource
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import report
+from conftest import ROOT
 from data import printable
 from study import results
 from study.markup import literal, to_html, to_markdown
@@ -145,6 +147,24 @@ def test_a_single_run_of_an_odd_name(one_run):
     _, out = one_run
     shown_text = markdown((out / "report.md").read_text("utf-8"))
     assert texts(shown_text, "h1") == ["$x $<数>"] and "$x $" in (out / "run.svg").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_a_report_is_the_same_in_anybodys_environment(odd_runs, tmp_path):
+    """A notebook's back end, a matplotlibrc that is dark and wants TeX, no UTF-8, another time zone."""
+    (tmp_path / "matplotlibrc").write_text(
+        "text.usetex: True\nfigure.facecolor: black\naxes.formatter.use_locale: True\n"
+    )
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("LC_", "LANG", "MPL"))}
+    own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
+    own |= {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "TZ": "Asia/Tokyo"}
+    made = []
+    for i, environment in enumerate((plain, plain | own)):
+        argv = [sys.executable, str(ROOT / "report.py"), str(odd_runs / "plain"), "--out", str(tmp_path / str(i))]
+        ended = subprocess.run(argv, env=environment, capture_output=True, text=True, errors="replace")
+        assert ended.returncode == 0, ended.stderr
+        made.append(content(tmp_path / str(i)))
+    assert made[0] == made[1]
 
 
 # ------------------------------------------------------------------------------------------------- disks that refuse

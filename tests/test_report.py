@@ -273,6 +273,76 @@ def test_runs_of_one_name_and_other_options_are_both_read(tmp_path):
     assert sorted(r.cell.B for r in results.load_runs([*paths, paths[0]])) == [16, 64]
 
 
+OTHERS = {
+    "wd": (5e-4, 5e-3),
+    "precision": ("32-true", "bf16-mixed"),
+    "measure": ("split", "full"),
+    "noise_seed": (0, 1),
+}
+OTHERS |= {"permutations": (1, 2), "end": ("epochs", "schedule"), "sched_steps": (100, 200), "loss": ("ce", "mae")}
+
+
+@pytest.mark.parametrize("option", OTHERS)
+def test_no_run_is_dropped_for_another_of_its_name(option, tmp_path):
+    """Two runs of one name that differ in an option which decides the result."""
+    for place, value in zip("ab", OTHERS[option], strict=True):
+        exports.export_runs([finished("x", bs=16, **{option: value})], tmp_path / f"{place}.npz")
+    remarks: list[str] = []
+    runs = results.load_runs([str(tmp_path / f"{place}.npz") for place in "ab"], remarks=remarks)
+    assert tuple(r.options[option] for r in runs) == OTHERS[option] and remarks == []
+
+
+def test_copies_of_a_run_are_one_and_said_to_be(tmp_path, capsys):
+    folder = plant(tmp_path / "a", "--bs 16 --wd 0.01", {"val/acc": [(0, 0.1)]}, status="stopped")
+    (tmp_path / "b").mkdir()
+    shutil.copytree(folder, tmp_path / "b" / folder.name)
+    (tmp_path / "b" / folder.name / "summary.json").write_text('{"status": "finished", "steps": 9}')
+    target = tmp_path / "all.csv"
+    assert report.main([str(tmp_path / "b"), str(tmp_path / "a"), "--csv", str(target)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("1 runs ->") and len(err.splitlines()) == 1
+    assert f"counts: {folder.name} of {tmp_path / 'b' / folder.name} and {folder}\n" in err
+    (row,) = csv.DictReader(open(tmp_path / "all-runs.csv", newline=""))
+    assert row["status"] == "finished"
+    assert report.main([str(tmp_path / "a"), str(folder), "--csv", str(target)]) == 0 and not capsys.readouterr().err
+
+
+def test_at_best_chooses_runs_and_not_names():
+    """Two folders with runs of the same names: seed 0 and 1 are better at a rate of 0.2, of which the names say nothing."""
+    runs = [
+        finished("same", {"val/acc": acc}, bs=B, lr=lr, seed=seed)
+        for B in (16, 64)
+        for lr, acc in ((0.1, 0.5), (0.2, 0.7))
+        for seed in (0, 1)
+    ]
+    (setting,), _ = manyruns.at_best(settings.group_settings(runs))
+    assert [(r.cell.B, r.cell.lr) for r in setting.runs] == [(16, 0.2), (16, 0.2), (64, 0.2), (64, 0.2)]
+
+
+def test_what_else_lies_in_a_folder_is_said(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    plant(runs, "--bs 16", {"val/acc": [(0, 0.1)]})
+    for seed in range(3):
+        plant(runs / "quick", f"--bs 16 --seed {seed}", {"val/acc": [(0, 0.1)]})
+    plant(runs / "old" / "twice", "--bs 16", {"val/acc": [(0, 0.1)]})
+    plant(runs / "tuning" / "lr-1", "--bs 16", {"val/acc": [(0, 0.1)]})  # a search's trials are no runs of the report
+    (plant(runs, "--bs 32", {"val/acc": [(0, 0.1)]}) / "config.json").unlink()
+    remarks: list[str] = []
+    assert [r.name for r in results.load_runs([str(runs)], remarks=remarks)] == ["bs16"]
+    assert remarks == [
+        f"{runs}: 1 runs are read, and not those of folders in it: {runs / 'old' / 'twice'} (1), {runs / 'quick'} (3)",
+        f"{runs}: event files without a config.json are not read: bs32",
+    ]
+    assert report.main([str(runs), "--out", str(tmp_path / "out"), "--format", "png"]) == 0
+    assert capsys.readouterr().err.count("report.py: warning: ") == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"{runs / 'quick'} (3)" in page and "without a config.json" in page
+    (runs / "bs16" / "config.json").unlink()
+    shutil.rmtree(runs / "tuning")
+    assert report.main([str(runs), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.endswith(f"there are runs in {runs / 'old' / 'twice'} (1), {runs / 'quick'} (3)\n")
+
+
 def test_the_reports_curves_are_drawn_where_they_are_given(tmp_path):
     """The figures that the command draws have them, and what else it was told."""
     theirs = [finished("report")]
@@ -356,7 +426,10 @@ def test_a_report_from_planted_runs(made):
 def test_a_page_begins_with_the_cells(made):
     """Cells, then figures, then findings; what no run speaks of is one line, closed until it is opened."""
     text, page = (made / "report.md").read_text(), (made / "report.html").read_text()
-    places = [text.index(part) for part in ("| schedule | noise | B |", "## Figures", "![", "## Findings", "**1b** (")]
+    places = [
+        text.index(part)
+        for part in ("| schedule | noise (nominal) | B |", "## Figures", "![", "## Findings", "**1b** (")
+    ]
     assert places == sorted(places) and text.index("# Label noise") == 0
     row = re.search(r"^\| onecycle, 5000 steps \| 0.5 \| 64 \| 0.1, 0.9 \| 3 \| (\S+) ± \d", text, re.M)
     assert float(row[1]) == pytest.approx(0.1 + 0.8 - 0.15, abs=0.02)  # planted: B = 64 is the best at this noise

@@ -100,6 +100,20 @@ def test_of_a_real_run(go, tmp_path, monkeypatch, capsys):
     assert not (folder / "report").exists()
 
 
+@pytest.mark.parametrize("what", ["a damaged run", "searches alone"])
+def test_tables_of_no_run_are_not_written(what, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    (runs / "tuning").mkdir(parents=True)
+    if what == "a damaged run":
+        (runs / "r").mkdir()
+        (runs / "r" / "config.json").write_text("{")
+    for target in (["--csv"], ["--export", str(tmp_path / "all.npz"), "--csv"]):
+        assert report.main([str(runs), *target, str(tmp_path / "all.csv")]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and ("r/config.json" in err or "no run in it" in err)
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+
+
 def test_what_is_read_is_not_overwritten(tmp_path, capsys):
     path = tmp_path / "curves.csv"
     path.write_text("figure\n")
