@@ -7,17 +7,21 @@ Each argument names a line, and after `=` a run's folder, a folder of runs or an
 has them) that its runs have. Of several runs the mean is drawn, with a band of one standard deviation.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ["MPLBACKEND"] = "agg"  # in place of a notebook's, which this Python may not have: matplotlib would not load
 
 import numpy as np  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from data import InputError  # noqa: E402
+from data import InputError, printable  # noqa: E402
 from engine import cmdline  # noqa: E402
 from study import results, runfolders  # noqa: E402
+from study.drawing import FORMATS, save_styled  # noqa: E402
+from study.outputs import CannotWrite, whole_file  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
     ("validation accuracy", "val/acc", None),
@@ -33,7 +37,10 @@ def chosen(words: str) -> list[runfolders.Run]:
     """The runs of `PATH OPTION=VALUE ...`. Raises `InputError` where there are none."""
     path, *options = words.split() or [""]
     wanted = [option.partition("=")[::2] for option in options]
-    runs = results.load_runs([path], progress=False)
+    remarks: list[str] = []
+    runs = results.load_runs([path], progress=False, remarks=remarks)
+    for line in remarks:
+        print(f"compare.py: warning: {printable(line)}", file=sys.stderr)
     found = [run for run in runs if all(str(run.options.get(k)) == v for k, v in wanted)]
     if not found:
         raise InputError(f"'{words}': no such run; an argument is NAME=PATH or 'NAME=PATH OPTION=VALUE ...'")
@@ -41,34 +48,56 @@ def chosen(words: str) -> list[runfolders.Run]:
 
 
 def values_of(run: runfolders.Run, tag: str) -> runfolders.Series | None:
-    if tag == "grad/norm_ratio":
-        noisy, clean = (run.series.get(f"grad/norm_{part}") for part in ("noisy", "clean"))
-        return noisy and clean and (noisy[0], noisy[1] / clean[1])
-    return run.series.get(tag)
+    """A series of a run; `grad/norm_ratio` at the steps that have both norms: a batch without a noisy example has one."""
+    if tag != "grad/norm_ratio":
+        return run.series.get(tag)
+    (a, noisy), (b, clean) = (run.series.get(f"grad/norm_{part}", ((), ())) for part in ("noisy", "clean"))
+    steps, i, j = np.intersect1d(a, b, return_indices=True)
+    return (steps, noisy[i] / clean[j]) if len(steps) else None
 
 
 def line(runs: list[runfolders.Run], tag: str) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """(steps, mean, standard deviation) at the steps that all runs have; None where one has none."""
+    """(steps, mean, standard deviation) at the steps that all runs have; None where there is none."""
     series = [values_of(run, tag) for run in runs]
-    if not series or not all(series):
+    if not all(series):
         return None
-    steps = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in series)))
+    steps = np.array(sorted(set.intersection(*(set(steps.tolist()) for steps, _ in series))), np.int64)
+    if not len(steps):
+        return None
     rows = np.array([values[np.isin(at, steps)] for at, values in series])
-    return np.array(steps), rows.mean(0), rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
+    return steps, rows.mean(0), rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(len(steps))
 
 
 def main(out: str, named: list[str]) -> int:
     """Draw, or say what is wrong in one line; returns the exit status."""
     try:
-        draw(out, named)
-    except InputError as e:
+        draw(Path(out), named)
+    except (InputError, CannotWrite) as e:
         cmdline.complain(e, "compare.py")
-        return 2
+        return 1 if isinstance(e, CannotWrite) else 2
     return 0
 
 
-def draw(out: str, named: list[str]) -> None:
-    kinds = {name: chosen(words) for name, _, words in (word.partition("=") for word in named)}
+def draw(out: Path, named: list[str]) -> None:
+    """Write the figure and say of each line what it is the mean of. Raises `InputError` and `CannotWrite`."""
+    if out.suffix[1:] not in FORMATS:
+        raise InputError(f"{out}: the name must end in .{', .'.join(FORMATS)}")
+    kinds: dict[str, list[runfolders.Run]] = {}
+    for name, _, words in (word.partition("=") for word in named):
+        if name in kinds:
+            raise InputError(f"'{name}': there twice; each line has a name of its own")
+        kinds[name] = chosen(words)
+    absent = {name: [tag for _, tag, _ in PANELS if not line(runs, tag)] for name, runs in kinds.items()}
+    if all(len(tags) == len(PANELS) for tags in absent.values()):
+        raise InputError("these runs have none of the series that are drawn")
+    with whole_file(out, "OUT") as path:
+        save_styled(figure_of, kinds, stem=path.with_suffix(""), formats=[out.suffix[1:]])
+    for name, runs in kinds.items():
+        lacking = f"; not drawn, for not all of them have it: {', '.join(absent[name])}" if absent[name] else ""
+        print(f"{name}: {len(runs)} runs{lacking}")
+
+
+def figure_of(kinds: dict[str, list[runfolders.Run]]) -> Figure:
     figure = Figure(figsize=(13, 7), layout="constrained")
     for axis, (title, tag, null) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
         for i, (name, runs) in enumerate(kinds.items()):
@@ -79,13 +108,11 @@ def draw(out: str, named: list[str]) -> None:
                     axis.plot(steps, mean, style, color=f"C{i}", label=name if style == "-" else None, marker=".")
                     if style == "-" and len(runs) > 1:
                         axis.fill_between(steps, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.15, lw=0)
-        axis.set_title(title, fontsize=10)
+        axis.set_title(title)
         axis.set_xlabel("optimizer steps")
-        axis.grid(alpha=0.3)
-    figure.axes[0].legend()
-    figure.savefig(out, dpi=110)
-    for name, runs in kinds.items():
-        print(f"{name}: {len(runs)} runs")
+    marks = {label: mark for axis in figure.axes for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.axes[0].legend(list(marks.values()), list(marks))
+    return figure
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ COMPARISONS = (
     Comparison("Losses", "loss", ("loss",), lambda run: str(run.options["loss"]), "ce", tuple(LOSSES)),
     Comparison(
         "Kinds of label noise",
-        "noise",
+        "kind of noise",
         ("noise_type", "noise_file", "noise_labels", "noise_matrix"),
         noise_kind,
         "uniform",
@@ -196,7 +196,7 @@ def write_sides(page: Page, comparison: Comparison, settings: list[Setting]) -> 
     names = [f"{name}, {half}" for half in HALVES for name in ("cos(clean, noisy)", "its null", "norm, noisy / clean")]
     for label, rows, columns, compared in tables:
         page.text(literal(label))
-        share = ["wrong labels"] * comparison.of_noise
+        share = ["noise (realised)"] * comparison.of_noise
         page.table([comparison.column, *CELL_HEADER, *share, "runs", *names, *FINAL.values()], rows)
         if compared:
             page.text(

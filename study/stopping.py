@@ -100,7 +100,7 @@ def cell_text(run: Run) -> list[str]:
     return [sched, noise, str(cell.B), f"{cell.lr:g}"]
 
 
-CELL_HEADER = ["schedule", "noise", "B", "lr"]
+CELL_HEADER = ["schedule", "noise (nominal)", "B", "lr"]
 
 
 def mean_text(values: list[float], digits: int = 4) -> str:

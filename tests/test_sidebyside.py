@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from benchmarks import compare
 from study import sidebyside
+from study.exports import export_runs
 from study.page import Page
 from study.runfolders import Run
 from study.settings import group_settings
@@ -47,7 +49,40 @@ def test_every_kind_and_level_has_its_row(tmp_path):
     sidebyside.write_side_by_side(page, group_settings(runs()))
     page.write("t")
     text = (tmp_path / "report.md").read_text()
+    header = next(line for line in text.splitlines() if line.startswith("| kind of noise"))
+    columns = [name.strip() for name in header.strip("|").split("|")]
+    assert columns[:6] == ["kind of noise", "schedule", "noise (nominal)", "B", "lr", "noise (realised)"]
+    assert len(set(columns)) == len(columns)
     assert "## Kinds of label noise" in text and "## Losses" not in text and "+0.200 [-0.048, +0.448]" in text
+
+
+def test_a_line_is_drawn_at_the_steps_that_both_norms_have(tmp_path, capsys):
+    """A batch without a noisy example has one norm and not the other: 50 and 51 values, in another run 50 and 50."""
+    rng = np.random.default_rng(0)
+    clean, noisy = rng.uniform(1, 2, (2, 51)), rng.uniform(1, 2, (2, 51))
+    runs = []
+    for i, lacking in enumerate(([7], [7, 9])):
+        run, kept = made(i, 0.4, 0.4, 0.3), np.delete(np.arange(51), lacking[:1])
+        run.series["grad/norm_noisy"] = (kept, noisy[i][kept])
+        kept = np.arange(51) if i == 0 else np.delete(np.arange(51), lacking[1:])
+        run.series["grad/norm_clean"] = (kept, clean[i][kept])
+        runs.append(run)
+    steps, mean, deviation = compare.line(runs, "grad/norm_ratio")
+    both = np.delete(np.arange(51), [7, 9])
+    assert steps.tolist() == both.tolist()
+    ratios = (noisy / clean)[:, both]
+    assert mean == pytest.approx(ratios.mean(0)) and deviation == pytest.approx(np.abs(ratios[0] - ratios[1]) / 2**0.5)
+    export_runs(runs, tmp_path / "a.npz")
+    assert compare.main(str(tmp_path / "out.svg"), [f"x={tmp_path / 'a.npz'}"]) == 0
+    assert "x: 2 runs; not drawn, for not all of them have it: val/acc, probe/recovered," in capsys.readouterr().out
+    for out, times, status in (("out.what", 1, 2), ("out.svg", 2, 2), ("no/where.svg", 1, 1)):
+        assert compare.main(str(tmp_path / out), [f"x={tmp_path / 'a.npz'}"] * times) == status
+        assert capsys.readouterr().err.count("\n") == 1
+    for run in runs:
+        run.series = {"train/loss": (np.array([0]), np.array([1.0]))}
+    export_runs(runs, tmp_path / "a.npz")
+    assert compare.main(str(tmp_path / "out.svg"), [f"x={tmp_path / 'a.npz'}"]) == 2
+    assert "none of the series" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("of", [HUMAN, {"noise_type": "uniform"}])
