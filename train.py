@@ -40,6 +40,7 @@ from engine.checkpoints import (
     drop_later_best,
     keep_best,
     restore,
+    warn_of_room,
 )
 from engine.evaluation import evaluate
 from engine.hardware import lost_process, make_fabric, sum_over_ranks
@@ -275,6 +276,8 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         start_record(job, record, inputs, claimed)
         summarize(job, record, "running")
         raise_if_fault(job, record)
+        if record.active:
+            warn_of_room(job, record)
         print_plan(job, record, noisefile.describe_labels(ledger, inputs.source.classes))
         fit(job, record, signals)
         record.log(job.state.step, {"test/acc": evaluate(job, *job.test).acc})

@@ -11,12 +11,35 @@ from torch import nn
 
 import epochwise
 import models
+import optim
 from data import InputError, Source, one_line
-from engine import fitting, identity
-from engine.files import write_temporary
+from engine import files, fitting, identity, memory
 from engine.hardware import on_rank_zero, sum_over_ranks
 from engine.job import TrainingJob
-from engine.record import NotFinite, Record, config_if_readable, load_plain, load_state, status_if_readable
+from engine.record import (
+    NotFinite,
+    Record,
+    config_if_readable,
+    load_plain,
+    load_state,
+    size_of,
+    status_if_readable,
+    write_state,
+)
+
+
+def warn_of_room(job: TrainingJob, record: Record) -> None:
+    """Say so where the file system has no room for a run's checkpoints: the last two, the one that is being written, and with
+    `--best` as many of the weights alone."""
+    args, weights = job.args, size_of(job.module.state_dict())
+    kept = [name for name in optim.kept_state(args.optimizer, args.momentum, args.sched) if name != "step"]
+    whole = weights + len(kept) * size_of(job.parameters)
+    whole += size_of([job.examples.logits, job.examples.totals]) if job.examples else 0
+    there = sum(path.stat().st_size for path in record.folder.glob("*.ckpt"))
+    needed, free = 3 * whole + 3 * weights * args.best - there, files.free_bytes(record.folder)
+    if needed > free:
+        amounts = f"{memory.format_bytes(needed)} more of room, and {memory.format_bytes(free)} are free"
+        record.say(f"warning: --runs {args.runs}: the checkpoints of this run take up to {amounts}")
 
 
 def finite_weights(module: nn.Module) -> bool:
@@ -65,7 +88,7 @@ def keep_best(job: TrainingJob, record: Record) -> None:
 
     def replace() -> None:
         best = record.folder / BEST
-        temporary = write_temporary(best, lambda f: torch.save(content, f))
+        temporary = write_state(best, content)
         if best.exists() and job.best_is_saved:
             os.replace(best, record.folder / BEST_BEFORE)
         os.replace(temporary, best)

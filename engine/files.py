@@ -2,9 +2,11 @@
 regular files, so that no link and no named pipe leads out of the folder or makes a run wait.
 """
 
+import math
 import os
 import re
 import secrets
+import shutil
 import stat
 from pathlib import Path
 
@@ -93,3 +95,11 @@ def remove_leftovers(folder: Path) -> None:
     for path in Path(folder).iterdir():
         if TEMPORARY.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)
+
+
+def free_bytes(folder: Path) -> float:
+    """Room on the file system of `folder`; infinite where it cannot be told."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.inf

@@ -3,6 +3,7 @@
 Values reach `Record.log` as tensors on the device and stay there until `flush` brings them over in one copy.
 """
 
+import errno
 import io
 import json
 import math
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -121,6 +123,41 @@ def load_plain(path: Path) -> object:
 def load_state(path: Path) -> dict:
     """A checkpoint that a run goes on from. Raises as `load_plain`, and `InputError` if it is whole and has a wrong field."""
     return schema.check_state(load_plain(path), path)
+
+
+def write_state(path: Path, state: dict) -> Path:
+    """What `torch.save` makes of `state`, written as `write_temporary` does. Raises `OSError`, which says how much room a
+    checkpoint takes where there is none: torch alone tells of no reason."""
+    refused = []
+
+    def write(f) -> None:
+        def keep(data) -> int:
+            try:
+                return f.write(data)
+            except OSError as e:
+                refused.append(e)
+                raise
+
+        torch.save(state, SimpleNamespace(write=keep, flush=f.flush))
+
+    try:
+        return write_temporary(path, write)
+    except (OSError, RuntimeError) as e:
+        reason = refused[0] if refused else e
+        if getattr(reason, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise reason from None
+        free = f", {memory.format_bytes(files.free_bytes(path.parent))} are free" * (reason.errno == errno.ENOSPC)
+        raise OSError(
+            reason.errno, f"{reason.strerror}; it needs {memory.format_bytes(size_of(state))}{free}"
+        ) from None
+
+
+def size_of(state: object) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
 
 
 class Record:
@@ -316,7 +353,7 @@ class Record:
         """Call `act`; where the file system refuses, note the fault instead of leaving the other ranks behind."""
         try:
             return act(*arguments)
-        except (OSError, RuntimeError) as e:  # torch.save wraps a full disk in a RuntimeError
+        except (OSError, RuntimeError) as e:
             self.fault = self.fault or f"{what} in {self.folder} cannot be written ({one_line(e)})"
 
     def summary(self, **content) -> None:
@@ -340,7 +377,7 @@ class Record:
 
     def save(self, state: dict, name: str) -> None:
         path = self.folder / name
-        temporary = write_temporary(path, lambda f: torch.save(state, f))
+        temporary = write_state(path, state)
         if name == "last.ckpt":
             if self.last_is_good and path.exists():
                 os.replace(path, self.folder / "previous.ckpt")

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -218,11 +220,38 @@ def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(zygote, tmp_path, cap
     assert len(kept) > 900_000
     assert zygote.run(code=LIMIT.format(argv=[*argv, "--max-steps", "10", "--resume"])) == [1]
     result = zygote.output()
-    assert "last.ckpt" in result and "cannot be written" in result and "Traceback" not in result
+    size = record.memory.format_bytes(record.size_of(record.load_state(tmp_path / "r" / "last.ckpt")))
+    assert f"last.ckpt in {tmp_path / 'r'} cannot be written (File too large; it needs {size})" in result
+    assert "Traceback" not in result
     assert summary(tmp_path / "r")["status"] == "failed"
     assert (tmp_path / "r" / "last.ckpt").read_bytes() == kept
     assert not list((tmp_path / "r").glob("*.tmp"))
     assert train.main([*argv, "--max-steps", "10", "--resume"]) == 0  # room again: it goes on
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_no_room_for_a_checkpoint_is_said_with_how_much_it_takes(tmp_path, monkeypatch):
+    """torch makes an error of its own of what the system says while it saves."""
+    full, opened = os.open("/dev/full", os.O_WRONLY), os.open
+    state = {"model": {"w": torch.zeros(2**18)}, "optimizer": {"state": [torch.zeros(2**18)]}, "step": 3}
+    monkeypatch.setattr(
+        record.files.os, "open", lambda path, *_: full if "last.ckpt" in str(path) else opened(path, *_)
+    )
+    monkeypatch.setattr(record.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * 2**18))
+    with pytest.raises(OSError, match="No space left on device; it needs 2.0 MiB, 768.0 KiB are free"):
+        record.write_state(tmp_path / "last.ckpt", state)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_start_says_where_there_is_no_room_for_checkpoints(go, monkeypatch, capsys):
+    go("--max-steps", "1")
+    assert "room" not in capsys.readouterr().err
+    monkeypatch.setattr(record.files.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    folder = go("--max-steps", "1", name="full")
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "room" in line)
+    assert line.startswith("train.py: warning: --runs ") and line.endswith("of room, and 1.0 MiB are free")
+    size = record.size_of(record.load_state(folder / "last.ckpt"))
+    assert float(re.search(r"up to ([0-9.]+) MiB", line)[1]) == pytest.approx(3 * size / 2**20, rel=0.03)
 
 
 def test_a_read_only_file_system(go, monkeypatch, capsys, tmp_path):
