@@ -3,9 +3,11 @@
 import argparse
 import math
 import os
+import shlex
+from pathlib import Path
 
 from data import InputError
-from datasets import DATASETS
+from datasets import DATASETS, default_model
 from engine import roles
 from engine.options import MEASURE_DEFAULTS, parser
 
@@ -49,13 +51,20 @@ def continue_from(args: argparse.Namespace, config: dict) -> None:
     if args.precision == "auto":
         args.precision = first["precision"]
     args.threads = args.threads or first["threads"]
-    wrong = keep_masks(args, config["options"])
+    wrong, left_out = keep_masks(args, config["options"]), []
+    usual = compared({**vars(parser().parse_args([])), "model": default_model(args.dataset)})
     for key, difference in differences(first, vars(args)).items():
         grows = roles.GROWS in roles.ROLES[key]
         if not grows or shrinks(key, first[key], getattr(args, key)):
-            wrong.append(difference + " (it may only grow)" * grows)
-    if wrong:
-        raise InputError("; ".join(wrong) + "; a resumed run keeps its options")
+            given = compared(vars(args))[key] != usual.get(key)
+            (wrong if given else left_out).append(difference + " (it may only grow)" * grows)
+    file = Path(args.runs, args.name, "config.json")
+    if len(left_out) > 1 and file.is_file():
+        words = ["--config", str(file), "--resume", "--name", args.name]
+        words += ["--runs", args.runs] * (args.runs != parser().get_default("runs"))
+        left_out = [f"{file.parent} was started with other options: {shlex.join(words)} goes on with those"]
+    if wrong or left_out:
+        raise InputError("; ".join([*wrong, *left_out]) + "; a resumed run keeps its options")
 
 
 def shrinks(option: str, was: object, now: object) -> bool:

@@ -183,6 +183,20 @@ def test_other_options_are_refused_by_name(go, capsys, tmp_path):
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_a_resume_without_the_options_says_the_words_that_go_on(go, capsys, tmp_path):
+    folder = go("--noise", "0.5", "--norm", "gn", "--sched", "cosine", "--max-steps", "2")
+    own = ["--runs", str(folder.parent), "--name", "r", "--resume"]
+    capsys.readouterr()
+    for given, clause in ([], ""), (["--lr", "0.3"], "--lr was 0.1 and is 0.3 now; "):
+        assert train.main([*given, *own]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        words = f"--config {folder / 'config.json'} --resume --name r --runs {folder.parent}"
+        assert line.startswith(f"train.py: error: {clause}{folder} was started with other options: {words} goes on")
+        assert line.count(" was ") == 1 + bool(clause)
+    assert train.main([*words.split(), "--max-steps", "3"]) == 0
+    assert "resuming r at step 2 of 3" in capsys.readouterr().err and summary(folder)["steps"] == 3
+
+
 def test_precision_and_threads_are_kept(go, monkeypatch):
     """`auto` keeps the first start's value, and so does the number of threads: bits depend on both."""
     args = train.options.parse(["--dataset", "synthetic"])
