@@ -18,7 +18,7 @@ from gradsplit import Batch, copy_to, generator, stream_seed  # noqa: F401 - ran
 
 VAL_FRAC = 0.2  # share of the training set that is held out where --val-frac does not say
 PAD = 4  # pixels of zero padding on each side, as RandomCrop(32, padding=4)
-BLOCK = 1000  # images put on the device at a time
+BLOCK = 1 << 20  # pixels put on the device at a time
 
 
 class InputError(ValueError):
@@ -86,15 +86,20 @@ class Source(NamedTuple):
     digest: str | None = None
     notes: tuple[str, ...] = ()
 
+    def positions(self, index: Tensor) -> Tensor:
+        """Where in `x_train` the images of the training examples `index` (n,) are."""
+        return index if self.stored is None else torch.searchsorted(self.stored, index)
+
     def images(self, index: Tensor) -> Tensor:
         """Those of the training examples `index` (n,), (n, H, W, C) uint8."""
-        return self.x_train[index if self.stored is None else torch.searchsorted(self.stored, index)]
+        return self.x_train[self.positions(index)]
 
-    def validation(self, held: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (m, H, W, C) uint8 and true labels (m,) int64: the set's own or, without these, of the training examples `held`."""
+    def validation(self, held: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Images (N, H, W, C) uint8, which of them (m,), None for all, and their true labels (m,) int64: the set's own or, without
+        these, those of the training examples `held` (m,)."""
         if self.x_val is not None and self.y_val is not None:
-            return self.x_val, self.y_val
-        return self.images(held), self.y_train[held]
+            return self.x_val, None, self.y_val
+        return self.x_train, self.positions(held), self.y_train[held]
 
 
 def flip_map(classes: tuple[str, ...], taken_for: dict[str, str]) -> Tensor:
@@ -152,15 +157,19 @@ class Images:
     Memory: (H + 2 pad)(W + 2 pad) C bytes an image, twice that with `mirror`.
     """
 
-    def __init__(self, images: Tensor, mean, std, device, pad: int = 0, mirror: bool = False) -> None:
-        """`images` (n, H, W, C) uint8; `mean`, `std` (C,) of pixels in 0..1."""
-        self.n, self.H, self.W, self.C = images.shape
+    def __init__(
+        self, images: Tensor, mean, std, device, pad: int = 0, mirror: bool = False, index: Tensor | None = None
+    ) -> None:
+        """`images` (N, H, W, C) uint8, those at `index` (n,) or all; `mean`, `std` (C,) of pixels in 0..1."""
+        index = torch.arange(len(images)) if index is None else index
+        self.n, (self.H, self.W, self.C) = len(index), images.shape[1:]
         self.pad, self.width, self.height = pad, self.W + 2 * pad, self.H + 2 * pad
         copies = 2 if mirror else 1  # written in place, for the whole set is never to be there twice
         buffer = torch.zeros(copies * self.n, self.height, self.width, self.C, dtype=torch.uint8, device=device)
         inside = buffer.narrow(1, pad, self.H).narrow(2, pad, self.W)  # black around it, before normalisation
-        for a in range(0, self.n, BLOCK):
-            some = images[a : a + BLOCK].to(device)
+        block = max(1, BLOCK // (self.H * self.W))  # images
+        for a in range(0, self.n, block):
+            some = images[index[a : a + block]].to(device)
             inside[a : a + len(some)] = some
             if mirror:
                 inside[self.n + a : self.n + a + len(some)] = some.flip(2)
@@ -169,6 +178,11 @@ class Images:
         self.row_step = torch.arange(self.H, device=device) * self.width
         scale = torch.tensor([mean, std], dtype=torch.float64)[..., None, None] * 255  # rounded once, to what x has
         self.mean, self.std = scale.to(device, torch.get_default_dtype())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that they take."""
+        return self.rows.untyped_storage().nbytes()
 
     def starts(self, index: Tensor, dy: Tensor | int, dx: Tensor | int, flip: Tensor | int = 0) -> Tensor:
         """Positions (B,) int64 of the first pixel of each crop: rows from dy, columns from dx, then mirrored.
@@ -187,9 +201,13 @@ class Images:
         """uint8 (B, C, H, W) -> the default dtype at construction, the set's mean and deviation taken out."""
         return x.to(self.mean.dtype).sub_(self.mean).div_(self.std)
 
+    def whole(self, index: Tensor) -> Tensor:
+        """The images at `index` (B,) as they are, (B, C, H, W) uint8."""
+        return self.cut(self.starts(index.to(self.rows.device), self.pad, self.pad))
+
     def plain(self, index: Tensor) -> Tensor:
         """The images at `index` (B,) as they are, normalised, (B, C, H, W)."""
-        return self.normalise(self.cut(self.starts(index.to(self.rows.device), self.pad, self.pad)))
+        return self.normalise(self.whole(index))
 
 
 class Epoch(NamedTuple):
@@ -226,8 +244,9 @@ class TrainSet:
         augment: bool,
         mask: Tensor | None = None,
         by_epoch: Callable[[int], Tensor] | None = None,
+        index: Tensor | None = None,
     ) -> None:
-        """`images` (n, H, W, C) uint8, `labels` and `true` (n,) int64, all on the CPU.
+        """`images` (N, H, W, C) uint8, those at `index` (n,) or all, their `labels` and `true` (n,) int64; all on the CPU.
 
         `by_epoch`, epoch -> labels (n,), takes the place of `labels` where they change with the epoch; no example is
         noisy for good then, and what looks at single examples sees the true labels.
@@ -235,7 +254,7 @@ class TrainSet:
         self.by_epoch, self.mask = by_epoch, mask
         labels = labels if by_epoch is None else true
         self.pad = PAD if augment else 0
-        self.images = Images(images, mean, std, device, self.pad, mirror=augment)
+        self.images = Images(images, mean, std, device, self.pad, augment, index)
         self.labels, self.true, self.device, self.augment = labels, true, device, augment
         self.noisy = labels != true if mask is None else mask
 

@@ -22,7 +22,7 @@ import metrics
 from gradsplit import Forward, batchnorm_mode
 from measure import MeasuringContext, MeasuringOptions, is_due
 
-EVAL_BATCH = 1000  # examples of a forward without gradients
+EVAL_BATCH = 1000  # examples of a forward without gradients, of 32 x 32 pixels
 CPU_BATCH = 125  # on a CPU: activations of ResNet-18 at width 64 are then of 32 MB, the most that glibc keeps
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128
@@ -53,18 +53,23 @@ def undisturbed(context: MeasuringContext):
 # ------------------------------------------------------------------------------------------------------------- probe
 
 
+def at_a_time(most: int, batch_size: int, H: int, W: int) -> int:
+    """Examples of a forward: `most` of 32 x 32 pixels, of larger images as many fewer, but as many as a step trains on."""
+    return min(most, max(batch_size, most * 32 * 32 // (H * W)))
+
+
 def eval_logits(context: MeasuringContext, images: Tensor) -> Tensor:
     """(n, K) logits of `images` (n, C, H, W), on a CPU of `CPU_BATCH` at a time: a quarter faster, and the same numbers."""
-    parts = images.split(CPU_BATCH) if images.device.type == "cpu" else (images,)
+    most = CPU_BATCH if images.device.type == "cpu" else EVAL_BATCH
+    parts = images.split(at_a_time(most, context.batch_size, *images.shape[2:]))
     return torch.cat([context.logits(part) for part in parts])
 
 
-def eval_batches(context: MeasuringContext, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(logits (m, K), positions (m,)) over this process's share of training examples `index`, eval mode, not augmented."""
-    a, b = data.shard(len(index), context.rank, context.world_size)
-    for i in range(a, b, EVAL_BATCH):
-        at = torch.arange(i, min(i + EVAL_BATCH, b))
-        yield eval_logits(context, context.train.images.plain(index[at])), at
+def eval_batches(context: MeasuringContext, images: data.Images, index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (m, K), positions (m,)) over this process's share of `images` at `index`, eval mode, not augmented."""
+    share = torch.arange(*data.shard(len(index), context.rank, context.world_size))
+    for at in share.split(at_a_time(EVAL_BATCH, context.batch_size, images.H, images.W)) if len(share) else ():
+        yield eval_logits(context, images.plain(index[at])), at
 
 
 def probe_indices(context: MeasuringContext) -> tuple[Tensor, Tensor]:
@@ -91,7 +96,7 @@ def probe(context: MeasuringContext) -> dict:
     y, true, device = context.train.labels[index], context.train.true[index], context.device
     sheet = torch.zeros(2, len(index), dtype=torch.float64, device=device)  # predicted class, loss
     context.module.eval()
-    for logits, at in eval_batches(context, index):
+    for logits, at in eval_batches(context, context.train.images, index):
         sheet[0, at] = logits.argmax(1).double()
         sheet[1, at] = F.cross_entropy(logits, y[at].to(device), reduction="none").double()
     context.module.train()

@@ -85,6 +85,7 @@ class MeasuringContext(Context):
     state: MeasuringState
     total_steps: int  # optimizer steps until the end, from which measurements are counted back
     steps_per_epoch: int
+    batch_size: int = 1  # examples of a training step
     rank: int = 0
     seed: int = 0  # of masks, dropout and curvature
     noise_seed: int = 0  # of fresh labels and of the examples that are probed

@@ -9,6 +9,10 @@ import os
 import sys
 from pathlib import Path
 
+from engine import machine
+
+machine.wait_briefly()
+
 import numpy as np
 import torch
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from data import InputError, printable
 from engine import cmdline, options
-from engine.hardware import cores
+from engine.machine import cores
 from study import exports, tuning
 from study.cluster import RayTasks, Request
 from study.grids import PRESETS, REPORT_SIZES, SEEDS, Job, axis_names, expand
@@ -77,7 +77,8 @@ def written_jobs(args, extra: list[str], runs: Path, sweeps: list[Sweep]) -> lis
 def print_totals(statuses: list[str], before: int) -> None:
     """How many runs are in which state, all of them; `before`: how many of them had finished before."""
     counts = Counter(statuses)
-    line = f"{counts['finished']} of {len(statuses)} runs finished" + f" ({before} of them before)" * (before > 0)
+    of_before = f" ({before} of them before)" if before else ""
+    line = f"{counts['finished']} of {cmdline.counted(len(statuses), 'run')} finished{of_before}"
     print(", ".join([line, *(f"{counts[s]} {s}" for s in STATES if counts[s] and s != "finished")]))
 
 
@@ -236,7 +237,8 @@ class Slots:
         where = f"{args.jobs or 'as many as fit'} at a time" if args.ray else f"{self.at_once} at a time"
         on = " and ".join(self.groups) if self.size > 1 else ", ".join(self.groups)
         where += f" on GPU {on}" if self.groups else ""
-        return where + (f", {self.threads} threads each" + " process" * (self.size > 1) if self.threads else ", on Ray")
+        threads = self.threads and f"{cmdline.counted(self.threads, 'thread')} each" + " process" * (self.size > 1)
+        return f"{where}, {threads or 'on Ray'}"
 
     def backend(self, args, place, most: int | None, runs: int) -> Backend:
         """The scheduler's back end for so many `runs`; `most` at a time on Ray. Raises `InputError`."""
@@ -254,7 +256,7 @@ def slots_of(args, place) -> Slots:
     size = processes_of(place)
     devices = [] if args.ray else gpus(place)
     if devices and size > len(devices):
-        raise InputError(f"--devices {size}: this machine has {len(devices)} GPU{'s' * (len(devices) != 1)}")
+        raise InputError(f"--devices {size}: this machine has {cmdline.counted(len(devices), 'GPU')}")
     groups = [",".join(devices[i : i + size]) for i in range(0, len(devices) - size + 1, size)]
     at_once = args.jobs or max(len(groups) * args.per_gpu, 1)
     threads = args.threads or (None if args.ray else max(cores() // (at_once * size), 1))
@@ -303,7 +305,7 @@ def run_grid(args, extra: list[str], runs: Path, jobs: list[Job], done: dict[str
             print(shlex.join(command(job, runs, states[job.name][0] == "stopped", slots.threads)))
         counts = Counter(status for status, _ in states.values())
         known = ", ".join(f"{n} {s}" for s, n in counts.items())
-        print(f"# {len(queue)} of {len(jobs)} runs to do ({known}), {slots.words(args)}")
+        print(f"# {len(queue)} of {cmdline.counted(len(jobs), 'run')} to do ({known}), {slots.words(args)}")
         return 0
     write_jobs(runs, jobs, args.words)
     backend = slots.backend(args, place, args.jobs, len(queue))
@@ -355,9 +357,8 @@ def run_tuned(args, extra: list[str], runs: Path) -> int:
     print(f"# {plan.metric} is {plan.direction}d, with seed {', '.join(plan.seeds)}; trials are in {search.folder}")
     if args.status or args.dry_run:
         print("\n".join(search.table()))
-        print(
-            f"# {len(search.cells)} cells, then {sum(len(cell.runs) for cell in search.cells)} runs at the best values"
-        )
+        n, runs_then = len(search.cells), sum(len(cell.runs) for cell in search.cells)
+        print(f"# {cmdline.counted(n, 'cell')}, then {cmdline.counted(runs_then, 'run')} at the best values")
         return 0
     place = options.parser().parse_args(extra)
     slots = slots_of(args, place)

@@ -14,6 +14,10 @@ if __name__ == "__main__":  # the imports below take seconds, and nothing has be
     for _name in ("SIGINT", "SIGTERM"):
         signal.signal(getattr(signal, _name), lambda *_: os._exit(3))
 
+from engine import machine
+
+machine.wait_briefly()
+
 import logging
 import math
 import sys
@@ -29,7 +33,7 @@ import epochwise
 import measure
 import metrics
 from data import Batch, InputError, one_line
-from engine import cmdline, examples, fast, identity, launchers, memory, noisefile, options, pace, roles
+from engine import cmdline, examples, fast, identity, launchers, memory, noisefile, options, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
 from engine.checkpoints import (
     Claimed,
@@ -166,8 +170,7 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
     fast.make_ready_or_go_without(job, plain_gradient, record.say)
     profile = fast.profiler(args.profile, record.folder, record.active, WARMUP, device.type == "cuda")
-    plan, speed = None, pace.Pace(args.threads, watch=record.active and device.type == "cpu")
-    clock = StepClock(device, state, speed, warmup)
+    plan, clock = None, StepClock(device, state, warmup)
     with bar, profile as tracing:
         if state.step == 0:
             if "val/acc" not in record.latest:  # else a signal stopped the run here
@@ -178,9 +181,9 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
             if plan is None or number == 0:
                 bar.set_description(f"epoch {epoch + 1}/{args.epochs}")
                 plan = job.train.epoch(args.seed, epoch)
-                clock.start_epoch()
+                clock.start()
             if step == warmup:
-                clock.end_warmup()
+                clock.start()
 
             measured = step % args.measure_every == 0
             batch = fast.next_batch(job, plan, number, measured)
@@ -196,19 +199,17 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
                 if step % flush_every == 0:
                     record.flush()  # here the host waits for the device
                     show_progress(bar, record)
-                    slow = clock.slow_down()
-                    if slow:
-                        record.say(slow)
             epoch_ended = number + 1 == job.steps_per_epoch
             if epoch_ended or state.step == job.total_steps:
                 record.flush()
-                clock.end_epoch()
+                clock.stop()
             if epoch_ended:
                 validate(job, record)
                 show_progress(bar, record)
             if agree(job, record, signals):
-                with clock.stopped():
-                    checkpoint(job, record)
+                clock.stop()
+                checkpoint(job, record)
+                clock.start()
         if state.step % job.steps_per_epoch:  # the run ends within an epoch: saved before, for it may grow
             validate(job, record)
 
@@ -230,8 +231,8 @@ def run(args, signals: Signals) -> int:
         identity.continue_from(args, earlier)
     if args.precision == "64-true":
         torch.set_default_dtype(torch.float64)  # Fabric alone would hand back float32 logits
-    if args.threads:
-        torch.set_num_threads(args.threads)  # what reads and draws the data shares the cores with other runs, too
+    # What reads and draws the data shares the cores with other runs, too.
+    torch.set_num_threads(args.threads or min(torch.get_num_threads(), machine.cores()))
     memory.require_memory(args, on_gpu=args.accelerator != "cpu" and torch.cuda.device_count() > 0)
     inputs = read_inputs(args)
     if earlier:
@@ -239,10 +240,8 @@ def run(args, signals: Signals) -> int:
         check_images(earlier, inputs.source, folder)
 
     fabric, scaler = make_fabric(args)
-    with memory.explain_out_of_memory(args, inputs.source):
-        job = prepare(
-            args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch, inputs.val_given
-        )
+    job = prepare(args, inputs.source, inputs.indices, inputs.labels, fabric, scaler, inputs.by_epoch, inputs.val_given)
+    inputs = inputs.without_images()  # `job` has its own
     record = Record(folder, active=fabric.is_global_zero, began=began)
     signals.hold()  # from here on there is a folder, and a run that can be saved
     claimed = claim_folder(job, record, inputs.ledger)
@@ -300,9 +299,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         checkpoint(job, record, "failed.ckpt")
         cmdline.complain(f"{e}" + "; the state is in failed.ckpt" * (record.fault is None))
     except BaseException as e:
-        expected = (
-            memory.message(job.args, e, inputs.source) if memory.requested_bytes(e) is not None else lost_process(e)
-        )
+        expected = memory.message(e) if memory.requested_bytes(e) is not None else lost_process(e)
         reason = expected or f"{type(e).__name__}: {one_line(e)}"
         if job.fabric.is_global_zero and not expected:
             raise
@@ -348,7 +345,8 @@ def start_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: Clai
     record.open_events(claimed.checkpoint["events"] if claimed.checkpoint else {})
     if not claimed.checkpoint:
         ledger = inputs.ledger
-        record.start(ledger, index, source.y_train[index], inputs.labels, source, job.state.plan)
+        first = job.train.images.whole(torch.arange(min(16, len(job.train)))).permute(0, 2, 3, 1).cpu()
+        record.start(ledger, index, source.y_train[index], inputs.labels, first, source.classes, job.state.plan)
         record.log(0, {"noise/nominal": ledger["nominal"], "noise/realised": ledger["realised"]})
 
 
@@ -373,10 +371,10 @@ def main(argv: list[str] | None = None) -> int:
     except (RuntimeError, MemoryError) as e:
         expected = lost_process(e)
         if memory.requested_bytes(e) is not None:
-            expected = memory.message(args, e)
-        if not expected and not isinstance(e, memory.NotEnough):
+            expected = memory.message(e)
+        if not expected:
             raise
-        complain_on_any_rank(expected or str(e))
+        complain_on_any_rank(expected)
         return STATUS["failed"]
     finally:
         torch.set_default_dtype(before)

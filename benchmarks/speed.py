@@ -35,6 +35,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from engine import machine  # noqa: E402
+
+machine.wait_briefly()
+
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 

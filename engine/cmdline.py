@@ -44,6 +44,11 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message.removeprefix("argument "))
 
 
+def counted(n: int, noun: str) -> str:
+    """`n` and `noun`, in the plural unless there is one: "1 thread", "2 processes"."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
 def shortened(message: str, given: list[str] = ()) -> str:
     """`message` with the middle left out of each of the `given` words, and of whatever else has no space in it, that is
     longer than QUOTED characters."""

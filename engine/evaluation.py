@@ -5,12 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import data
 import metrics
 from data import Images
 from engine.hardware import sum_over_ranks
 from engine.job import TrainingJob
-from epochwise import EVAL_BATCH, eval_logits
+from epochwise import eval_batches
 
 
 class Evaluation(NamedTuple):
@@ -25,15 +24,13 @@ class Evaluation(NamedTuple):
 def evaluate(job: TrainingJob, images: Images, labels: Tensor) -> Evaluation:
     """A whole set in eval mode, each example counted once however many processes there are."""
     job.context.average_buffers()
-    a, b = data.shard(images.n, job.fabric.global_rank, job.fabric.world_size)
     sums = torch.zeros(3, dtype=torch.float64, device=labels.device)
     predicted = torch.zeros(images.n, dtype=torch.int64, device=labels.device)
     job.module.eval()
-    for i in range(a, b, EVAL_BATCH):
-        at = torch.arange(i, min(i + EVAL_BATCH, b), device=labels.device)
-        y, logits = labels[i : i + len(at)], eval_logits(job.context, images.plain(at))
+    for logits, at in eval_batches(job.context, images, torch.arange(images.n)):
+        y = labels[at]
         sums += metrics.batch_counts(logits, y, torch.zeros_like(y, dtype=torch.bool))
-        predicted[i : i + len(at)] = logits.argmax(1)
+        predicted[at] = logits.argmax(1)
     job.module.train()
     loss, hit, _ = sum_over_ranks(job.fabric, sums).tolist()  # here the host waits for the device
     return Evaluation(loss / images.n, hit / images.n, sum_over_ranks(job.fabric, predicted).cpu())

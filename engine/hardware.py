@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from data import InputError, one_line
 from engine import interrupts, launchers, options
+from engine.cmdline import counted
+from engine.machine import cores
 
 TIMEOUT = timedelta(minutes=10)  # a collective that waits longer means that a process is lost
 
@@ -42,11 +44,6 @@ def cpu_prefers_bf16() -> bool:
     """Whether bf16-mixed is faster than 32-true on this CPU: with AMX only. Where bf16 products come from AVX512-BF16,
     conversions cost more than the products save (ResNet-18 at width 64: 50.5 images/s against 60.7)."""
     return "AMX" in cpu_features()
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve(args) -> int:
@@ -80,7 +77,7 @@ def resolve(args) -> int:
     if here < 1:
         raise InputError(f"--devices {args.devices}: not a number of devices from 1")
     if on_gpu and here > gpus:
-        raise InputError(f"--devices {args.devices}: this machine has {gpus} GPU{'s' * (gpus != 1)}")
+        raise InputError(f"--devices {args.devices}: this machine has {counted(gpus, 'GPU')}")
     if args.strategy == "auto" and here * args.num_nodes > 1:
         args.strategy = "ddp"
     if args.precision == "auto":

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 import data
@@ -24,6 +25,11 @@ class Inputs(NamedTuple):
     ledger: dict
     by_epoch: ByEpoch | None
     val_given: Tensor | None
+
+    def without_images(self) -> "Inputs":
+        """The same without the set's images, whose memory is given back once nothing else holds them."""
+        none = torch.empty(0, dtype=torch.uint8)
+        return self._replace(source=self.source._replace(x_train=none, x_test=none, x_val=None))
 
 
 def check_network(args, source: Source) -> None:

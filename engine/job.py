@@ -111,15 +111,15 @@ def prepare(
 ) -> TrainingJob:
     """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`, `val_given`
     are the labels of `labels.relabel_held_out`."""
-    index, held = indices
-    device, K = fabric.device, len(source.classes)
+    (index, held), device, K = indices, fabric.device, len(source.classes)
     true, fake = source.y_train[index], args.fake_mask
     module = network(args, source, len(index), fabric.world_size)
     stats = source.mean, source.std
     mask = None if fake is None else fake_mask(len(index), fake, data.generator(args.noise_seed, "fake-mask"))
-    train = TrainSet(source.images(index), labels, true, *stats, device, not args.no_augment, mask, by_epoch)
-    sets = source.validation(held), (source.x_test, source.y_test)
-    val, test = ((Images(x, *stats, device), y.to(device)) for x, y in sets)
+    x, at, augment = source.x_train, source.positions(index), not args.no_augment
+    train = TrainSet(x, labels, true, *stats, device, augment, mask, by_epoch, at)
+    sets = source.validation(held), (source.x_test, None, source.y_test)
+    val, test = ((Images(x, *stats, device, index=at), y.to(device)) for x, at, y in sets)
     module = on_device(module, device, synchronize=fabric.world_size > 1 and args.sync_bn == "on")
     trained = [p for p in module.parameters() if p.requires_grad]
     optimizer = optim.build_optimizer(args.optimizer, trained, args.lr, args.momentum, args.wd, args.sched)
@@ -143,6 +143,7 @@ def prepare(
         state=JobState(),
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
+        batch_size=args.bs,
         rank=fabric.global_rank,
         world_size=fabric.world_size,
         loss=training_loss(args, true, labels, K, by_epoch, device),

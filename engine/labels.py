@@ -91,7 +91,7 @@ def relabel_held_out(args, source: Source, indices: tuple[Tensor, Tensor], label
     checks the options.
     """
     (index, held), noise, K = indices, NOISES[args.noise_type], len(source.classes)
-    true, of = source.validation(held)[1], source.y_train[index]
+    true, of = source.validation(held)[2], source.y_train[index]
     if torch.equal(of, labels):
         return None
     if len(held) and noise.from_file:

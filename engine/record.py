@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import InputError, Source, one_line, printable
+from data import InputError, one_line, printable
 from engine import files, jsonfiles, locks, memory, noisefile, schema, tensorboard_views
 from engine.files import write_temporary
 from engine.schema import EVENTS
@@ -287,10 +287,12 @@ class Record:
         if self.active:
             self.guard("config.json", write_json, self.folder / "config.json", config)
 
-    def start(self, ledger: dict, index: Tensor, true: Tensor, label: Tensor, source: Source, plan: dict) -> None:
+    def start(
+        self, ledger: dict, index: Tensor, true: Tensor, label: Tensor, images: Tensor, classes: tuple, plan: dict
+    ) -> None:
         """Write what is known before the first step: noise.npz, charts, configuration and ledger as text, pictures.
 
-        `index`, `true`, `label` (n,) are those of the training split of `source`, `plan` is that of `will_log`.
+        `index`, `true`, `label` (n,) are those of the training split, `images` (m, H, W, C) uint8 its first; `plan`: `will_log`'s.
         """
         if not self.active:
             return
@@ -300,13 +302,11 @@ class Record:
         self.write("add_custom_scalars", tensorboard_views.chart_layout(given, noisy, plan))
         self.write("add_text", "config", encodable(as_table(self.config["options"] | self.config["resolved"])))
         table = as_table({k: v for k, v in ledger.items() if k != "matrix"})
-        matrix = noisefile.describe_labels(ledger, source.classes)
+        matrix = noisefile.describe_labels(ledger, classes)
         self.write("add_text", "noise", encodable(f"{table}\n\n```\n{matrix}\n```"))
         if ledger["matrix"]:
-            matrix = tensorboard_views.matrix_picture(ledger["matrix"], source.classes)
-            self.write("add_image", "noise/matrix", matrix)
-        labels = tensorboard_views.label_picture(source.images(index[:16]), true, label, source.classes)
-        self.write("add_image", "data/labels", labels)
+            self.write("add_image", "noise/matrix", tensorboard_views.matrix_picture(ledger["matrix"], classes))
+        self.write("add_image", "data/labels", tensorboard_views.label_picture(images, true, label, classes))
         self.write("flush")
 
     def log(self, step: int, values: dict) -> None:

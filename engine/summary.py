@@ -11,7 +11,8 @@ import epochwise
 import measure
 import schedules
 from datasets import DATASETS
-from engine import memory, pace
+from engine import memory
+from engine.cmdline import counted
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
 from optim import OPTIMIZERS
@@ -34,7 +35,7 @@ def run_config(job, source: data.Source, ledger: dict) -> dict:
         "classes": list(source.classes),
         "train_examples": len(job.train),
         "val_examples": job.val[0].n,
-        "test_examples": len(source.x_test),
+        "test_examples": job.test[0].n,
     }
     if job.loss_matrix_sha256:
         resolved["loss_matrix_sha256"] = job.loss_matrix_sha256
@@ -81,12 +82,15 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         if device == "cpu":
             device += f" ({', '.join(cpu_features()[:1]) or 'no AVX2'})"
         print(
-            f"{args.model} on {args.dataset}: {len(job.train)} training examples, {job.total_steps} steps of {args.bs}, "
-            f"{args.precision} on {device} with {args.threads} threads -> {record.folder}\n{label_noise}",
+            f"{args.model} on {args.dataset}: {counted(len(job.train), 'training example')}, {counted(job.total_steps, 'step')} of {args.bs}, "
+            f"{args.precision} on {device} with {counted(args.threads, 'thread')} -> {record.folder}\n{label_noise}",
             flush=True,
         )
         if args.dataset not in DATASETS:
-            print(f"memory: at least {memory.listed(args)}, and more for activations", flush=True)
+            size = sum(images.nbytes for images in (job.train.images, job.val[0], job.test[0]))
+            print(
+                f"memory: {memory.format_bytes(size)} for the images; network and activations come on top", flush=True
+            )
         fast = [name for name in ("compile", "graph") if getattr(args, name) == "on"]
         if fast:
             print(f"plain steps: {' and '.join(fast)}; their gradient is compared with the eager one first", flush=True)
@@ -94,13 +98,12 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         line, cut_short = schedules.describe_span(record.config["resolved"]["schedule"], args.lr, last_lr)
         line += left_out(job)
         print(line, flush=True)
-        here = args.threads * (job.fabric.world_size // int(args.num_nodes))  # of all processes on this machine
         optimizer, usual = args.optimizer, OPTIMIZERS[args.optimizer].usual_lr
         large = f"warning: --lr {args.lr:g} is large for --optimizer {optimizer}, whose usual rate is about {usual:g}"
         for warning in (
             large if args.lr > 30 * usual else None,
             cut_short,
-            pace.crowded(here) if device.startswith("cpu") else None,
+            full_resolution(args.model, job.train.images),
         ):
             if warning:
                 record.say(warning)
@@ -120,6 +123,17 @@ def print_plan(job, record: Record, label_noise: str) -> None:
             )
 
 
+def full_resolution(model: str, images: data.Images) -> str | None:
+    """A warning for images that are too large for ResNet-18 with the stem for small ones."""
+    times = images.H * images.W / 32**2
+    if model != "resnet18" or times <= 4:
+        return None
+    return (
+        f"warning: --model resnet18 is made for small images and takes {times:.0f} times as long for one of {images.H} x "
+        f"{images.W} pixels as for one of 32 x 32; torchvision:resnet18 is made for large ones"
+    )
+
+
 def left_out(job) -> str:
     """The end of the line on the schedule: which steps `--end schedule` leaves out."""
     if job.args.end == "epochs":
@@ -137,7 +151,7 @@ def split_plan(job) -> str:
     args, probe = job.args, job.state.plan.get("probe")
     masks = "no random masks"
     if args.permutations:
-        masks = f"{args.permutations} random mask{'s' * (args.permutations > 1)} every {args.measure_every * args.null_every}"
+        masks = f"{counted(args.permutations, 'random mask')} every {args.measure_every * args.null_every}"
     line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {measure.split_share(args):.1%} of the steps, counted"
     if probe:
         often = "epoch" if probe == 1 else f"{probe} epochs, back from the end"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data import InputError, one_line
+from engine.cmdline import counted
 from study.grids import Job
 from study.processes import Exit
 
@@ -37,8 +38,10 @@ def fit_to_nodes(where: Request, nodes: list[tuple[float, float]]) -> tuple[int,
     most = max(cpus for cpus, _ in usable)
     needed = where.size * (where.threads or 1)
     if most < needed:
-        made_of = f"{where.size} processes of {where.threads or 1} threads"
-        raise InputError(f"--ray {where.address}: a run needs {needed} CPUs ({made_of}), the largest node has {most}")
+        made_of = f"{counted(where.size, 'process')} of {counted(where.threads or 1, 'thread')}"
+        raise InputError(
+            f"--ray {where.address}: a run needs {counted(needed, 'CPU')} ({made_of}), the largest node has {most}"
+        )
     if where.threads:
         return where.threads, share
     usable = [(cpus, gpus) for cpus, gpus in usable if cpus >= where.size]

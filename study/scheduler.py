@@ -11,6 +11,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from data import printable
+from engine.cmdline import counted
 from study.grids import Job
 from study.processes import (
     LOGS,
@@ -242,9 +243,7 @@ class Scheduler:
             if asked > passed_on:
                 if not passed_on:
                     why = "" if stop.asked else "the time is up, "
-                    message = (
-                        f"stopping: {why}{len(self.backend.active)} running runs save and end (again to kill them)"
-                    )
+                    message = f"stopping: {why}waiting for {counted(len(self.backend.active), 'run')} to save and end (again to kill)"
                     tqdm.write(message, file=sys.stderr)
                 self.backend.stop(force=passed_on > 0)
                 passed_on = asked

@@ -85,12 +85,13 @@ def test_augmentation_is_per_example_and_changes_with_the_epoch():
 
 @pytest.mark.parametrize(("pad", "mirror"), [(4, True), (0, True), (4, False), (0, False)])
 def test_the_padded_and_mirrored_copy(pad, mirror, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 7)
+    monkeypatch.setattr(data, "BLOCK", 7 * 30 * 28)
     x = torch.randint(1, 256, (3, 20, 30, 28), dtype=torch.uint8).permute(1, 2, 3, 0)  # not contiguous, as an own .npz
-    padded = F.pad(x, (0, 0, pad, pad, pad, pad))
-    want = torch.cat([padded, padded.flip(2)]) if mirror else padded
-    got = data.Images(x, (0,) * 3, (1,) * 3, "cpu", pad, mirror).rows
-    assert torch.equal(torch.empty(0, dtype=torch.uint8).set_(got.untyped_storage()), want.flatten())
+    for index in (None, torch.arange(1, 20, 2)):
+        padded = F.pad(x if index is None else x[index], (0, 0, pad, pad, pad, pad))
+        want = torch.cat([padded, padded.flip(2)]) if mirror else padded
+        got = data.Images(x, (0,) * 3, (1,) * 3, "cpu", pad, mirror, index).rows
+        assert torch.equal(torch.empty(0, dtype=torch.uint8).set_(got.untyped_storage()), want.flatten())
 
 
 def test_the_set_is_in_memory_once_while_it_is_padded():
@@ -101,11 +102,11 @@ def test_the_set_is_in_memory_once_while_it_is_padded():
                 sizes[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
             return out
 
-    x, sizes = torch.ones(5 * data.BLOCK, 28, 28, 1, dtype=torch.uint8), {}
+    x, sizes = torch.ones(5 * data.BLOCK // (28 * 28), 28, 28, 1, dtype=torch.uint8), {}
     with Sizes():
         data.Images(x, (0,), (1,), "cpu", 4, True)
     *others, largest = sorted(sizes.values())
-    assert largest == 2 * len(x) * 36 * 36 and max(others) <= data.BLOCK * 36 * 36  # nothing else beyond a block
+    assert largest == 2 * len(x) * 36 * 36 and max(others) <= data.BLOCK  # nothing else beyond a block
 
 
 def test_crop_is_channels_last_and_normalised():

@@ -1,7 +1,10 @@
 """What a first run does by itself: precision by the processor, random masks beside the split, the probe, the line on the
-schedule, and the warning where cores are taken."""
+schedule, and what is taken from the machine."""
 
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +14,13 @@ import epochwise
 import gradsplit
 import measure
 import schedules
+import sweep
 import train
-from conftest import same_weights, series, slow, summary
-from engine import hardware, identity, options, pace
+from conftest import ROOT, same_weights, series, slow, summary
+from engine import hardware, identity, machine, options, stepclock
+from engine.cmdline import counted
+from engine.job import JobState
+from engine.summary import full_resolution
 from gradsplit import batchnorm_mode
 from measure import batch_gradient
 from study import manyruns, runfolders, runvalues
@@ -206,51 +213,152 @@ def test_the_schedule_is_stated_on_screen_in_config_and_report(go, capsys):
     assert runvalues.schedule_shares(run) is None and manyruns.schedule_text([run]) == ""
 
 
-# ------------------------------------------------------------------------------------------------------------ busy cores
+# -------------------------------------------------------------------------------------------------- cores and the machine
+
+FIRST_IMPORT_OF_TORCH = """
+import os, runpy, sys
+
+class Stop:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print(os.environ.get("GOMP_SPINCOUNT"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Stop())
+runpy.run_path(sys.argv[1], run_name=sys.argv[2])
+"""
 
 
-@pytest.fixture
-def cores(monkeypatch):
-    """cores(n, load, running): what this machine pretends to be."""
-
-    def pretend(n: int, load: float, running: float) -> None:
-        monkeypatch.setattr(hardware, "cores", lambda: n)
-        monkeypatch.setattr(pace.os, "cpu_count", lambda: n)
-        monkeypatch.setattr(pace.os, "getloadavg", lambda: (load, 0, 0))
-        monkeypatch.setattr(pace, "running", lambda: running)
-
-    return pretend
-
-
-def test_taken_cores_are_told_of_at_the_start(cores, monkeypatch):
-    cores(2, 1.9, 2)
-    assert "--threads 1 may be" in pace.crowded(2)
-    assert pace.crowded(1) is None  # one thread waits for no other
-    cores(2, 1.9, 0)
-    assert pace.crowded(2) is None  # what made the load has ended
-    cores(16, 6.0, 6)
-    assert pace.crowded(8) is None and "--threads 10 may be" in pace.crowded(16)
-    monkeypatch.setattr(hardware, "cores", lambda: 2)
-    assert pace.crowded(2) is None  # bound to two of sixteen cores: the load says nothing of these
+@pytest.mark.parametrize("script", ["train.py", "noise.py"])
+@pytest.mark.parametrize("name", ["__main__", "imported"])  # a process, and the server that forks a sweep's runs
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, str(machine.SPINS)), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_threads_that_wait_spin_briefly_unless_the_user_says_how(script, name, given, spins):
+    """libgomp reads the variable when torch is loaded, so it is set at the first import of torch."""
+    unset = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", FIRST_IMPORT_OF_TORCH, script, name]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=unset | given, timeout=60)
+    assert ended.stdout == f"{spins}\n", ended.stderr
 
 
-def test_slow_steps_are_told_of_once(monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock.now)
+GROUPS = {  # what lies below the root: what a process may use, as (cores, bytes) of at most 64 and 2**50
+    "v2, the limits of groups around it": (
+        {
+            "proc/self/cgroup": "0::/user.slice/job/step\n",
+            "sys/fs/cgroup/user.slice/memory.max": f"{2**33}\n",
+            "sys/fs/cgroup/user.slice/cpu.max": "800000 100000\n",
+            "sys/fs/cgroup/user.slice/job/memory.max": f"{2**32}\n",
+            "sys/fs/cgroup/user.slice/job/cpu.max": "250000 100000\n",
+            "sys/fs/cgroup/user.slice/job/step/memory.max": "max\n",
+            "sys/fs/cgroup/user.slice/job/step/cpu.max": "max 100000\n",
+        },
+        (3, 2**32),
+    ),
+    "v2 in a container": (
+        {
+            "proc/self/cgroup": "0::/\n",
+            "sys/fs/cgroup/memory.max": f"{2**31}\n",
+            "sys/fs/cgroup/cpu.max": "50000 100000\n",
+        },
+        (1, 2**31),
+    ),
+    "v1": (
+        {
+            "proc/self/cgroup": "5:memory:/job\n3:cpu,cpuacct:/job\n1:name=systemd:/other\n0::/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": f"{2**34}\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_quota_us": "200000\n",
+            "sys/fs/cgroup/cpu,cpuacct/job/cpu.cfs_period_us": "100000\n",
+        },
+        (2, 2**34),
+    ),
+    "v1 in a container that sees its path outside": (
+        {
+            "proc/self/cgroup": "5:memory:/docker/abc\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{2**30}\n",
+        },
+        (64, 2**30),
+    ),
+    "no limit": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, (64, 2**50)),
+    "no groups": ({}, (64, 2**50)),
+    "nothing that can be read": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "?"}, (64, 2**50)),
+}
 
-    def window(watcher: pace.Pace, rate: float) -> str | None:
-        watcher.step(1000)
-        clock.now += 500 / rate
-        watcher.pause()
-        clock.now += 60  # evaluation is no step
-        watcher.go_on()
-        clock.now += 500 / rate
-        return watcher.check()
 
-    watcher = pace.Pace(threads=2, watch=True)
-    assert [window(watcher, rate) for rate in (128, 120, 40, 120, 9)] == [None] * 5  # one slow window is no trend
-    result = window(watcher, 9)
-    assert "9 images/s" in result and "128" in result and "--threads 2" in result
-    assert window(watcher, 9) is None
-    for silent in (pace.Pace(threads=1, watch=True), pace.Pace(threads=2, watch=False)):
-        assert [window(silent, rate) for rate in (128, 9, 9, 9)] == [None] * 4
+@pytest.mark.parametrize("case", GROUPS)
+def test_limits_of_control_groups(case, tmp_path, monkeypatch):
+    files, limits = GROUPS[case]
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 2**38}.get(name, 2**12))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert (machine.cores(tmp_path), machine.memory(tmp_path)) == limits
+
+
+def test_a_quota_is_shared_out_among_processes(monkeypatch):
+    monkeypatch.setattr(hardware, "cores", lambda: 3)
+    for devices, threads in ((1, 3), (2, 1), (4, 1)):
+        args = options.parse(["--dataset", "synthetic", "--accelerator", "cpu", "--devices", str(devices)])
+        hardware.resolve(args)
+        assert args.threads == threads
+
+
+def test_a_clock_of_steps_alone(monkeypatch):
+    """Ten steps of a second each from the warm-up's end on; what is between start and stop alone counts."""
+    now = [0.0]
+    monkeypatch.setattr(stepclock.time, "perf_counter", lambda: now[0])
+    state = JobState()
+    clock = stepclock.StepClock(torch.device("cpu"), state, warmup=5)
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            if state.step == 5:
+                clock.start()
+            now[0] += 1
+            state.step += 1
+            clock.count(32)
+
+    for n in (3, 6, 6):  # with an evaluation before, a checkpoint between, and another evaluation behind
+        now[0] += 100
+        clock.start()
+        steps(n)
+        clock.stop()
+        clock.stop()
+    assert (state.steps_seconds, state.steps_images) == (10, 320)
+
+
+@pytest.mark.parametrize(
+    ("most", "bs", "size", "n"),
+    [
+        (125, 4, (32, 32), 125),
+        (125, 512, (28, 28), 125),
+        (125, 4, (64, 64), 31),
+        (125, 4, (224, 224), 4),
+        (125, 1, (512, 512), 1),
+        (125, 64, (224, 160), 64),
+        (125, 256, (224, 224), 125),
+        (1000, 4, (224, 224), 20),
+        (1000, 1024, (32, 32), 1000),
+    ],
+)
+def test_large_images_are_evaluated_fewer_at_a_time(most, bs, size, n):
+    assert epochwise.at_a_time(most, bs, *size) == n
+
+
+def test_one_and_many_are_told_apart():
+    assert [counted(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
+    assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+    slots = lambda threads, size: sweep.Slots([], size, 1, threads).words(SimpleNamespace(ray=None, jobs=1))  # noqa: E731
+    assert slots(1, 1) == "1 at a time, 1 thread each" and slots(3, 2) == "1 at a time, 3 threads each process"
+
+
+def test_large_images_are_not_for_the_stem_of_small_ones():
+    images = lambda H, W: SimpleNamespace(H=H, W=W)  # noqa: E731
+    assert "49 times as long" in full_resolution("resnet18", images(224, 224))
+    assert full_resolution("resnet18", images(64, 64)) is None
+    assert full_resolution("torchvision:resnet18", images(224, 224)) is None

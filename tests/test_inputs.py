@@ -1,10 +1,12 @@
 """Bad input: one clear line that names the option or file, exit status 2, no traceback, nothing left behind."""
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
@@ -21,7 +23,7 @@ import metrics
 import train
 from conftest import ROOT, TINY, series
 from data import InputError
-from engine import cmdline, memory, options, sources
+from engine import cmdline, machine, memory, options, sources
 from study import grids
 
 LONG = "x" * 300  # a file system refuses such a name, as it refuses what lies in a forbidden folder
@@ -349,7 +351,7 @@ def test_labels_as_keras_has_them_and_a_validation_set(go, tmp_path, capsys):
     assert "x_val holds 30 images: the validation set" in err and "not read: weights" in err
     resolved = json.loads((folder / "config.json").read_text())["resolved"]
     assert (resolved["train_examples"], resolved["val_examples"]) == (100, 30)
-    x, y = source.validation(torch.arange(0))
+    x, _, y = source.validation(torch.arange(0))
     assert y.tolist() == y_val[:, 0].tolist() and torch.equal(x[..., 0], torch.from_numpy(x_val.copy()))
     np.savez(tmp_path / "own.npz", **arrays, x_val=x_val)
     refuse(capsys, tmp_path / "runs", ["--dataset", str(tmp_path / "own.npz")], "lacks the array y_val")
@@ -430,23 +432,26 @@ def test_what_a_failed_allocation_asked_for(error, bytes_asked):
     assert memory.requested_bytes(error) == bytes_asked
 
 
-def test_needed_memory_is_what_a_run_holds(go, monkeypatch):
-    """Against the tensors of a run: the data set as loaded and as put on the device, and the optimizer's."""
-    held = {}
+def test_memory_of_the_images_is_what_a_run_holds(go, monkeypatch):
+    """Against its tensors: the set as loaded, which is let go of, and as put on the device."""
+    loaded, load = [], sources.load
+
+    def keep(args):
+        source = load(args)
+        loaded.extend(weakref.ref(x) for x in (source.x_train, source.x_test))
+        loaded.append(source.x_train.nbytes + source.x_test.nbytes)
+        return source
 
     def count(job, *_):
-        momentum = [state["momentum_buffer"] for state in job.optimizer.state.values()]
-        of_model = [*job.parameters, *job.parameters, *momentum]  # a gradient is as large as its weight
-        held["weights, gradient and momentum"] = sum(t.numel() * t.element_size() for t in of_model)
-        x = 240 * 32 * 32 * 3
-        sets = (job.train.images, job.val[0], job.test[0])
-        held["data set"] = x + sum(i.rows.untyped_storage().nbytes() for i in sets)
-        held["args"] = job.args
+        gc.collect()
+        assert [ref() for ref in loaded[:2]] == [None, None]
+        kept = sum(images.nbytes for images in (job.train.images, job.val[0], job.test[0]))
+        assert memory.of_data(job.args) == (loaded[2], kept)
         raise MemoryError
 
+    monkeypatch.setattr(sources, "load", keep)
     monkeypatch.setattr(train, "fit", count)
     go("--subset", "150", status=1)
-    assert memory.needed(held.pop("args")) == held
 
 
 @pytest.mark.parametrize("where", ["load", "prepare", "fit"])
@@ -458,8 +463,7 @@ def test_too_little_memory_is_one_line(go, monkeypatch, capsys, where):
     folder = go(status=1)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "Traceback" not in err
-    for text in ("not enough memory for 6.0 GiB more", "run needs", "data set", "weights, gradient and momentum"):
-        assert text in err
+    assert "not enough memory for 6.0 GiB more; a smaller --bs" in err
     if where == "fit":
         reason = json.loads((folder / "summary.json").read_text())["reason"]
         assert reason.startswith("not enough memory")
@@ -503,9 +507,10 @@ def test_sparse_counts_of_classes_give_the_same_bits(monkeypatch):
 
 
 def test_what_cannot_fit_is_refused(capsys, tmp_path, monkeypatch):
-    refuse(capsys, tmp_path / "runs", [*TINY, "--synthetic-train", str(2**31)], "--synthetic-train", "TiB", "here")
-    monkeypatch.setattr(memory, "total", lambda: 2**33)
-    refuse(capsys, tmp_path / "runs", [*TINY, "--width", "1024"], "--width 1024", "needs 31.9 GiB", "8.0 GiB here")
+    refuse(capsys, tmp_path / "runs", [*TINY, "--synthetic-train", str(2**31)], "--synthetic-train", "TiB", "may use")
+    monkeypatch.setattr(machine, "memory", lambda: 2.0**19)
+    words = "--synthetic-train 200", "images take", "may use 512.0 KiB"
+    refuse(capsys, tmp_path / "runs", TINY, *words)
 
 
 # ------------------------------------------------------------------------------------------------------- other warnings

@@ -225,5 +225,5 @@ def test_a_real_run_under_train_s_own_name_is_found(go, tmp_path, capsys):
     (name,) = (job.name for job in grids.expand(["bs=32 noise=0"], own, "--grid"))
     folder.rename(folder.with_name(options.run_name(options.parse(TINY))))
     assert sweep.main(["--grid", "bs=32 noise=0", *own, "--runs", str(folder.parent)]) == 0
-    assert "1 of 1 runs finished (1 of them before)" in capsys.readouterr().out
+    assert "1 of 1 run finished (1 of them before)" in capsys.readouterr().out
     assert not (folder.parent / name).exists()

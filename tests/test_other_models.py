@@ -11,7 +11,7 @@ import torch
 import epochwise
 import models
 from conftest import same_weights, summary
-from engine import memory, options, sources
+from engine import machine, memory, options, sources
 
 SHORT = "--width 64 --bs 16 --max-steps 3 --epochs 1 --measure-every 1 --noise 0.4 --synthetic-train 60 --synthetic-test 8 --lr 0.01".split()
 
@@ -220,9 +220,6 @@ def test_an_own_function_trains_resumes_and_is_named(go, own, monkeypatch):
     name = options.parse(given).name
     assert f"model-my-nets-small-{options.path_hash(str(own))}" in name
     go(*SHORT, "--model", f"{own}:dropping", "--resume", name="cut", status=2)
-    assert set(memory.needed(options.parse(["--dataset", "synthetic", *given]))) == {
-        "data set"
-    }  # not made for an estimate
 
 
 def test_all_measures_of_an_own_function(go, own, monkeypatch):
@@ -310,7 +307,8 @@ def test_rectangular_images_train(go, rectangles, monkeypatch, capsys, model):
     monkeypatch.setattr(models.ViT.__init__, "__defaults__", (4, 24, 2))
     folder = go("--dataset", str(rectangles), "--model", *model.split(), *"--bs 16 --max-steps 2 --lr 0.01".split())
     assert summary(folder)["status"] == "finished"
-    assert "memory: at least" in capsys.readouterr().out
+    size = (60 - 12) * 2 * 36 * 52 + (12 + 8) * 28 * 44
+    assert f"memory: {memory.format_bytes(size)} for the images; network" in capsys.readouterr().out
 
 
 def test_sides_that_a_model_cannot_take(go, tmp_path, rectangles, capsys):
@@ -336,15 +334,10 @@ def test_what_does_not_fit_is_refused_from_the_headers(go, tmp_path, monkeypatch
                 np.lib.format.write_array_header_1_0(f, {"descr": "|u1", "fortran_order": False, "shape": shape})
         with z.open("y_train.npy", "w") as f:
             np.lib.format.write_array(f, np.arange(7))
-    assert sources.own_shape(str(path), None) == (10**6, 1000, 224, 160, 3, 7)
-    monkeypatch.setattr(memory, "total", lambda: 2.0**36)
+    assert sources.own_shape(str(path), None) == (10**6, 1000, 224, 160, 3, 7, 0)
+    monkeypatch.setattr(machine, "memory", lambda: 2.0**36)
     go("--dataset", str(path), "--no-augment", "--accelerator", "cpu", status=2)
     error = capsys.readouterr().err
     n = 800_000 + 10**6 + 200_000 + 2000  # on the device, as loaded, held out, and the test set twice
-    needed = f"needs {memory.format_bytes(n * 224 * 160 * 3 + 3 * 4 * parameters('resnet18', 8))} of memory"
-    assert f"--dataset {path}: {needed}" in error and "64.0 GiB here" in error and error.count("\n") == 1
-
-
-def parameters(name: str, width: int) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in models.build_model(name, 3, 7, width, "bn", 0).parameters())
+    needed = f"the images take {memory.format_bytes(n * 224 * 160 * 3)} of memory"
+    assert f"--dataset {path}: {needed}" in error and "may use 64.0 GiB" in error and error.count("\n") == 1

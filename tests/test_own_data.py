@@ -325,7 +325,7 @@ def test_a_folder_with_a_validation_set(photos, go, capsys, tmp_path):
     with np.load(folder / "noise.npz") as z:
         assert z["index"].tolist() == [*range(36)]
     source = sources.load_folder(str(photos), 28)
-    x, y = source.validation(torch.arange(0))
+    x, _, y = source.validation(torch.arange(0))
     assert y.tolist() == [0] * 2 + [1] * 3 + [2] * 4 and x[:, 0, 0, 1].tolist() == y.tolist()
     assert sources.own_shape(str(photos), 28).val == 9
     refuse(capsys, tmp_path / "runs", [*given, "--val-frac", "0.3"], "--val-frac 0.3", "validation set of its own")

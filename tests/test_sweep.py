@@ -486,7 +486,7 @@ def test_a_time_limit_lets_runs_save(fake, tmp_path, capsys):
     """--minutes ends a sweep in time; the same command goes on, and no step is lost or made twice."""
     argv = ("--grid", "bs=16,32 epochs=70", "--jobs", "2")
     assert fake(*argv, "--minutes", "0.1") == 3
-    assert "the time is up, 2 running runs save and end" in capsys.readouterr().err
+    assert "the time is up, waiting for 2 runs to save and end" in capsys.readouterr().err
     assert sorted(w[0] for w in history(tmp_path)) == ["start", "start", "stop", "stop"]
     assert fake(*argv, "--minutes", "10") == 0
     for folder in (p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bs")):
@@ -570,7 +570,7 @@ def test_without_ray_the_option_says_what_to_install(fake, capsys, monkeypatch):
         ({"jobs": 6}, [(8, 0), (4, 0)], (2, 0)),
         ({"size": 2}, [(8, 0), (1, 0)], (4, 0)),
         ({"threads": 8}, [(8, 0), (4, 0)], (8, 0)),
-        ({"threads": 9}, [(8, 0), (4, 0)], "a run needs 9 CPUs (1 processes of 9 threads), the largest node has 8"),
+        ({"threads": 9}, [(8, 0), (4, 0)], "a run needs 9 CPUs (1 process of 9 threads), the largest node has 8"),
         ({"size": 9}, [(8, 0)], "a run needs 9 CPUs"),
         ({}, [], "the cluster has"),
         ({"share": 1}, [(16, 4), (64, 0)], (4, 1)),
