@@ -183,24 +183,24 @@ def decode(paths: Sequence[str], size: tuple[int, int], where: str) -> tuple[Ten
     """
     pixels, sums = torch.empty(len(paths), *size, 3, dtype=torch.uint8), hashlib.sha256()
 
-    def read(first: int) -> tuple[bool, bytes]:
+    def read(first: int) -> tuple[int, bool, bytes]:
         here = range(first, min(first + BLOCK, len(paths)))
         hashes = []
         for i in here:
             pixels[i], of_file = pixels_of(paths[i], size, where)
             hashes.append(of_file)
         block = pixels[here.start : here.stop]
-        return bool((block == block[..., :1]).all()), b"".join(hashes)
+        return len(here), bool((block == block[..., :1]).all()), b"".join(hashes)
 
     grey = True
     bar = tqdm(total=len(paths), desc="decoding", unit="image", leave=False, delay=2, disable=not rank_zero())
     bar.mininterval = 0.2 if sys.stderr.isatty() else 20  # seconds between lines in a log file
     # Decoding does not hold the interpreter; the order stays. Pillow warns of images that are refused by name here.
     with bar, warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
-        for is_grey, hashes in pool.map(read, range(0, len(paths), BLOCK)):
+        for count, is_grey, hashes in pool.map(read, range(0, len(paths), BLOCK)):
             grey &= is_grey
             sums.update(hashes)
-            bar.update(min(BLOCK, len(paths) - bar.n))
+            bar.update(count)
     return pixels[..., :1].contiguous() if grey else pixels, sums.hexdigest()
 
 
