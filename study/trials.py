@@ -6,15 +6,18 @@ trials early. Optuna is optional: requirements-tune.txt.
 """
 
 import hashlib
+import json
+import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from filelock import FileLock
+from tqdm import tqdm
 
-from data import InputError, one_line
-from engine import locks
+from data import InputError, one_line, printable
+from engine import files, locks
 from study.processes import make_folder
 from study.spaces import Dimension
 
@@ -23,6 +26,7 @@ RUNGS = (
 )
 STARTUP = 3  # trials of a bracket that are drawn at random before TPE has something to learn from
 JOURNAL, GUARD = "journal.log", ".journal.lock"
+OPERATION = b'{"op_code"'  # how a line of the journal begins; within one the quotation marks would be escaped
 
 
 def load_optuna():
@@ -33,6 +37,24 @@ def load_optuna():
         raise InputError("--tune: Optuna is not installed; pip install -r requirements-tune.txt") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
+
+
+def mend(path: Path) -> None:
+    """Take away what a full disk or a loss of power has left of a line, the last one or with the next one behind it, and say so.
+
+    Optuna writes on behind it, and then reads nothing that follows. For whoever holds the lock under which lines are added.
+    """
+    before = path.read_bytes() if path.exists() else b""
+    *lines, last = before.split(b"\n")
+    with suppress(ValueError):
+        if last.startswith(OPERATION) and json.loads(last):  # only its end is missing
+            lines, last = [*lines, last], b""
+    content = b"".join(line[max(line.rfind(OPERATION), 0) :] + b"\n" for line in lines)
+    if not OPERATION.startswith(last.strip(b"\0")[: len(OPERATION)]):  # another program's file
+        content += last
+    if content != before:
+        files.replace(path, content)
+        tqdm.write(f"warning: {printable(path)}: a line was cut off; the whole ones are kept", file=sys.stderr)
 
 
 class Journal:
@@ -54,7 +76,11 @@ class Journal:
         backend = self.optuna.storages.journal
         self.guard = FileLock(folder / GUARD)
         try:
-            file = backend.JournalFileBackend(str(path), lock_obj=FileLock(folder / f"{GUARD}.append"))
+            lock = FileLock(folder / f"{GUARD}.append")
+            if create:
+                with lock:
+                    mend(path)
+            file = backend.JournalFileBackend(str(path), lock_obj=lock)
             self.storage = self.optuna.storages.JournalStorage(file)
         except OSError as e:
             raise InputError(f"--tune: {path}: cannot be read or written ({one_line(e)})") from e
@@ -78,9 +104,12 @@ class CellStudy:
         pruner = journal.optuna.pruners.HyperbandPruner(
             min_resource=max(1, evaluations // RUNGS), max_resource=max(1, evaluations)
         )
-        self.study = journal.optuna.create_study(
-            storage=journal.storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True
-        )
+        if name in journal.names():  # making it again would write a line, which looking at a search must not
+            self.study = journal.optuna.load_study(storage=journal.storage, study_name=name, pruner=pruner)
+        else:
+            self.study = journal.optuna.create_study(
+                storage=journal.storage, study_name=name, direction=direction, pruner=pruner, load_if_exists=True
+            )
         # Optuna makes the brackets when a trial is first judged; sampling within them has to know them before
         pruner.prune(self.study, journal.optuna.trial.create_trial(value=0.0))
 

@@ -18,7 +18,7 @@ import sweep
 from conftest import ROOT
 from data import InputError
 from engine import options
-from study import gallery, processes, scheduler, spaces, tuning
+from study import gallery, processes, scheduler, spaces, trials, tuning
 from test_report import plant
 from test_sweep import cluster  # noqa: F401
 
@@ -274,6 +274,34 @@ def test_a_journal_that_is_none(fake, tmp_path, capsys):
     assert fake(*few) == 2
     err = capsys.readouterr().err
     assert "journal.log: not a journal of Optuna" in err and err.count("\n") == 1
+
+
+def test_a_journal_with_a_cut_line_goes_on(fake, tmp_path, capsys):
+    """As after a full disk: cut anywhere in its last line, at once or after Optuna has written on behind the cut."""
+    few = ["--grid", "bs=16", "--seeds", "0", "--epochs", "2", "--tune", "lr=log:0.0001:5", "--trials", "1"]
+    assert fake(*few) == 0
+    before = searches(tmp_path)
+    (journal,) = (tmp_path / "runs").glob("tuning/*/journal.log")
+    whole = journal.read_bytes()
+    first, kept = whole.splitlines(keepends=True)[0], whole[: whole[:-1].rfind(b"\n") + 1]
+    cuts = [*range(len(kept) + 1, len(whole) - 1, 9), len(whole) - 1]
+    damaged = [(whole[:cut] + behind, kept) for cut in cuts[:-1] for behind in (b"", bytes(5))]
+    damaged += [(whole[:cut] + first, kept + first) for cut in cuts] + [(whole[:-1], whole)]
+    for content, right in damaged:
+        journal.write_bytes(content)
+        capsys.readouterr()
+        trials.mend(journal)
+        assert journal.read_bytes() == right
+        assert capsys.readouterr().err == f"warning: {journal}: a line was cut off; the whole ones are kept\n"
+    for content in (b"", b"text", b"one\ntwo", whole):
+        journal.write_bytes(content)
+        trials.mend(journal)
+        assert journal.read_bytes() == content and capsys.readouterr().err == ""
+    journal.write_bytes(cut := whole[:-9])
+    assert fake(*few, "--status") == 0 and "1 of 1 trials, 1 running" in capsys.readouterr().out
+    assert journal.read_bytes() == cut  # nothing is written by looking
+    assert fake(*few) == 0
+    assert "a line was cut off" in capsys.readouterr().err and searches(tmp_path) == before
 
 
 def test_a_search_on_a_ray_cluster(cluster, fake, tmp_path):  # noqa: F811
