@@ -21,10 +21,10 @@ from pathlib import Path
 from data import InputError, printable
 from engine import cmdline, options
 from engine.machine import cores
-from study import exports, tuning
+from study import tuning
 from study.cluster import RayTasks, Request
 from study.grids import PRESETS, REPORT_SIZES, SEEDS, Job, axis_names, expand
-from study.joblist import Sweep, find_earlier, identity_of, read_jobs, write_jobs
+from study.joblist import Sweep, any_done, done_in_files, find_earlier, identity_of, read_jobs, write_jobs
 from study.outputs import CannotWrite
 from study.processes import STATES, LocalProcesses, command, nothing_to_start, run_state
 from study.scheduler import Backend, run_jobs
@@ -195,16 +195,6 @@ def check_folder(runs: Path) -> None:
         raise InputError(f"--runs {runs}: {'' if there == runs.absolute() else f'{there} '}is a file, not a folder")
 
 
-def done_in_files(args) -> dict[str, list[dict]]:
-    """{name: options} of the finished runs in the files of --done. Raises `InputError`."""
-    done: dict[str, list[dict]] = {}
-    for r in (r for path in args.done for r in exports.read_export(Path(path)) if r.finished):
-        # the level of noise that comes from a file is no option
-        given = r.options | ({"noise": None} if r.options.get("noise_file") else {})
-        done.setdefault(r.name, []).append(given)
-    return done
-
-
 def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str, list[dict]]]:
     """Every job once, under the name that its run has in RUNS, and {name: options} of finished runs in files (`--done`).
 
@@ -218,7 +208,9 @@ def named_jobs(args, extra: list[str], runs: Path) -> tuple[list[Job], dict[str,
         jobs = written_jobs(args, extra, runs, sweeps)
     else:
         jobs = jobs_of(args, extra)
-    done = done_in_files(args)
+    done = done_in_files(args.done)
+    if args.done and not any_done(jobs, done):
+        print(f"warning: --done: none of these {len(jobs)} runs is finished in {', '.join(args.done)}", file=sys.stderr)
     find_earlier(jobs, sweeps, runs, done)
     return list({(job.name, identity_of(vars(job.args))): job for job in jobs}.values()), done
 
@@ -376,7 +368,7 @@ def run_tuned(args, extra: list[str], runs: Path) -> int:
         args.minutes -= (time.monotonic() - began) / 60
         if args.minutes <= 0:
             return 3
-    status = run_grid(args, extra, runs, jobs, done_in_files(args)) if jobs else 0
+    status = run_grid(args, extra, runs, jobs, done_in_files(args.done)) if jobs else 0
     return status or int(bool(failed))
 
 

@@ -356,10 +356,12 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     scheds = scheds_of(runs)
     tops: dict[tuple, list[float]] = {}
     parts = group_by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
+    fewer = 0
     for (*key, _), group in parts.items():
         try:
             top = stats.best_log2([r.cell.B for r in group], [last_value(r, "val/acc") for r in group])
         except stats.Incomplete:
+            fewer += 1
             continue
         tops.setdefault(tuple(key), []).append(top)
     scheds = [s for s in scheds if any(key[0] == s for key in tops)]
@@ -392,5 +394,6 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right center")
     text = "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
+    text += f"; {fewer} of {len(parts)} seeds of a level have fewer than three batch sizes" * (fewer > 0)
     footer(figure, text, runs)
     return figure

@@ -15,6 +15,7 @@ from pathlib import Path
 from data import InputError
 from engine import jsonfiles, options, roles
 from engine.identity import compared
+from study.exports import read_export
 from study.grids import Job
 from study.outputs import whole_file
 from study.processes import LOGS, make_folder, options_of, run_state
@@ -96,6 +97,22 @@ def identity_of(given: dict) -> str:
 def sought(given: dict) -> str:
     """`identity_of` without the precision: a run's folder has what the hardware made of `auto`."""
     return identity_of(given | {"precision": None})
+
+
+def done_in_files(paths: list[str]) -> dict[str, list[dict]]:
+    """{name: options} of the finished runs in files of results. Raises `InputError`."""
+    done: dict[str, list[dict]] = {}
+    for run in (run for path in paths for run in read_export(Path(path)) if run.finished):
+        # the level of noise that comes from a file is no option
+        given = run.options | ({"noise": None} if run.options.get("noise_file") else {})
+        done.setdefault(run.name, []).append(given)
+    return done
+
+
+def any_done(jobs: list[Job], done: dict[str, list[dict]]) -> bool:
+    """Whether any job's run is in such files."""
+    there = {sought(given) for listed in done.values() for given in listed}
+    return any(sought(vars(job.args)) in there for job in jobs)
 
 
 def names_there(sweeps: list[Sweep], runs: Path, done: dict[str, list[dict]]) -> dict[str, list[str]]:

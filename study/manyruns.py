@@ -226,7 +226,15 @@ def at_best(settings: list[Setting]) -> tuple[list[Setting], list[str]]:
                 )
         if kept:
             rows = [replace(runvalues.finding_row(r), name=str(i)) for i, r in enumerate(kept) if r.finished]
-            runs = [kept[i] for i in sorted(int(row.name) for row in tuned(rows))]  # names may be of several runs
+            chosen = sorted(int(row.name) for row in tuned(rows))  # names may be of several runs
+            runs = [kept[i] for i in chosen]
+            place = lambda r: (r.cell._replace(lr=0.0), r.budget, r.fake, r.seed)  # noqa: E731
+            every = {place(row) for row in rows if "val_acc" in row.values}
+            lacking = every - {place(r) for r in runs}
+            if lacking:
+                notes.append(
+                    f"{s.label}: {len(lacking)} of {len(every)} cells of a seed are left out, for no other seed has run there to choose by"
+                )
             tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, kept, [], False))
     return tuned_settings, notes
 

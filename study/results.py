@@ -89,7 +89,7 @@ def folders_in(path: Path, remarks: list[str]) -> list[Path]:
         more = f"; there are runs in {where}" if deeper else ""
         raise InputError(f"{path}: no run in it (a run's folder holds a config.json){more}")
     if deeper:
-        remarks.append(f"{path}: {len(found)} runs are read, and not those of folders in it: {where}")
+        remarks.append(f"{path}: the runs in it are read ({len(found)}), and not those that lie deeper: {where}")
     bare = [p.name for p in others if any(p.glob("events.out.tfevents.*"))]
     if bare:
         remarks.append(f"{path}: event files without a config.json are not read: {listed(bare)}")

@@ -315,8 +315,18 @@ def test_at_best_chooses_runs_and_not_names():
         for lr, acc in ((0.1, 0.5), (0.2, 0.7))
         for seed in (0, 1)
     ]
-    (setting,), _ = manyruns.at_best(settings.group_settings(runs))
+    (setting,), notes = manyruns.at_best(settings.group_settings(runs))
+    assert notes == []
     assert [(r.cell.B, r.cell.lr) for r in setting.runs] == [(16, 0.2), (16, 0.2), (64, 0.2), (64, 0.2)]
+
+
+def test_seeds_without_another_to_choose_on_are_counted():
+    runs = [
+        finished(bs=B, lr=lr, seed=s) for B in (16, 64) for lr in (0.1, 0.2) for s in (0, 1, 2) if B == 16 or s == 0
+    ]
+    (setting,), (note,) = manyruns.at_best(settings.group_settings(runs))
+    assert {(r.cell.B, r.seed[0]) for r in setting.runs} == {(16, "0"), (16, "1"), (16, "2")}
+    assert note.endswith("1 of 4 cells of a seed are left out, for no other seed has run there to choose by")
 
 
 def test_what_else_lies_in_a_folder_is_said(tmp_path, capsys):
@@ -330,7 +340,7 @@ def test_what_else_lies_in_a_folder_is_said(tmp_path, capsys):
     remarks: list[str] = []
     assert [r.name for r in results.load_runs([str(runs)], remarks=remarks)] == ["bs16"]
     assert remarks == [
-        f"{runs}: 1 runs are read, and not those of folders in it: {runs / 'old' / 'twice'} (1), {runs / 'quick'} (3)",
+        f"{runs}: the runs in it are read (1), and not those that lie deeper: {runs / 'old' / 'twice'} (1), {runs / 'quick'} (3)",
         f"{runs}: event files without a config.json are not read: bs32",
     ]
     assert report.main([str(runs), "--out", str(tmp_path / "out"), "--format", "png"]) == 0

@@ -528,7 +528,7 @@ sweep.main(sys.argv[1:])
     assert started(tmp_path) == ["bs16", "bs32"]
 
 
-def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path):
+def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path, capsys):
     own = vars(options.parse(["--bs", "16", "--epochs", "1"]))
     run = runfolders.Run(
         "bs16_epochs1", own, {}, {"status": "finished"}, {"val/acc": (np.array([0]), np.array([0.5]))}, ""
@@ -539,7 +539,9 @@ def test_runs_in_a_file_of_results_count_as_done(fake, tmp_path):
     assert started(tmp_path) == ["bs32"]
     other = runfolders.Run("bs64_epochs1", own, {}, {"status": "finished"}, run.series, "")
     exports.export_runs([other], tmp_path / "other.npz")
+    assert "--done" not in capsys.readouterr().err
     assert fake("--grid", "bs=64 epochs=1", "--done", str(tmp_path / "other.npz")) == 0
+    assert f"--done: none of these 1 runs is finished in {tmp_path / 'other.npz'}" in capsys.readouterr().err
     assert started(tmp_path)[1:] == ["bs64_epochs1"]
 
 
