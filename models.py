@@ -4,10 +4,6 @@ torchvision's classifiers, and a function of one's own.
 Shapes: B images of C channels and H x W pixels, K classes.
 """
 
-import hashlib
-import importlib.util
-import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data import InputError, one_line
+from engine import ownfiles
 
 GROUP = 8  # channels of a GroupNorm group
 
@@ -211,15 +208,9 @@ def own_model(name: str, C: int, K: int, size: tuple[int, int]) -> nn.Module:
     The file may import others of its folder. The trial leaves buffers as they were.
     """
     path, _, function = name.rpartition(":")
-    where, folder = f"--model {name}", os.path.dirname(path)
-    if folder not in sys.path:
-        sys.path.append(folder)  # behind ours
-    spec = importlib.util.spec_from_file_location(f"own_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}", path)
-    assert spec and spec.loader  # there are, for a name that ends in .py
-    file = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = file
+    where = f"--model {name}"
     with as_input_error(f"{where}: the file"):
-        spec.loader.exec_module(file)
+        file = ownfiles.load(path)
     make = getattr(file, function, None)
     if not callable(make):
         raise InputError(f"{where}: the file has no function {function}")
@@ -343,7 +334,7 @@ def build_model(
 COUNTER = "num_batches_tracked"
 
 
-def counts_in_vain(module: nn.Module | None) -> bool:
+def counts_in_vain(module: nn.Module) -> bool:
     """Whether this is a BatchNorm of fixed momentum, which has no use for a count of its batches and can go without."""
     fixed = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.momentum is not None
     return fixed and not isinstance(module, nn.SyncBatchNorm)  # that one insists
@@ -365,7 +356,9 @@ def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:
         state[name] = value
         owner, _, last = name.rpartition(".")
         module = modules.get(owner)
-        if last == "running_var" and counts_in_vain(module) and module.num_batches_tracked is None:
+        if module is None or last != "running_var":
+            continue
+        if counts_in_vain(module) and module.num_batches_tracked is None:
             state[f"{owner}.{COUNTER}"] = torch.tensor(steps)
     return state
 

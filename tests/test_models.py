@@ -1,11 +1,16 @@
 """Published parameter counts, layer names, and that the seed alone decides the weights."""
 
+import importlib
+import os
+import sys
+import textwrap
+
 import pytest
 import torch
 import torchvision
 
 import models
-from conftest import slow
+from conftest import ROOT, slow
 
 
 def count(name: str, C: int, width: int = 64, norm: str = "bn") -> int:
@@ -68,6 +73,59 @@ def test_groupnorm_has_groups_of_eight_and_no_statistics():
     assert len(norms) == 20 and all(m.num_channels // m.num_groups == 8 for m in norms)
     assert not list(model.buffers())
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+MINE = {
+    "nets.py": """
+        import models.blocks, data
+        from engine.parts import K_FROM_A_FOLDER
+        from helper import late
+        from losses import cross_entropy  # ours: there is no other
+        from metrics import confusion  # ours: beside the file lie no modules of that name
+
+        class Net(models.blocks.nn.Module):
+            def __init__(self, C, K):
+                super().__init__()
+                self.block = models.make(C, K + K_FROM_A_FOLDER)
+
+            def forward(self, x):
+                from measure import scale
+                return self.block(x) * scale * late() * data.one()
+        """,
+    "models/__init__.py": "from models.blocks import Linear\nfrom .blocks import nn\ndef make(C, K):\n    return nn.Sequential(nn.Flatten(), Linear(C, K))",
+    "models/blocks.py": "import noise\nfrom torch import nn\ndef Linear(C, K):\n    return nn.Linear(1024 * C, K, bias=noise.BIAS)",
+    "noise.py": "BIAS = False",
+    "measure.py": "scale = 2.0",
+    "data.py": "def one():\n    import engine.parts as parts\n    return parts.K_FROM_A_FOLDER + 1",
+    "helper.py": "def late():\n    from models import blocks\n    import noise as n\n    return 1.0 + n.BIAS",
+    "engine/parts.py": "K_FROM_A_FOLDER = 0",
+    "metrics/notes.txt": "accuracy",
+}
+
+
+def test_a_file_of_ones_own_imports_what_lies_beside_it_and_the_rest_ours(tmp_path):
+    """Whatever it is called, on top and within functions, of its neighbours too; ours are still ours, and a fork knows both."""
+    before = {name: sys.modules[name] for name in ("models", "data", "losses", "measure", "metrics", "engine")}
+    for name, text in MINE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    for _ in range(2):
+        net = models.build_model(f"{tmp_path / 'nets.py'}:Net", 3, 10, 64, "bn", 0)
+        assert [p.shape for p in net.parameters()] == [(10, 3072)]
+        x = torch.ones(1, 3, 32, 32)
+        torch.testing.assert_close(net(x), 2 * net.block(x))
+    pid = os.fork()
+    if pid == 0:
+        theirs = type(net).forward.__globals__
+        os._exit(0 if (theirs["late"](), theirs["data"].one()) == (1.0, 1) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert {name: sys.modules[name] for name in before} == before
+    again = {name: importlib.import_module(name) for name in before}
+    assert (
+        again == before
+        and not hasattr(models, "make")
+        and importlib.import_module("noise").__file__.startswith(str(ROOT))
+    )
 
 
 GRADIENTS = """
