@@ -19,6 +19,7 @@ from conftest import ROOT
 from data import InputError
 from engine import options
 from study import gallery, processes, scheduler, spaces, trials, tuning
+from study.searches import read_searches
 from test_report import plant
 from test_sweep import cluster  # noqa: F401
 
@@ -254,6 +255,19 @@ def test_a_search_goes_on_with_more_trials_and_more_seeds(fake, tmp_path, capsys
     assert fake(*few, "--seeds", "0", "--trials", "5", "--jobs", "3") == 0
     (after,) = searches(tmp_path).values()
     assert after["trials"][:3] == before["trials"] and len(after["trials"]) == 5
+
+
+def test_a_search_of_an_earlier_version_goes_on(fake, tmp_path):
+    """One that commit 8e81a75 has made: read by a report, and its trials are not made again."""
+    shutil.copytree(ROOT / "tests" / "before", tmp_path / "runs" / "tuning")
+    ((cell, before),) = searches(tmp_path).items()
+    (read,) = read_searches([str(tmp_path / "runs")], left_out := [])
+    assert (read.count("complete"), read.best.values, left_out) == (2, {"lr": "0.1562"}, [])
+    few = ["--grid", "bs=16", "--seeds", "0", "--epochs", "3", "--tune", "lr=log:0.0001:10"]
+    assert fake(*few, "--trials", "4") == 0
+    (after,) = searches(tmp_path).values()
+    assert after["trials"][:3] == before["trials"] and set(before["judged"]) < set(after["judged"])
+    assert [name for name, *_ in starts(tmp_path)] == [f"{cell}_trial3_seed1000"]
 
 
 def test_where_nothing_can_be_chosen(fake, tmp_path, capsys):
