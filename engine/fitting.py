@@ -7,7 +7,7 @@ from torch import Tensor
 
 import models
 import optim
-from data import InputError
+from data import InputError, one_line
 from engine.jsonfiles import describe_value, wrong_value
 from engine.schema import BELOW_ONE, NOT_NEGATIVE, OBJECT, Kind, check_fields, real, whole
 
@@ -40,7 +40,7 @@ def check_fits(state: dict, job, where: object) -> None:
         raise wrong_value(where, "step", state["step"], f"within the run's {job.total_steps} steps")
     own = models.counted_state(job.module, state["step"])
     for name in sorted(own.keys() ^ state["model"].keys()):
-        raise InputError(f"{where}: model.{name[:200]} is {'missing' if name in own else 'not in this model'}")
+        raise InputError(f"{where}: model.{one_line(name)} is {'missing' if name in own else 'not in this model'}")
     for name, mine in own.items():
         check_tensor(state["model"][name], mine, where, f"model.{name}")
     names, args = optim.OPTIMIZERS[job.args.optimizer].state, job.args

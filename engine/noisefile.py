@@ -327,10 +327,11 @@ def describe_labels(ledger: dict, classes: tuple[str, ...]) -> str:
         return lines[0]
     if len(classes) > SHOWN:
         return f"{lines[0]}\nper class: {min(rates):.4f} to {max(rates):.4f}, median {float(np.median(rates)):.4f}"
-    width = max(len(c) for c in classes)
+    names = list(map(one_line, classes))
+    width = max(map(len, names))
     lines.append(f"{'per cent':<{width}}  changed  given label")
     lines.append(f"{'':<{width + 9}}  " + "".join(f"{k:>6}" for k in range(len(classes))))
-    for name, rate, row in zip(classes, ledger["per_class"], ledger["matrix"]):
+    for name, rate, row in zip(names, ledger["per_class"], ledger["matrix"]):
         cells = "".join(f"{100 * p:6.1f}" if p else "     ." for p in row)
         lines.append(f"{name:<{width}}  {'-' if rate is None else f'{100 * rate:.1f}':>7}  {cells}")
     return "\n".join(lines)

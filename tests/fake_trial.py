@@ -1,7 +1,8 @@
 """Stands in for train.py in tests of tuned sweeps: folder, lock, events, signals and exit statuses, no training.
 
 After epoch e of --epochs `val/acc` is e / epochs of 1 - 0.2 log10(lr / best)^2, with the best rate in proportion to --bs and
-0.01 at 16, plus a thousandth that depends on the seed. Rates above 5 diverge. An epoch takes a twentieth of a second.
+0.01 at 16, plus a thousandth that depends on the seed. Rates above 5 diverge. An epoch takes a twentieth of a second; where there
+is a FAKE_HOLD in the environment, the first one waits for a signal, or until there is a file of that name.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def record(step: int, tag: bytes, value: float) -> bytes:
     return length + masked_crc(length) + data + masked_crc(data)
 
 
+hold = os.environ.get("FAKE_HOLD")
 final = 1 - 0.2 * math.log10(lr / (0.01 * bs / 16)) ** 2 + 1e-3 * random.Random(args.seed).random()
 with open(folder / f"events.out.tfevents.{first}", "wb") as out:
     for epoch in range(first, epochs + 1):
@@ -76,5 +78,7 @@ with open(folder / f"events.out.tfevents.{first}", "wb") as out:
             save("stopped", epoch, "SIGTERM")
             sys.exit(3)
         save("running", epoch)
+        while hold and epoch == first and not stopped and not os.path.exists(hold):
+            time.sleep(0.01)
         time.sleep(0.05 if epoch < epochs else 0)
 save("finished", epochs)

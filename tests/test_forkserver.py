@@ -259,7 +259,7 @@ def test_a_signal_before_training_ends_a_forked_run(of_train, tmp_path):
     """As it does a plain one: at once, with status 3 and nothing written."""
     argv = [*TINY, "--synthetic-train", "200000", "--runs", str(tmp_path)]
     run = of_train(processes.TRAIN, *argv, log=tmp_path / "log")
-    until(lambda: catches(run.pid, signal.SIGTERM))  # it draws the images, for seconds
+    until(lambda: catches(run.pid, signal.SIGUSR1))  # its imports are done; now it draws the images, for seconds
     os.kill(run.pid, signal.SIGTERM)
     assert ended(run) == 3
     assert "stopped by SIGTERM before training began" in (tmp_path / "log").read_text()

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 import report
 import sweep
-from conftest import ROOT
+from conftest import ROOT, until
 from data import InputError
 from engine import options
 from study import gallery, processes, scheduler, spaces, trials, tuning
@@ -214,6 +213,7 @@ from study import forkserver, processes, scheduler, tuning
 forkserver.PRELOAD = ()
 processes.TRAIN, scheduler.POLL, scheduler.LOOK_AGAIN, tuning.LOOK = Path({fake!r}), 0.01, 0.1, 0.02
 import os, sweep
+os.environ["FAKE_HOLD"] = {hold!r}
 status = sweep.main({argv!r})
 sys.stdout.flush()
 os._exit(status)
@@ -222,13 +222,13 @@ os._exit(status)
 
 def test_killed_sweeps_on_one_journal_share_and_finish_it(zygote, fake, tmp_path):
     argv = [*GRID, *TUNE, "--jobs", "2", "--runs", str(tmp_path / "runs")]
-    code = SWEEP.format(root=str(ROOT), fake=str(FAKE), argv=argv)
+    code = SWEEP.format(root=str(ROOT), fake=str(FAKE), argv=argv, hold=str(tmp_path / "go"))
     pids = zygote.start(code=code, ranks=2)
-    while len(list((tmp_path / "runs").glob("tuning/*/*_seed1000/summary.json"))) < 4:
-        time.sleep(0.01)
+    until(lambda: len(list((tmp_path / "runs").glob("tuning/*/*_seed1000/summary.json"))) == 4)
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)  # their runs go on
+        os.kill(pid, signal.SIGKILL)
     assert zygote.wait() == [-9, -9]
+    (tmp_path / "go").touch()  # their runs go on
     zygote.start(code=code, ranks=2)
     assert zygote.wait() == [0, 0], zygote.output(0) + zygote.output(1)
     found = searches(tmp_path)
