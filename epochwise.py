@@ -274,7 +274,7 @@ class EpochMeasure:
     share: float  # of the budget that the others leave, to be divided among those that are not `first`
     first: bool = False  # its share is of the whole budget, taken before the others'
     spare: bool = False  # has no share: made as often as what all others leave unspent allows
-    unit: str = "epochs"  # between two times
+    unit: str = "epoch"  # between two times, in the singular
 
 
 MEASURES = {  # name, which also begins its tags, but for the signals, which stand beside the probe's

@@ -106,7 +106,7 @@ def by_rows(true: Tensor, rate: float, g: torch.Generator, row: Callable[[int], 
 
 
 SPREAD = 0.1  # standard deviation of the instance noise's flip rates, as in the paper
-BLOCK = 1000  # images projected at a time
+BLOCK = 1000  # images projected at a time, fewer if they are larger than 32 x 32 in colour
 
 
 def flip_rates(n: int, rate: float, g: torch.Generator) -> Tensor:
@@ -151,9 +151,10 @@ def instance(true: Tensor, K: int, rate: float, g: torch.Generator, images: Tens
     selected = draw_exactly(flip_rates(n, rate, g), g).sort().values
     u = torch.rand(n, 1, generator=g, dtype=torch.float64)
     mean, std = (torch.tensor(s, dtype=torch.float64) * 255 for s in data.pixel_statistics(images))
+    block = min(BLOCK, max(1, BLOCK * 32 * 32 * 3 // images[0].numel()))
     for k in range(K):
         W = torch.randn(images[0].numel(), K, generator=g, dtype=torch.float64)
-        for some in selected[true[selected] == k].split(BLOCK):
+        for some in selected[true[selected] == k].split(block):
             x = ((images[some].double() - mean) / std).flatten(1)  # (m, D)
             score = x @ W  # (m, K)
             score[:, k] = -torch.inf

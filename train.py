@@ -255,7 +255,7 @@ def run(args, signals: Signals) -> int:
     if claimed.checkpoint:
         restore(job, record, claimed.checkpoint)
         if claimed.status == "finished" and job.state.step >= job.total_steps:
-            record.say(f"{folder} has finished already: {job.state.step} steps")
+            record.say(f"{folder} has finished already: {cmdline.counted(job.state.step, 'step')}")
             record.close()
             return 0
         drop_later_best(job, record)

@@ -49,6 +49,11 @@ def counted(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
+def every(n: int, noun: str) -> str:
+    """How often something is done: "every step", "every 2 steps"."""
+    return f"every {noun}" if n == 1 else f"every {n} {noun}s"
+
+
 def shortened(message: str, given: list[str] = ()) -> str:
     """`message` with the middle left out of each of the `given` words, and of whatever else has no space in it, that is
     longer than QUOTED characters."""

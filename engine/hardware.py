@@ -66,8 +66,8 @@ def resolve(args) -> int:
             given = getattr(args, option)
             if not options.under_fabric_run() and given not in (1, count, "auto"):
                 raise InputError(
-                    f"--{option.replace('_', '-')} {given}: the launcher has started {started[0]} process{'es' * (started[0] > 1)} on each of "
-                    f"{started[1]} machines; leave it out, or give the launcher that number"
+                    f"--{option.replace('_', '-')} {given}: the launcher has started {counted(started[0], 'process')} on each of "
+                    f"{counted(started[1], 'machine')}; leave it out, or give the launcher that number"
                 )
             setattr(args, option, count)
     try:  # Fabric also takes lists of GPUs, "0,2"

@@ -12,7 +12,7 @@ import measure
 import schedules
 from datasets import DATASETS
 from engine import memory
-from engine.cmdline import counted
+from engine.cmdline import counted, every
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
 from optim import OPTIMIZERS
@@ -112,8 +112,8 @@ def print_plan(job, record: Record, label_noise: str) -> None:
         plan = job.state.plan
         if plan and args.measure == "full":
             families = [
-                f"{name} every {plan[name]} {unit}" if plan.get(name) else f"{name} left out (raise --measure-budget)"
-                for name, unit in [("steps", "steps"), *((name, m.unit) for name, m in epochwise.MEASURES.items())]
+                f"{name} {every(plan[name], unit)}" if plan.get(name) else f"{name} left out (raise --measure-budget)"
+                for name, unit in [("steps", "step"), *((name, m.unit) for name, m in epochwise.MEASURES.items())]
             ]
             grown = plan["total_steps"] != job.total_steps
             origin = f"step {plan['total_steps']}" if grown else "the end"
@@ -152,10 +152,10 @@ def split_plan(job) -> str:
     masks = "no random masks"
     if args.permutations:
         masks = f"{counted(args.permutations, 'random mask')} every {args.measure_every * args.null_every}"
-    line = f"measured: clean and noisy gradients every {args.measure_every} steps, {masks}; {measure.split_share(args):.1%} of the steps, counted"
+    line = f"measured: clean and noisy gradients {every(args.measure_every, 'step')}, {masks}; {measure.split_share(args):.1%} of the steps, counted"
     if probe:
-        often = "epoch" if probe == 1 else f"{probe} epochs, back from the end"
-        return f"{line}; probe every {often}, {job.state.plan['share']:.1%} of the run"
+        often = every(probe, "epoch") + ", back from the end" * (probe > 1)
+        return f"{line}; probe {often}, {job.state.plan['share']:.1%} of the run"
     return f"{line}; probe left out (raise --measure-budget)" if job.train.noisy.any() else line
 
 

@@ -18,7 +18,7 @@ import sweep
 import train
 from conftest import ROOT, same_weights, series, slow, summary
 from engine import hardware, identity, machine, options, stepclock
-from engine.cmdline import counted
+from engine.cmdline import counted, every
 from engine.job import JobState
 from engine.summary import full_resolution
 from gradsplit import batchnorm_mode
@@ -353,6 +353,7 @@ def test_large_images_are_evaluated_fewer_at_a_time(most, bs, size, n):
 def test_one_and_many_are_told_apart():
     assert [counted(n, "thread") for n in (0, 1, 2)] == ["0 threads", "1 thread", "2 threads"]
     assert [counted(n, "process") for n in (1, 2)] == ["1 process", "2 processes"]
+    assert [every(n, "step") for n in (1, 2)] == ["every step", "every 2 steps"]
     slots = lambda threads, size: sweep.Slots([], size, 1, threads).words(SimpleNamespace(ray=None, jobs=1))  # noqa: E731
     assert slots(1, 1) == "1 at a time, 1 thread each" and slots(3, 2) == "1 at a time, 3 threads each process"
 

@@ -608,7 +608,7 @@ def test_a_measure_is_one_function_and_one_entry(go, monkeypatch, capsys):
     entry = epochwise.EpochMeasure(weight_norm, cost=lambda P, n_probe: 1.0, share=0.1)
     monkeypatch.setitem(epochwise.MEASURES, "weights", entry)
     folder = go("--noise", "0.5", "--measure", "full", "--measure-budget", "0.3")
-    assert "weights every 1 epochs" in capsys.readouterr().out
+    assert "weights every epoch" in capsys.readouterr().out
     assert [step for step, _ in series(folder)["weights/norm"]] == [0, 5, 10]
     assert "weights" in summary(folder)["measure_seconds"] and summary(folder)["measure_share_counted"] <= 0.3
 
