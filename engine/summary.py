@@ -151,7 +151,7 @@ def split_plan(job) -> str:
     args, probe = job.args, job.state.plan.get("probe")
     masks = "no random masks"
     if args.permutations:
-        masks = f"{counted(args.permutations, 'random mask')} every {args.measure_every * args.null_every}"
+        masks = f"{counted(args.permutations, 'random mask')} {every(args.measure_every * args.null_every, 'step')}"
     line = f"measured: clean and noisy gradients {every(args.measure_every, 'step')}, {masks}; {measure.split_share(args):.1%} of the steps, counted"
     if probe:
         often = every(probe, "epoch") + ", back from the end" * (probe > 1)

@@ -118,7 +118,7 @@ def test_masks_and_probe_leave_no_trace(go, capsys):
     assert [s for s, _ in actual["probe/memorized"]] == [0, 5, 10]
     assert not any(tag.startswith(("null/", "probe/")) for tag in plain)
     assert dict(actual["grad/cos_clean_all"]) == pytest.approx(dict(plain["grad/cos_clean_all"]), abs=1e-6)
-    assert "every 2 steps, 1 random mask every 4; 50.0% of the steps, counted; probe every epoch" in result
+    assert "every 2 steps, 1 random mask every 4 steps; 50.0% of the steps, counted; probe every epoch" in result
     assert "half_memorized_step" in summary(with_masks)
 
 
