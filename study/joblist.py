@@ -139,12 +139,11 @@ def find_earlier(jobs: list[Job], sweeps: list[Sweep], runs: Path, done: dict[st
     taken = {job.name: sought(vars(job.args)) for sweep in sweeps for job in sweep.jobs}
     for job in jobs:
         own, which = job.name, sought(vars(job.args))
+        states = {}
         for name in dict.fromkeys([own, *there.get(which, []), options.run_name(job.args)]):
             job.args.name = name
-            state = run_state(runs, job, done)[0]
-            if state not in ("waiting", "other"):
-                break
-            if name == own and state == "other":
-                taken[own] = ""
-        else:
-            job.args.name = own if taken.get(own, which) == which else job.long_name or own
+            states[name] = run_state(runs, job, done)[0]
+        found = [name for name, state in states.items() if state not in ("waiting", "other")]
+        free = states[own] != "other" and taken.get(own, which) == which
+        best = own if free else job.long_name or own
+        job.args.name = next((name for name in found if states[name] == "finished"), (found or [best])[0])

@@ -110,6 +110,13 @@ def test_a_name_that_another_run_has_goes_on_with_what_its_grid_shares(fake, tmp
     assert started(tmp_path)[4:] == ["bs8_lr0.1", "bs4_lr0.1", "bs8_lr0.1_epochs2", "bs4_lr0.1_epochs2"]
 
 
+def test_of_several_such_runs_the_finished_one_counts(fake, tmp_path):  # noqa: F811
+    for name in ("a", "b"):
+        finished(tmp_path / "runs", ["--epochs", "1", "--bs", "16"], name)
+    (tmp_path / "runs" / "a" / "summary.json").write_text('{"status": "failed"}')
+    assert fake("--grid", "bs=16,32 epochs=1") == 0 and started(tmp_path) == ["bs32"]
+
+
 def test_a_damaged_folder_is_no_run_of_other_options(fake, tmp_path):  # noqa: F811
     """Its config.json says nothing: it is not taken for a run of the defaults."""
     (tmp_path / "runs" / "mine").mkdir(parents=True)
