@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -57,54 +57,37 @@ def check_files(folder: Path, md5: dict[str, str]) -> None:
             raise InputError(f"--data-dir: {path} is damaged (md5 {have}, the published file has {want})")
 
 
-@contextmanager
-def one_at_a_time(folder: Path):
-    """Hold a lock file in `folder`, made if absent, so that of several processes one downloads.
-
-    Goes on without where there is no such lock to be had: two downloads are a waste, not a mistake.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".download.lock"
-    lock = filelock.FileLock(path)
-
-    def remove_lock() -> None:
-        path.unlink(missing_ok=True)
-
-    try:
-        lock.acquire()
-    except (OSError, NotImplementedError):  # of another user, or on a file system without locks
-        yield
-        return
-    try:
-        with interrupts.undo_if_interrupted(remove_lock):
-            yield
-    finally:
-        remove_lock()
-        lock.release()
-
-
 def download(make, data_dir: Path, folder: str) -> None:
-    """Have torchvision download a set with `make(root)`; it appears under `data_dir` whole or not at all."""
-    existed, target = os.path.exists(data_dir), data_dir / folder
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    """Have torchvision download a set with `make(root)`, in one process at a time; it appears under `data_dir` whole or not at all.
 
-    def remove_folder() -> None:
+    torchvision itself would wait without end, and leave half a set and the archive behind.
+    """
+    existed, target, before = os.path.exists(data_dir), data_dir / folder, socket.getdefaulttimeout()
+    lock = filelock.FileLock(data_dir / ".download.lock", thread_local=False)  # a signal's thread tidies up, too
+
+    def tidy() -> None:
+        with suppress(OSError):  # it may be a marker, which goes by itself
+            if lock.is_locked:
+                os.unlink(lock.lock_file)
+        lock.release()
         with suppress(OSError):  # not there, or not empty
             if not existed:
                 data_dir.rmdir()
 
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        with interrupts.undo_if_interrupted(remove_folder), one_at_a_time(data_dir):
-            if os.path.isdir(target):  # another process was first
-                return
+        with interrupts.undo_if_interrupted(tidy):
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError, NotImplementedError):  # not to be had: two downloads are a waste, not a mistake
+                lock.acquire()
             data_dir.mkdir(exist_ok=True)  # another may have failed, and removed it
             temporary = tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-")
             with interrupts.undo_if_interrupted(temporary.cleanup), temporary as tmp:
-                make(tmp)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not os.path.isdir(target):  # another one without the lock
-                    (Path(tmp) / folder).rename(target)
+                if not target.is_dir():  # another process was first
+                    make(tmp)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.is_dir():
+                        (Path(tmp) / folder).rename(target)
     except Exception as e:  # torchvision lets URLError, RuntimeError, timeouts and others through
         raise InputError(
             f"--data-dir {data_dir}: no {folder} there and it cannot be downloaded ({one_line(e)}); "
@@ -112,7 +95,7 @@ def download(make, data_dir: Path, folder: str) -> None:
         ) from e
     finally:
         socket.setdefaulttimeout(before)
-        remove_folder()
+        tidy()
 
 
 def fetch(files: Files, data_dir: str) -> None:
