@@ -39,6 +39,8 @@ def slow(*values) -> list:
     return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
 
 
+any_name = pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="file names are not in UTF-8 here")
+
 # Workers share the cores out: threads of one that wait for each other, spinning, would keep the others from theirs.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:

@@ -18,7 +18,7 @@ from torchvision.datasets import CIFAR100
 
 import data
 import datasets
-from conftest import TINY, same_weights, series
+from conftest import TINY, any_name, same_weights, series
 from engine import folders, options, sources
 from test_inputs import refuse
 
@@ -281,6 +281,7 @@ def test_avif_is_read(photos):
     assert source.notes == () and source.x_train[12, 14, 14].tolist() == pytest.approx([200, 0, 0], abs=4)
 
 
+@any_name
 def test_a_class_in_two_spellings_and_names_of_another_system(photos):
     """A letter with its accent may be one code point or two: macOS writes two."""
     one, two = "caf\u00e9", "cafe\u0301"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import report
-from conftest import ROOT
+from conftest import ROOT, any_name
 from data import printable
 from study import results
 from study.markup import literal, to_html, to_markdown
@@ -113,6 +113,7 @@ def odd_runs(tmp_path_factory) -> Path:
     return folder
 
 
+@any_name
 def test_a_report_on_runs_of_odd_names(odd_runs, tmp_path, capfd):
     assert report.main([str(odd_runs), "--out", str(tmp_path), "--export", str(tmp_path / "all.npz")]) == 0
     shown_text, err = capfd.readouterr()
@@ -143,6 +144,7 @@ def one_run(odd_runs, tmp_path_factory) -> tuple[str, Path]:
     return str(folder), out
 
 
+@any_name
 def test_a_single_run_of_an_odd_name(one_run):
     _, out = one_run
     shown_text = markdown((out / "report.md").read_text("utf-8"))
