@@ -12,6 +12,8 @@ from pathlib import Path
 from engine import machine
 
 machine.wait_briefly()
+if __name__ == "__main__":
+    machine.explain_loading("noise.py")
 
 import numpy as np
 import torch

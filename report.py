@@ -15,6 +15,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from engine import machine
+
+if __name__ == "__main__":
+    machine.explain_loading("report.py")
 os.environ["MPLBACKEND"] = "agg"  # in place of a notebook's, which this Python may not have: matplotlib would not load
 
 from data import InputError, printable

@@ -18,6 +18,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine import machine
+
+if __name__ == "__main__":
+    machine.explain_loading("sweep.py")
+
 from data import InputError, printable
 from engine import cmdline, options
 from engine.machine import cores

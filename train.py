@@ -17,6 +17,8 @@ if __name__ == "__main__":  # the imports below take seconds, and nothing has be
 from engine import machine
 
 machine.wait_briefly()
+if __name__ == "__main__":
+    machine.explain_loading("train.py")
 
 import logging
 import math

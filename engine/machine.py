@@ -2,11 +2,14 @@
 
 import math
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 SPINS = 10_000  # of 300,000
+UNMAPPED = re.compile("failed to map segment|cannot allocate memory", re.IGNORECASE)  # of a shared library
 
 
 def wait_briefly() -> None:
@@ -19,6 +22,21 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
 
+def explain_loading(program: str) -> None:
+    """Have `program` say in one line, with status 2, where its libraries cannot be loaded for want of memory: login nodes limit it."""
+
+    def explain(kind, e, trace) -> None:
+        if not isinstance(e, MemoryError) and not (isinstance(e, (ImportError, OSError)) and UNMAPPED.search(str(e))):
+            return sys.__excepthook__(kind, e, trace)
+        limit = f"; ulimit -v allows {address_space() / 2**30:.1f} GiB" * (address_space() < math.inf)
+        print(
+            f"{program}: error: there is too little memory here to load torch ({e}){limit}", file=sys.stderr, flush=True
+        )
+        os._exit(2)
+
+    sys.excepthook = explain
+
+
 def cores(root: Path = Path("/")) -> int:
     """CPU cores that this process may use: those it is bound to, or its control group's CPU quota, rounded up, if that is less."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -26,13 +44,23 @@ def cores(root: Path = Path("/")) -> int:
 
 
 def memory(root: Path = Path("/")) -> float:
-    """Bytes of memory that this process may use: the machine's, or its control group's if that is less."""
-    limits = [math.inf]
+    """Bytes of memory that this process may use: the machine's, or its control group's or its own limit if that is less."""
+    limits = [address_space()]
     with suppress(OSError, ValueError, AttributeError):
         limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
     for group in groups("memory", root):
         limits += numbers(group / "memory.max") + numbers(group / "memory.limit_in_bytes")
     return min(limits)
+
+
+def address_space() -> float:
+    """Bytes that `ulimit -v` allows this process, libraries included."""
+    with suppress(ImportError):  # of another system
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        return math.inf if limit == resource.RLIM_INFINITY else float(limit)
+    return math.inf
 
 
 def quotas(root: Path) -> Iterator[float]:

@@ -4,7 +4,9 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -214,3 +216,16 @@ def test_training_learns(go):
     argv = "--synthetic-train 2500 --synthetic-test 200 --epochs 6 --bs 50 --sched onecycle --sched-epochs 6".split()
     outcome = summary(go(*argv, "--measure-every", "50", "--precision", "auto"))
     assert outcome["val_acc"] > 0.45 and outcome["test_acc"] > 0.4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited as on Linux")
+@pytest.mark.parametrize("program", ["train.py", "sweep.py", "report.py", "noise.py"])
+def test_a_limit_under_which_torch_cannot_be_loaded_is_said(program):
+    """`ulimit -v` of a login node."""
+    limited = f"ulimit -v 1200000; exec {shlex.quote(sys.executable)} {program} --help"
+    result = subprocess.run(["sh", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith(
+        f"{program}: error: there is too little memory here to load torch ("
+    )
+    assert line.endswith("; ulimit -v allows 1.1 GiB")
