@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import gradsplit
 import metrics
+import models
 from gradsplit import Forward, batchnorm_mode
 from measure import MeasuringContext, MeasuringOptions, is_due
 
@@ -42,11 +43,11 @@ SIGNALS_COST = 4.0 * SUSCEPTIBILITY_EXAMPLES + 3.0 * DISPARITY_BATCHES * DISPARI
 
 @contextmanager
 def undisturbed(context: MeasuringContext):
-    """For forwards of the same examples on all processes: BatchNorm's mode as the run measures in, no dropout."""
+    """For forwards of the same examples on all processes: BatchNorm's mode as the run measures in; what draws random numbers
+    as in evaluation."""
     with batchnorm_mode(context.module, context.options.measure_bn, same_on_all_ranks=True):
-        for m in context.module.modules():
-            if isinstance(m, nn.Dropout):
-                m.eval()
+        for m in models.drawing_modules(context.module):
+            m.training = False  # and not its children, such as BatchNorm
         yield
 
 

@@ -4,13 +4,18 @@ torchvision's classifiers, and a function of one's own.
 Shapes: B images of C channels and H x W pixels, K classes.
 """
 
+import random
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+import gradsplit
 from data import InputError, one_line
 from engine import ownfiles
 
@@ -228,36 +233,95 @@ def try_out(model: nn.Module, C: int, K: int, size: tuple[int, int], where: str)
     """Raise `InputError` unless `model` gives logits (2, K) of two images, with a gradient for all that is to be trained."""
     before = {name: b.clone() for name, b in model.named_buffers()}
     images = torch.zeros(2, C, *size).to(memory_format=torch.channels_last)
-    drawn = torch.get_rng_state()
     what = f"2 images of {C} x {size[0]} x {size[1]}"
-    with as_input_error(f"{where}: of {what} the module"):
+    with as_input_error(f"{where}: of {what} the module"), noticed_draws(model) as model.that_draw:
         logits = model(images)
-    model.draws_random_numbers = not torch.equal(drawn, torch.get_rng_state())
     if not isinstance(logits, Tensor) or logits.shape != (2, K):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         raise InputError(f"{where}: of {what} the module makes {got}, not logits (2, {K})")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with as_input_error(f"{where}: the module's gradient"):
-        gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
-    idle = [name for name, g in zip(trained, gradients, strict=True) if g is None]
-    if idle:
+        idle = idle_parameters(model, logits)
+    if idle and not model.that_draw:  # else it may be used another time
         raise InputError(f"{where}: the logits do not depend on the parameter {idle[0]}; give it requires_grad=False")
     for name, b in model.named_buffers():
         if name in before:
             b.copy_(before[name])
 
 
+def idle_parameters(model: nn.Module, logits: Tensor) -> list[str]:
+    """Names of the parameters to be trained on which `logits` do not depend."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True)
+    return [name for name, g in zip(trained, gradients, strict=True) if g is None]
+
+
+SKIP_TRIALS = 8
+
+
+def may_skip(model: nn.Module, C: int, size: tuple[int, int]) -> bool:
+    """Whether `model`, as `try_out` has seen it, may leave parameters out of a step: those of a module that draws random numbers
+    itself, or some in a forward of drawn images."""
+    if any(next(m.parameters(), None) is not None for m in drawing_modules(model)):
+        return True
+    g = torch.Generator().manual_seed(0)
+    with without_a_trace(model):
+        images = (torch.randn(2, C, *size, generator=g) for _ in range(SKIP_TRIALS))
+        return any(idle_parameters(model, model(some)) for some in images)
+
+
+@contextmanager
+def noticed_draws(model: nn.Module):
+    """Within the block, the modules of `model` in whose own code, not that of their children, random numbers are drawn."""
+    found: list[nn.Module] = []
+    running, handles, last = [model], [], generator_states()
+
+    def look(change: Callable[[], object]) -> None:
+        nonlocal last
+        before, last = last, generator_states()
+        if last != before and running[-1] not in found:
+            found.append(running[-1])
+        change()
+
+    for m in model.modules():
+        handles.append(m.register_forward_pre_hook(lambda m, args: look(lambda: running.append(m))))
+        handles.append(m.register_forward_hook(lambda *_: look(running.pop)))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def generator_states() -> tuple:
+    """Of the global generators of torch (on the CPU), Python and numpy."""
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    return bytes(torch.get_rng_state().numpy()), random.getstate(), of_numpy["pos"], bytes(of_numpy["key"])
+
+
+def try_to_measure(model: nn.Module, C: int, size: tuple[int, int], where: str) -> None:
+    """Raise `InputError` unless the gradient of `model` can be had for parts of a batch, as measuring takes it."""
+    context = gradsplit.Context(model, torch.device("cpu"), nullcontext, lambda t: t, lambda: 1.0)
+    with without_a_trace(model), as_input_error(f"{where}: measuring (--measure off does not)"):
+        images = torch.zeros(2, C, *size).to(memory_format=torch.channels_last)
+        gradsplit.Forward(context, images, 2).row(torch.zeros(2, dtype=torch.int64), torch.ones(2))
+
+
 def try_one(model: nn.Module, C: int, size: tuple[int, int], where: str) -> None:
     """Raise `InputError` unless `model` can be trained on a batch of one image: BatchNorm cannot where that is one pixel to it."""
-    before = [b.clone() for b in model.buffers()]
-    with (
-        torch.random.fork_rng(devices=[]),
-        torch.no_grad(),
-        as_input_error(f"{where}: on a batch of one image the module"),
-    ):
+    with without_a_trace(model), torch.no_grad(), as_input_error(f"{where}: on a batch of one image the module"):
         model(torch.zeros(1, C, *size))
-    for b, old in zip(model.buffers(), before, strict=True):
-        b.copy_(old)
+
+
+@contextmanager
+def without_a_trace(model: nn.Module):
+    """For trials of a new network, which is in float32: in global generators and buffers all is as before."""
+    dtype = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), gradsplit.batchnorm_mode(model, "train"):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 class as_input_error:
@@ -363,7 +427,12 @@ def counted_state(model: nn.Module, steps: int) -> dict[str, Tensor]:
     return state
 
 
+def drawing_modules(model: nn.Module) -> list[nn.Module]:
+    """Those in whose own code a training forward draws random numbers: as `try_out` has seen, else torch's kinds of dropout."""
+    tried = getattr(model, "that_draw", None)
+    return tried if tried is not None else [m for m in model.modules() if isinstance(m, _DropoutNd) and m.p > 0]
+
+
 def has_dropout(model: nn.Module) -> bool:
     """Whether a training forward draws random numbers."""
-    tried = getattr(model, "draws_random_numbers", False)
-    return tried or any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
+    return bool(drawing_modules(model))

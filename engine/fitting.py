@@ -45,7 +45,10 @@ def check_fits(state: dict, job, where: object) -> None:
         check_tensor(state["model"][name], mine, where, f"model.{name}")
     names, args = optim.OPTIMIZERS[job.args.optimizer].state, job.args
     kept = optim.kept_state(args.optimizer, args.momentum, args.sched)
-    check_optimizer(state["optimizer"], job.optimizer.state_dict(), job.parameters, names, kept, f"{where}: optimizer")
+    draws = models.is_own(args.model) and models.has_dropout(job.module)  # and may not have used a parameter so far
+    check_optimizer(
+        state["optimizer"], job.optimizer.state_dict(), job.parameters, names, kept, f"{where}: optimizer", draws
+    )
     if kept and not state["optimizer"]["state"] and state["step"] and not job.scaler:  # which skips steps that overflow
         raise InputError(f"{where}: optimizer: state is empty after {state['step']} steps")
     if job.examples and "examples" in state:
@@ -72,9 +75,12 @@ def check_examples(given: object, own, where: object) -> None:
         raise wrong_value(where, "examples.logits", given["logits"], "null between two epochs")
 
 
-def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names, kept, where: object) -> None:
+def check_optimizer(
+    given: dict, own: dict, parameters: list[Tensor], names, kept, where: object, may_lack: bool = False
+) -> None:
     """Raise `InputError` unless `given` is the state of an optimizer like the one of `own`, which may have tensors of these
-    `names` for each parameter and has those `kept` once there is any state; rate and momentum may differ."""
+    `names` for each parameter and has those `kept` once there is any state, with `may_lack` unless it has none of a
+    parameter; rate and momentum may differ."""
     check_fields(given, {"state": OBJECT}, where, required=("state", "param_groups"))
     groups = given["param_groups"]
     if not isinstance(groups, list) or len(groups) != 1 or not isinstance(groups[0], dict):
@@ -94,7 +100,9 @@ def check_optimizer(given: dict, own: dict, parameters: list[Tensor], names, kep
         entry, field = given["state"].get(i, {}), f"state.{i}"
         if not isinstance(entry, dict) or entry.keys() - {*names}:
             raise wrong_value(where, field, entry, f"an object with a {' and a '.join(names) or 'state of no name'}")
-        begun = given["state"] or own["state"]  # some make their state in the first step
+        begun = (given["state"] or own["state"]) and not (
+            may_lack and not entry
+        )  # some make their state in the first step
         for name in names:
             if not (begun and name in kept or entry.get(name) is not None):
                 continue

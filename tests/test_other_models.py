@@ -1,17 +1,21 @@
 """A small ViT, torchvision's classifiers by name, and networks from a file of one's own."""
 
 import json
+import random
 import textwrap
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
 
 import epochwise
 import models
-from conftest import same_weights, summary
+from conftest import TINY, same_weights, summary, weights
 from engine import machine, memory, options, sources
+from test_metrics import job_for
 
 SHORT = "--width 64 --bs 16 --max-steps 3 --epochs 1 --measure-every 1 --noise 0.4 --synthetic-train 60 --synthetic-test 8 --lr 0.01".split()
 
@@ -127,6 +131,7 @@ def test_torchvision_trains_and_resumes(go):
 
 
 OWN = """
+    import random
     import torch
     from torch import nn
     from neighbour_of_mine import HIDDEN
@@ -185,6 +190,26 @@ OWN = """
             def forward(self, x):
                 return self.conv(x).view(len(x), -1)
         return View()
+
+    class Skips(nn.Module):
+        def __init__(self, C, K):
+            super().__init__()
+            self.pool, self.stem, self.out = nn.AdaptiveAvgPool2d(4), nn.Linear(16 * C, 8), nn.Linear(8, K)
+            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        def forward(self, x):
+            x = self.stem(self.pool(x).flatten(1))
+            for i, block in enumerate(self.blocks):
+                if not self.training or (random.random() if i else float(torch.rand(()))) < 0.3:
+                    x = x + torch.tanh(block(x))
+            return self.out(x)
+
+    def skipping(C, K):
+        return Skips(C, K)
+
+    def hooked(C, K):
+        net = small(C, K)
+        net[2].register_full_backward_pre_hook(lambda *_: None)
+        return net
 
     def idle(C, K):
         net = small(C, K)
@@ -245,6 +270,87 @@ def test_what_torch_allows(go, own, function):
     assert same_weights(whole, go(*SHORT, "--model", f"{own}:{function}", "--resume", name="cut"))
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_network_that_skips_blocks_trains_alike_whatever_is_measured(go, own, optimizer):
+    """By numbers that torch and Python draw. Weight decay and momentum leave a block alone in steps that skip it."""
+    given = [*SHORT, "--model", f"{own}:skipping", "--precision", "64-true", "--optimizer", optimizer, "--wd", "0.1"]
+    given += ["--max-steps", "6", "--epochs", "2"]
+    off, split = (weights(go(*given, "--measure", mode, name=mode)) for mode in ("off", "split"))
+    for name in off:
+        torch.testing.assert_close(off[name], split[name], rtol=1e-10, atol=1e-12)
+    full = "--measure full --measure-budget 1e6 --chunks 2 --permutations 1".split()
+    assert same_weights(go(*given, *full, name="full"), go(*given, name="split-again"))
+    for steps in ("1", "6"):
+        cut = go(*given, "--max-steps", steps, *["--resume"] * (steps == "6"), name="cut")
+    assert all(torch.equal(split[name], p) for name, p in weights(cut).items())
+
+
+def test_processes_that_skip_different_blocks_are_one_run(zygote, own, tmp_path):
+    given = [
+        *TINY,
+        *SHORT,
+        "--model",
+        f"{own}:skipping",
+        "--precision",
+        "64-true",
+        "--wd",
+        "0.1",
+        "--runs",
+        str(tmp_path),
+    ]
+    found = []
+    for mode in ("off", "split"):
+        assert zygote.run([*given, "--measure", mode, "--name", mode], ranks=2) == [0, 0], zygote.output()
+        found.append(weights(tmp_path / mode))
+    for name in found[0]:
+        torch.testing.assert_close(*(f[name] for f in found), rtol=1e-10, atol=1e-12)
+
+
+class Draws(nn.Module):
+    """A layer and BatchNorm, and code of its own that draws."""
+
+    def __init__(self, draw) -> None:
+        super().__init__()
+        self.draw, self.norm = draw, nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.draw(self.norm(x), self.training)
+
+
+DRAWS = {
+    "dropout": lambda: nn.Dropout(0.5),
+    "dropout1d": lambda: nn.Dropout1d(0.5),
+    "alpha": lambda: nn.AlphaDropout(0.5),
+    "feature-alpha": lambda: nn.FeatureAlphaDropout(0.5),
+    "rrelu": lambda: nn.RReLU(),
+    "depth": lambda: StochasticDepth(0.5, "row"),
+    "encoder": lambda: nn.TransformerEncoderLayer(4, 2, 8, dropout=0.5),
+    "function": lambda: Draws(lambda x, training: nn.functional.dropout(x, 0.5, training)),
+    "python": lambda: Draws(lambda x, training: x * random.random() if training else x),
+    "numpy": lambda: Draws(lambda x, training: x * float(np.random.rand()) if training else x),
+    "none": lambda: nn.BatchNorm1d(4),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_measures_after_an_epoch_draw_nothing(name):
+    """Whatever draws in training is as in evaluation, and BatchNorm beside it as in training."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), DRAWS[name](), nn.Linear(4, 10))
+    models.try_out(net, 3, 10, (2, 2), "--model x")
+    assert models.has_dropout(net) == (name != "none")
+    job = job_for()
+    job.context.module = net
+    x, seen = torch.randn(8, 3, 2, 2), []
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm1d):
+            m.register_forward_hook(lambda m, args, out: seen.append(m.training))
+    modes = [m.training for m in net.modules()]
+    with epochwise.undisturbed(job.context):
+        assert torch.equal(net(x), net(x)) and all(seen)
+    assert modes == [m.training for m in net.modules()]
+
+
 @pytest.mark.parametrize(
     ("given", "result"),
     [
@@ -269,6 +375,7 @@ def test_what_torch_allows(go, own, function):
         ("OWN:two_outputs", "the module makes a tuple, not logits (2, 10)"),
         ("OWN:viewing", "the module raised RuntimeError: view size is not compatible"),
         ("OWN:lazy", "on the CPU the module raised ValueError: Attempted to use an uninitialized parameter"),
+        ("OWN:hooked", "measuring (--measure off does not) raised ValueError: the module 2 has a backward hook"),
         ("OWN:normed --bs 47", "on a batch of one image the module raised ValueError: Expected more than 1 value"),
         ("OWN:normed --measure-bn separate", "on a batch of one image the module raised ValueError"),
         ("BROKEN:net", "the file raised SyntaxError"),
