@@ -6,6 +6,7 @@ gradient or a vector-Jacobian product 2F more, a step 3F an example.
 Shapes: m examples or parts, n examples of a probe, K classes, P parameters.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
 import gradsplit
 import metrics
 import models
-from gradsplit import Forward, batchnorm_mode
+from gradsplit import Forward, batchnorm_mode, without_hooks
 from measure import MeasuringContext, MeasuringOptions, is_due
 
 EVAL_BATCH = 1000  # examples of a forward without gradients, of 32 x 32 pixels
@@ -28,10 +30,14 @@ CPU_BATCH = 125  # on a CPU: activations of ResNet-18 at width 64 are then of 32
 PROBE = 2000  # noisy and as many clean training examples
 CURVATURE_EXAMPLES = 128
 CURVATURE_PRODUCTS = 16  # at most, for the eigenvalue
-PRODUCT_COST = 30.0  # F: 5 by arithmetic, but in full precision and through BatchNorm's second derivative (see docs/measurements.md)
+PRODUCT_COST = 18.0  # F: 5 by arithmetic, but in full precision and through BatchNorm's second derivative (see docs/measurements.md)
 CURVATURE_TOLERANCE = 1e-2  # relative residual of the eigenpair at which to stop
 CURVATURE_RESOLVED = 0.3  # at which the eigenvalue, whose own error is far smaller, is still logged
 TRACE_PROBES = 8
+# A Hessian without the second derivatives of some function in the network is seen by its asymmetry, of which rounding makes up
+# to 2e-5; or, where Python has defined the function, by how far a product is from the difference of gradients.
+ASYMMETRY, DIFFERENCE = 1e-3, 1e-2
+NO_SECOND_DERIVATIVE = "a function in the network has no second derivative of its own"
 ISOTROPY_PARTS = 16  # fewer where the network is so large that they would take more than ISOTROPY_BYTES
 ISOTROPY_EXAMPLES = 64  # of a part
 ISOTROPY_BYTES = 2 << 30
@@ -39,6 +45,10 @@ SUSCEPTIBILITY_EXAMPLES = 64  # held-out images that are given random labels
 DISPARITY_BATCHES = 5  # as in the paper
 DISPARITY_EXAMPLES = 32  # of a batch
 SIGNALS_COST = 4.0 * SUSCEPTIBILITY_EXAMPLES + 3.0 * DISPARITY_BATCHES * DISPARITY_EXAMPLES  # of one time, in F
+
+
+class Undefined(RuntimeError):
+    """A measure that this network does not have. The message is one line."""
 
 
 @contextmanager
@@ -97,10 +107,12 @@ def probe(context: MeasuringContext) -> dict:
     y, true, device = context.train.labels[index], context.train.true[index], context.device
     sheet = torch.zeros(2, len(index), dtype=torch.float64, device=device)  # predicted class, loss
     context.module.eval()
-    for logits, at in eval_batches(context, context.train.images, index):
-        sheet[0, at] = logits.argmax(1).double()
-        sheet[1, at] = F.cross_entropy(logits, y[at].to(device), reduction="none").double()
-    context.module.train()
+    try:
+        for logits, at in eval_batches(context, context.train.images, index):
+            sheet[0, at] = logits.argmax(1).double()
+            sheet[1, at] = F.cross_entropy(logits, y[at].to(device), reduction="none").double()
+    finally:
+        context.module.train()
     predicted, loss = context.sum_over_ranks(sheet).cpu()
     n, values = len(noisy), {}
     if n:
@@ -161,32 +173,46 @@ def isotropy_parts(P: int) -> int:
 def curvature(context: MeasuringContext) -> dict:
     """`curvature/*` of the loss (without weight decay) on a fixed batch of unaugmented training examples.
 
-    Always in full precision: autocast would leave little of a second derivative. Every process computes the same.
+    Always in full precision: autocast would leave little of a second derivative. Every process computes the same. Raises
+    `Undefined` where a function in the network has no second derivative.
     """
     g = data.generator(context.seed, "curvature")
     index = torch.randperm(len(context.train), generator=g)[:CURVATURE_EXAMPLES]
-    sizes = [p.numel() for p in context.parameters]
-
-    def vectors(sign: bool) -> Tensor:
-        v = torch.randn(sum(sizes), generator=g, dtype=torch.float32).to(context.device, torch.get_default_dtype())
-        return v.sign() if sign else v
-
     with (
         undisturbed(context),
         torch.autocast(context.device.type, enabled=False),
         sdpa_kernel(SDPBackend.MATH),  # fused attention has no second derivative
+        without_hooks(context.parameters),
     ):
-        logits = context.module(context.train.images.plain(index))
-        loss = context.training_loss(logits, context.train.labels[index].to(logits.device), "mean")
-        gradient = torch.autograd.grad(loss, context.parameters, create_graph=True)
+        x, y = context.train.images.plain(index), context.train.labels[index].to(context.device)
+        loss = context.training_loss(context.module(x), y, "mean")
+        gradients = torch.autograd.grad(loss, context.parameters, create_graph=True, allow_unused=True)
+        used = [part is not None for part in gradients]
+        parameters = [p for p, is_used in zip(context.parameters, used, strict=True) if is_used]
+        gradient = [part for part in gradients if part is not None]
+        sizes = [p.numel() for p in parameters]
+        if any(p.is_complex() for p in parameters):
+            raise Undefined("second derivatives with respect to complex parameters are not taken")
+        if not all(part.requires_grad for part in gradient):
+            raise Undefined(NO_SECOND_DERIVATIVE)
+
+        def vectors(sign: bool) -> Tensor:
+            v = torch.randn(sum(sizes), generator=g, dtype=torch.float32).to(context.device, torch.get_default_dtype())
+            return v.sign() if sign else v
 
         def product(v: Tensor) -> Tensor:  # H v, both (P,)
-            parts = [part.view_as(p) for part, p in zip(v.split(sizes), context.parameters, strict=True)]
-            Hv = torch.autograd.grad(gradient, context.parameters, parts, retain_graph=True, materialize_grads=True)
+            parts = [part.view_as(p) for part, p in zip(v.split(sizes), parameters, strict=True)]
+            Hv = torch.autograd.grad(gradient, parameters, parts, retain_graph=True, materialize_grads=True)
             return torch.cat([part.reshape(-1) for part in Hv])
 
         top, residual, _ = metrics.lanczos(product, vectors(False), CURVATURE_TOLERANCE, CURVATURE_PRODUCTS)
-        trace, error = metrics.hutchinson(product, [vectors(True) for _ in range(TRACE_PROBES)])
+        trace, error, asymmetry = metrics.hutchinson(product, [vectors(True) for _ in range(TRACE_PROBES)])
+        if asymmetry > ASYMMETRY:
+            raise Undefined(NO_SECOND_DERIVATIVE)
+        if any(isinstance(node, BackwardCFunction) for node in gradsplit.graph_nodes([loss])):
+            v = vectors(True)
+            if off_by(context, x, y, used, product(v), v) > DIFFERENCE:
+                raise Undefined(NO_SECOND_DERIVATIVE)
     return {
         "curvature/top": top if residual < CURVATURE_RESOLVED else math.nan,  # not resolved: left out
         "curvature/top_residual": residual,
@@ -194,6 +220,29 @@ def curvature(context: MeasuringContext) -> dict:
         "curvature/trace_error": float(error),
         "curvature/edge": metrics.edge_of_stability(context.learning_rate(), context.momentum()),
     }
+
+
+def off_by(context: MeasuringContext, x: Tensor, y: Tensor, used: list[bool], Hv: Tensor, v: Tensor) -> float:
+    """|H v - d| / |H v|, d the central difference of gradients along v (P,) of the parameters in `used`, by a copy of the
+    network in float64."""
+    net, dtype = copy.deepcopy(context.module).double(), torch.get_default_dtype()
+    trained = [p for p in net.parameters() if p.requires_grad]
+    parameters = [p for p, is_used in zip(trained, used, strict=True) if is_used]
+    start = [p.detach().clone() for p in parameters]
+    ahead = [part.view_as(p) for part, p in zip(v.double().split([p.numel() for p in start]), start, strict=True)]
+    step = 1e-9 * float(torch.stack(torch._foreach_norm(start)).norm() / v.norm())  # hardly a ReLU meets its kink
+    torch.set_default_dtype(torch.float64)
+    try:
+        gradients = []
+        for alpha in (step, -step):
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, torch._foreach_add(start, ahead, alpha=alpha))
+            loss = context.training_loss(net(x.double()), y, "mean")
+            gradients.append(torch.cat([part.reshape(-1) for part in torch.autograd.grad(loss, parameters)]))
+    finally:
+        torch.set_default_dtype(dtype)
+    difference = (gradients[0] - gradients[1]) / (2 * step)
+    return float((Hv - difference).norm() / Hv.norm())
 
 
 def curvature_cost() -> float:
@@ -272,9 +321,8 @@ class EpochMeasure:
 
     measure: Callable[[MeasuringContext], dict]  # the values by tag, "NAME/..."; all processes call it
     cost: Callable[[int, int], float]  # of one time, in F, from P and the number of probed examples
-    share: float  # of the budget that the others leave, to be divided among those that are not `first`
-    first: bool = False  # its share is of the whole budget, taken before the others'
-    spare: bool = False  # has no share: made as often as what all others leave unspent allows
+    share: float  # of the budget, beside those of the others that are not `first`
+    first: bool = False  # its share is the most that it takes of the whole budget, before the others
     unit: str = "epoch"  # between two times, in the singular
 
 
@@ -282,20 +330,45 @@ MEASURES = {  # name, which also begins its tags, but for the signals, which sta
     "probe": EpochMeasure(probe, lambda P, n_probe: float(n_probe), 0.65, first=True),
     "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 3.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
     "curvature": EpochMeasure(curvature, lambda P, n_probe: curvature_cost(), 0.25),
-    "signals": EpochMeasure(signals, lambda P, n_probe: SIGNALS_COST, 0.0, spare=True),
+    "signals": EpochMeasure(signals, lambda P, n_probe: SIGNALS_COST, 0.20),
 }
-STEPS_SHARE = 0.60  # of what is left: measured steps with the controls
+STEPS_SHARE = 0.60  # beside those of `MEASURES`: measured steps with the controls
 
 
-def measure_after_epoch(context: MeasuringContext, epoch: int, step: int) -> dict:
-    """Values of the measures that are due when `epoch` epochs and `step` updates are done (0: before training)."""
+def measure_after_epoch(
+    context: MeasuringContext,
+    epoch: int,
+    step: int,
+    say: Callable[[str], None] = lambda line: None,
+    ends_the_run: Callable[[Exception], object] = lambda e: False,
+) -> dict:
+    """Values of the measures that are due when `epoch` epochs and `step` updates are done (0: before training).
+
+    What raises, on any process, is left out, which is said once; an exception of which `ends_the_run` holds is passed on.
+    """
     values: dict[str, float] = {}
     plan, state = context.state.plan, context.state
     last = math.ceil(plan.get("total_steps", context.total_steps) / context.steps_per_epoch)
     for name, entry in MEASURES.items():
-        if is_due(plan.get(name), epoch, last):
+        if not is_due(plan.get(name), epoch, last):
+            continue
+        reason, found = None, dict[str, float]()
+        try:
             with context.timed(name):
-                values |= entry.measure(context)
+                found = entry.measure(context)
+        except Exception as e:
+            if ends_the_run(e):
+                raise
+            reason = data.one_line(e)
+        if context.world_size > 1:
+            failed = context.sum_over_ranks(torch.tensor(float(reason is not None), device=context.device))
+            if failed > 0 and reason is None:
+                reason = "it failed on another process"
+        if reason is None:
+            values |= found
+        elif name not in context.left_out:
+            context.left_out.add(name)
+            say(f"warning: {name} is left out: {reason}")
     if values.get("probe/memorized", 0) >= 0.5 and state.half_memorized_step is None:
         state.half_memorized_step = step
         values["probe/half_memorized_step"] = float(step)
@@ -351,36 +424,43 @@ def counted_costs(options: MeasuringOptions, batch_size: int, P: int, n_probe: i
 
 
 def plan_full(options: MeasuringOptions, costs: dict[str, float], length: RunLength) -> dict:
-    """How far apart the full measurements stand so that they cost at most `--measure-budget` of the run.
+    """How far apart the full measurements stand so that they cost about `--measure-budget` of the run.
 
-    `costs` are those of `counted_costs`. The probe comes first, after every epoch unless that took over 65 % of the budget;
-    of what is left 60 % goes to measured steps, 15 % to isotropy, 25 % to curvature, and what these leave unspent to the
-    stopping signals. Returns {name: spacing} in steps for "steps", in epochs for the others; 0 where not even one measurement fits. "share" is the counted share of the run's
-    cost. Measurements are counted back from the end of the run (`is_due`): the one that fits is not of the untrained
-    network. "total_steps" is that end, from which a run that has grown since goes on counting (`kept_plan`).
+    `costs` are those of `counted_costs`. Each is made at least once, whatever it costs, but for a budget of 0: then spacings
+    are 0, and nothing is measured. What is left of the budget makes them more frequent: the probe first, up to its share of the budget; then measured steps and the other measures, at each turn the
+    one that has had the least for its share. Returns {name: spacing} in steps for "steps", in epochs for the others. "share" is the counted share of the run's cost. Measurements are counted back from the end of the
+    run (`is_due`), so that a single one is made there. "total_steps" is that end, from which a run that has grown since goes
+    on counting (`kept_plan`).
     """
-    left = options.measure_budget * length.cost
-    spacing, spent = {}, 0.0
+    budget = options.measure_budget * length.cost
+    slots = {"steps": math.ceil(length.total_steps / options.measure_every)} | dict.fromkeys(MEASURES, length.times)
+    shares = {"steps": STEPS_SHARE} | {name: entry.share for name, entry in MEASURES.items()}
+    if not budget:
+        return dict.fromkeys(slots, 0) | {"share": 0.0, "total_steps": length.total_steps}
+    times = dict.fromkeys(slots, 1)
 
-    def place(name: str, money: float, slots: float, unit: int = 1) -> float:
-        affordable = math.floor(money / costs[name]) if costs[name] else slots
-        every = unit * max(1, math.ceil(slots / unit / affordable)) if affordable else 0
-        spacing[name] = every
-        return math.ceil(slots / every) * costs[name] if every else 0.0
+    def spent() -> float:
+        return sum(costs[name] * n for name, n in times.items())
 
-    rest = {name: entry.share for name, entry in MEASURES.items() if not entry.first and not entry.spare}
+    def refine(names: list[str], limit: float = math.inf) -> None:
+        """Make these more frequent while each costs at most `limit` and all together no more than the budget."""
+        while names:
+            name = min(names, key=lambda name: costs[name] * times[name] / shares[name])
+            every = math.ceil(slots[name] / times[name]) - 1
+            more = math.ceil(slots[name] / every) if every else 0
+            extra = (more - times[name]) * costs[name]
+            if not every or costs[name] * more > limit or extra and spent() + extra > budget:
+                names = [other for other in names if other != name]
+            else:
+                times[name] = more
+
     for name, entry in MEASURES.items():
         if entry.first:
-            spent += place(name, entry.share * left, length.times)
-    left -= spent
-    parts = STEPS_SHARE + sum(rest.values())  # 1, unless measures were added to the registry
-    spent += place("steps", STEPS_SHARE / parts * left, length.total_steps, options.measure_every)
-    for name, share in rest.items():
-        spent += place(name, share / parts * left, length.times)
-    spare = [name for name, entry in MEASURES.items() if entry.spare]
-    for i, name in enumerate(spare):
-        spent += place(name, (options.measure_budget * length.cost - spent) / (len(spare) - i), length.times)
-    return spacing | {"share": spent / length.cost, "total_steps": length.total_steps}
+            refine([name], entry.share * budget)
+    refine(["steps", *(name for name, entry in MEASURES.items() if not entry.first)])
+    spacing = {name: math.ceil(slots[name] / n) for name, n in times.items()}
+    spacing["steps"] *= options.measure_every
+    return spacing | {"share": spent() / length.cost, "total_steps": length.total_steps}
 
 
 def plan_split(options: MeasuringOptions, n_probe: int, length: RunLength) -> dict:

@@ -569,21 +569,26 @@ def refuse_hooks(module: nn.Module) -> None:
             )
 
 
+def graph_nodes(outputs: list[Tensor]) -> set:
+    """The nodes of the graph behind `outputs`."""
+    seen: set = set()
+    ahead = [output.grad_fn for output in outputs]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions]
+    return seen
+
+
 def refuse_reentrant(outputs: list[Tensor]) -> None:
     """Raise ValueError where the graph behind `outputs` has an activation checkpoint of the reentrant kind: what is below one
     gets its gradient from a backward alone."""
-    seen, ahead = set(), [output.grad_fn for output in outputs]
-    while ahead:
-        node = ahead.pop()
-        if node is None or node in seen:
-            continue
-        if "CheckpointFunction" in node.name():
-            raise ValueError(
-                "the network has an activation checkpoint of the reentrant kind, which has no part of a gradient: use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        seen.add(node)
-        ahead += [before for before, _ in node.next_functions]
+    if any("CheckpointFunction" in node.name() for node in graph_nodes(outputs)):
+        raise ValueError(
+            "the network has an activation checkpoint of the reentrant kind, which has no part of a gradient: use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
 
 
 class Forward:

@@ -92,6 +92,7 @@ class MeasuringContext(Context):
     fake_mask: bool = False  # an A/A run: labels are true, and who is called noisy is drawn
     has_dropout: bool = False
     momentum: Callable[[], float] = lambda: 0.0
+    left_out: set[str] = field(default_factory=set)  # measures after epochs that could not be had, as has been said
     held_out: data.Images | None = None  # images that are never trained on: those of the validation split
     confusion: Tensor | None = (
         None  # (K, K) float64 on the CPU: counts of (true, predicted) class on these, at these weights

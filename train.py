@@ -62,6 +62,7 @@ from optim import OPTIMIZERS, adjust
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
+GPU_ERRORS = getattr(torch, "AcceleratorError", ())  # of later versions of torch
 STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
 
 
@@ -159,7 +160,8 @@ def validate(job: TrainingJob, record: Record) -> None:
             keep_best(job, record)
     if job.state.plan:
         epoch, rest = divmod(step, job.steps_per_epoch)
-        record.log(step, epochwise.measure_after_epoch(job.context, epoch + bool(rest), step))
+        values = epochwise.measure_after_epoch(job.context, epoch + bool(rest), step, record.say, ends_the_run)
+        record.log(step, values)
         record.flush()
 
 
@@ -214,6 +216,11 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
                 clock.start()
         if state.step % job.steps_per_epoch:  # the run ends within an epoch: saved before, for it may grow
             validate(job, record)
+
+
+def ends_the_run(e: Exception) -> bool:
+    """Whether an exception is of the memory, the GPU or another process, and not of what is measured on this network."""
+    return memory.requested_bytes(e) is not None or isinstance(e, GPU_ERRORS) or lost_process(e) is not None
 
 
 def show_progress(bar: tqdm, record: Record) -> None:

@@ -1,5 +1,6 @@
 """A run's own account: config.json, summary.json, and the lines on the screen."""
 
+import math
 import platform
 import time
 from pathlib import Path
@@ -69,7 +70,8 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
         content["half_memorized_step"] = state.half_memorized_step
         content["not_resolved"] = state.not_resolved
         content["measure_seconds"] = {family: round(seconds, 2) for family, seconds in state.measure_seconds.items()}
-        content["measure_share"] = round(sum(state.measure_seconds.values()) / content["seconds"], 4)
+        took = sum(state.measure_seconds.values())  # beside the rest of the run, as the budget is counted
+        content["measure_share"] = round(took / max(content["seconds"] - took, 0.01), 4)
         content["measure_share_counted"] = round(state.plan.get("share", 0.0), 4)
     record.guard("summary.json", lambda: record.summary(**content))
     return content
@@ -111,14 +113,12 @@ def print_plan(job, record: Record, label_noise: str) -> None:
             print(split_plan(job), flush=True)
         plan = job.state.plan
         if plan and args.measure == "full":
-            families = [
-                f"{name} {every(plan[name], unit)}" if plan.get(name) else f"{name} left out (raise --measure-budget)"
-                for name, unit in [("steps", "step"), *((name, m.unit) for name, m in epochwise.MEASURES.items())]
-            ]
+            planned = describe_plan(plan, job.steps_per_epoch)
+            more = ", more than --measure-budget, to measure each once" * (plan["share"] > args.measure_budget)
             grown = plan["total_steps"] != job.total_steps
             origin = f"step {plan['total_steps']}" if grown else "the end"
             print(
-                f"full measurements, back from {origin}: {', '.join(families)}; {plan['share']:.1%} of the run, counted",
+                f"full measurements, back from {origin}: {planned}; {plan['share']:.1%} of the run, counted{more}",
                 flush=True,
             )
 
@@ -132,6 +132,15 @@ def full_resolution(model: str, images: data.Images) -> str | None:
         f"warning: --model resnet18 is made for small images and takes {times:.0f} times as long for one of {images.H} x "
         f"{images.W} pixels as for one of 32 x 32; torchvision:resnet18 is made for large ones"
     )
+
+
+def describe_plan(plan: dict, steps_per_epoch: int) -> str:
+    """How often `epochwise.plan_full` has each measured, in words."""
+    times = dict.fromkeys(epochwise.MEASURES, math.ceil(plan["total_steps"] / steps_per_epoch) + 1)
+    units = {"steps": "step"} | {name: entry.unit for name, entry in epochwise.MEASURES.items()}
+    times["steps"] = plan["total_steps"]
+    often = {n: "once" if plan[n] >= times[n] else every(plan[n], unit) for n, unit in units.items() if plan[n]}
+    return ", ".join(f"{name} {how}" for name, how in often.items()) or "none"
 
 
 def left_out(job) -> str:

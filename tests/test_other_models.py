@@ -13,7 +13,7 @@ from torchvision.ops import StochasticDepth
 
 import epochwise
 import models
-from conftest import TINY, same_weights, summary, weights
+from conftest import TINY, same_weights, series, summary, weights
 from engine import machine, memory, options, sources
 from test_metrics import job_for
 
@@ -133,6 +133,7 @@ def test_torchvision_trains_and_resumes(go):
 OWN = """
     import random
     import torch
+    import torchvision
     from torch import nn
     from neighbour_of_mine import HIDDEN
 
@@ -206,6 +207,18 @@ OWN = """
     def skipping(C, K):
         return Skips(C, K)
 
+    class Deformed(nn.Module):
+        def __init__(self, C, K):
+            super().__init__()
+            self.offset, self.out = nn.Conv2d(C, 18, 3, stride=8, padding=1), nn.Linear(4, K)
+            self.weight = nn.Parameter(torch.randn(4, C, 3, 3))
+        def forward(self, x):
+            h = torchvision.ops.deform_conv2d(x, self.offset(x), self.weight, stride=8, padding=1)
+            return self.out(h.relu().mean((2, 3)))
+
+    def deformed(C, K):
+        return Deformed(C, K)
+
     def hooked(C, K):
         net = small(C, K)
         net[2].register_full_backward_pre_hook(lambda *_: None)
@@ -257,6 +270,23 @@ def test_all_measures_of_an_own_function(go, own, monkeypatch):
         *"--measure full --measure-budget 1e6 --chunks 2 --measure-bn separate".split(),
     )
     assert summary(folder)["status"] == "finished" and "curvature" in summary(folder)["measure_seconds"]
+
+
+def test_a_measure_that_a_network_does_not_have_is_left_out(go, own, capsys):
+    """torchvision's deformable convolution has no second derivative: said once, and the run goes on, and goes on again."""
+    given = [
+        *SHORT,
+        "--model",
+        f"{own}:deformed",
+        *"--measure full --measure-budget 1e6 --chunks 2 --permutations 1".split(),
+    ]
+    folder = go(*given, "--max-steps", "1")
+    said = capsys.readouterr().err
+    assert said.count("warning: curvature is left out: double backwards on deform_conv2d not supported") == 1
+    assert summary(go(*given, "--resume"))["steps"] == 3
+    found = series(folder)
+    assert "isotropy/participation" in found and "probe/susceptibility" in found
+    assert not any(tag.startswith("curvature/") for tag in found)
 
 
 @pytest.mark.parametrize("function", ["dropping", "frozen"])

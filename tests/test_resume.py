@@ -525,15 +525,17 @@ def test_a_signal_once_there_is_a_folder(go, monkeypatch, capsys, measure):
 
 
 @pytest.mark.slow
-def test_a_grown_run_keeps_its_first_plan(go):
-    """Five steps afford full measurements six steps apart, fifteen four: they stay at 4, 10, ..., as they began."""
+def test_a_grown_run_keeps_its_first_plan(go, monkeypatch):
+    """Five steps afford one full measurement, fifteen two of them eight steps apart: they stay at 4, 10, ..., as they began."""
+    for name, small in (("CURVATURE_EXAMPLES", 16), ("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2)):
+        monkeypatch.setattr(epochwise, name, small)
     options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "6")
     folder = go(*options, "--epochs", "1")
     plan = record.load_state(folder / "last.ckpt")["plan"]
     assert (plan["steps"], plan["total_steps"]) == (6, 5)
     assert (
         go(*options, "--epochs", "3", name="long")
-        and record.load_state(folder.parent / "long" / "last.ckpt")["plan"]["steps"] == 4
+        and record.load_state(folder.parent / "long" / "last.ckpt")["plan"]["steps"] == 8
     )
     go(*options, "--epochs", "3", "--resume")
     assert record.load_state(folder / "last.ckpt")["plan"] == plan

@@ -134,30 +134,6 @@ def test_signals_by_plain_steps_of_a_copy(mode):
     assert got["probe/disparity"] == pytest.approx(sum(apart) / 10, rel=1e-9)
 
 
-def test_signals_take_what_the_other_measures_leave_unspent():
-    args = options.parse(["--measure", "full"])
-    length = epochwise.RunLength(64 * 313, 313, 128, 40_000, 10_000)
-    plan = epochwise.plan_full(args, epochwise.counted_costs(args, 128, 11_173_962, 4000), length)
-    assert 1 <= plan["signals"] <= 3 and plan["share"] <= 0.05
-    without = {k: v for k, v in epochwise.MEASURES.items() if k != "signals"}
-    assert {k: plan[k] for k in ("steps", "probe", "isotropy", "curvature")} == {
-        k: v
-        for k, v in with_measures(without, args, length).items()
-        if k in ("steps", "probe", "isotropy", "curvature")
-    }
-
-
-def with_measures(registry: dict, args, length) -> dict:
-    before = dict(epochwise.MEASURES)
-    try:
-        epochwise.MEASURES.clear()
-        epochwise.MEASURES.update(registry)
-        return epochwise.plan_full(args, epochwise.counted_costs(args, 128, 11_173_962, 4000), length)
-    finally:
-        epochwise.MEASURES.clear()
-        epochwise.MEASURES.update(before)
-
-
 # ----------------------------------------------------------------------------------------- noisy validation labels
 
 
