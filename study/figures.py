@@ -25,6 +25,7 @@ from study.drawing import (
     VERMILION,
     X_LABEL,
     Look,
+    alpha_of,
     bands_text,
     batch_axis,
     colour,
@@ -113,10 +114,11 @@ def curves(
     for axis, noise in zip(axes[0], levels, strict=True):
         axis.set_title(noise_title(noise))
         for key, same in sorted(group_by([r for r in runs if r.cell.noise == noise], line).items()):
-            draw_line(axis, same, tag, look, tint(*key), **mark(*key))
+            alpha = alpha_of(tag, max(len(r.series[tag][0]) for r in same))  # one for both, so that neither lags behind
+            draw_line(axis, same, tag, look, tint(*key), alpha=alpha, **mark(*key))
             for reference in look.reference:
                 if all(comparable(r, reference) for r in same) and draw_line(
-                    axis, [reference], tag, look, tint(*key), "--", **mark(*key)
+                    axis, [reference], tag, look, tint(*key), "--", alpha, **mark(*key)
                 ):
                     shown += same
     finish_axes(axes[0], look, f"no {tag}")

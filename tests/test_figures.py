@@ -79,6 +79,17 @@ def test_cosines_of_another_batchnorm_mode_are_labelled(mode):
     assert "dashed" not in caption(figures.curves("t", "y", [run], "val/acc", Look(), True))
 
 
+@pytest.mark.parametrize("points", [5, 25])
+def test_the_reports_curve_is_smoothed_as_ours_is(points):
+    """Ours ends with its schedule after `points` values, theirs goes on at the last one: up to there the lines are one."""
+    values = [0.1 + 0.8 * i / points for i in range(points)]
+    run, report = (made(name, accuracy(*values, *more), **CELL) for name, more in (("a", []), ("r", [0.5] * 40)))
+    drawn = figures.curves("t", "y", [run], "val/acc", Look(reference=[report]), True).axes[0].get_lines()
+    ours, theirs = (next(line for line in drawn if line.get_linewidth() == width).get_ydata() for width in (1.7, 1.2))
+    assert theirs[:points].tolist() == ours.tolist()
+    assert (ours.tolist() == values) == (points == 5)
+
+
 def table(tmp_path, runs: list[Run]) -> list[list[str]]:
     """The rows of the table beside the report, without header."""
     page = Page(tmp_path)
