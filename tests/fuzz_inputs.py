@@ -7,7 +7,6 @@ import random
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from PIL import Image
 import data
 import datasets
 import noises
-from engine import noisefile, sources
+from engine import folders, noisefile, options, sources
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # the real sets, where they are here
 
@@ -91,7 +90,7 @@ def image_folder(path: Path, rng: np.random.Generator, colour: bool, listed: boo
                 pixels = (rng.integers(0, 150, shape) + 50 * k).astype(np.uint8)
                 Image.fromarray(pixels).save(path / part / name / f"{i}.{'jpg' if i % 3 == 0 else 'png'}")
     if listed:
-        (path / sources.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
+        (path / folders.GIVEN).write_text("".join(f"b/{i}.png,ä cat\n" for i in (1, 2, 4, 5, 7)))
 
 
 def make_junk(folder: Path) -> list[str]:
@@ -189,8 +188,8 @@ def make_inputs(folder: Path) -> Inputs:
         image_folder(folder / name, rng, colour, listed)
         inputs.sets[name] = Set(name, str(folder / name), 60, 3, 28, 0.7, given=listed, folder=True)
     for s in inputs.sets.values():
-        how = {"synthetic_train": 200, "synthetic_test": 1, "image_size": 32, "data_dir": "."}
-        source = sources.load(SimpleNamespace(dataset=s.path, **how))
+        drawn = ["--synthetic-train", "200", "--synthetic-test", "1"]
+        source = sources.load(options.parse(["--dataset", s.path, *drawn, *["--image-size=32"] * s.folder]))
         s.files = folder / f"files of {s.name}"
         label_files(s.files, source.y_train, s.K)
     if (SHARED / datasets.CIFAR10_FOLDER).is_dir():
