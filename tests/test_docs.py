@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import gradsplit
 import noise
 import noises
 import report
@@ -137,6 +138,25 @@ def test_the_table_has_no_series_that_nothing_writes():
     made = {f"{tag}_{end}" for tag in series_in_source() for end in ("std", "low", "high")}
     unknown = sorted(set(described) - series_in_source() - made)
     assert not unknown, f"rows of series that no module names: {unknown}"
+
+
+def test_the_table_of_a_cosine_and_its_null_follows_from_the_formulas():
+    """Fixed mean gradients of length 1 with a cosine of 0.3, variance 100, 45 % noisy, in batches of B examples."""
+    rows = {row[0].strip("`"): row[1:] for row in table_rows("measurements.md", "B")}
+    f, c, variance = 0.55, 0.3, 100.0
+    assert len(rows) == 5 and {len(values) for values in rows.values()} == {6}
+    for i, B in enumerate((16, 32, 64, 128, 256, 512)):
+        g2 = f * f + (1 - f) ** 2 + 2 * f * (1 - f) * c + variance / B  # E|g|^2
+        s2 = variance + f * (1 - f) * (2 - 2 * c) * B / (
+            B - 1
+        )  # within the batch: that of one example, and between the two
+        cosine = c / ((1 + variance / (f * B)) * (1 + variance / ((1 - f) * B))) ** 0.5
+        null = gradsplit.null_cosines(g2, s2, f, B)["null/cos_clean_noisy"]
+        difference = gradsplit.difference_measures(1, 1, c, s2, B)["grad/difference"]
+        expected = (cosine, null, cosine - null, difference, difference / B)
+        for name, value in zip(rows, expected, strict=True):
+            digits = len(rows[name][i].partition(".")[2])
+            assert float(rows[name][i]) == pytest.approx(value, abs=0.51 * 10**-digits), (name, B)
 
 
 # ---------------------------------------------------------------------------------------------------------------- links
