@@ -255,20 +255,6 @@ def idle_parameters(model: nn.Module, logits: Tensor) -> list[str]:
     return [name for name, g in zip(trained, gradients, strict=True) if g is None]
 
 
-SKIP_TRIALS = 8
-
-
-def may_skip(model: nn.Module, C: int, size: tuple[int, int]) -> bool:
-    """Whether `model`, as `try_out` has seen it, may leave parameters out of a step: those of a module that draws random numbers
-    itself, or some in a forward of drawn images."""
-    if any(next(m.parameters(), None) is not None for m in drawing_modules(model)):
-        return True
-    g = torch.Generator().manual_seed(0)
-    with without_a_trace(model):
-        images = (torch.randn(2, C, *size, generator=g) for _ in range(SKIP_TRIALS))
-        return any(idle_parameters(model, model(some)) for some in images)
-
-
 @contextmanager
 def noticed_draws(model: nn.Module):
     """Within the block, the modules of `model` in whose own code, not that of their children, random numbers are drawn."""

@@ -34,6 +34,7 @@ from tqdm import tqdm
 import epochwise
 import measure
 import metrics
+import models
 from data import Batch, InputError, one_line
 from engine import cmdline, examples, fast, identity, launchers, memory, noisefile, options, roles
 from engine.agreement import Fault, Stopped, agree, complain_on_any_rank, fault_on_any_rank, raise_if_fault
@@ -71,8 +72,12 @@ STATUS = {"finished": 0, "failed": 1, "stopped": 3}  # exit status
 
 def plain_gradient(job: TrainingJob, batch: Batch) -> Tensor:
     """Put the batch's mean loss gradient into `.grad`; returns the logits (b, K), detached."""
-    short = batch.size != job.args.bs  # it would be compiled for its own shape
-    if job.args.compile == "on" and (short or job.refused):
+    args = job.args
+    by_compiler = (
+        args.compile == "on" and not job.refused and batch.size == args.bs
+    )  # which would compile a short one anew
+    # DDP waits for gradients that a network of one's own may leave out: at random, by what it sees, from some step on.
+    if not by_compiler and (args.compile == "on" or job.fabric.world_size > 1 and models.is_own(args.model)):
         row, forward = batch_gradient(job.context, batch)
         set_grads(job.parameters, forward.for_grads(row))
         return forward.logits

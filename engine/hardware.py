@@ -17,6 +17,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
 
+import models
 from data import InputError, one_line
 from engine import interrupts, launchers, options
 from engine.cmdline import counted
@@ -119,7 +120,10 @@ def make_fabric(args) -> tuple[Fabric, torch.amp.GradScaler | None]:
     warn_of_streams = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if warn_of_streams:
         warn_of_streams(False)
-    strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}) if args.strategy == "ddp" else "auto"
+    unused = {
+        "find_unused_parameters": models.is_own(args.model)
+    }  # for what is compiled: `plain_gradient` does without DDP
+    strategy = DDPStrategy(timeout=TIMEOUT, **{unsynced: False}, **unused) if args.strategy == "ddp" else "auto"
     processes = here * args.num_nodes
     if processes > 1 and not launchers.started():
         os.environ[launchers.OWN] = str(processes)

@@ -112,11 +112,8 @@ def prepare(
     """Put data, model and optimizer on the device. `labels` (n,) and `by_epoch` are those of `labels.relabel`, `val_given`
     are the labels of `labels.relabel_held_out`."""
     (index, held), device, K = indices, fabric.device, len(source.classes)
-    H, W, C = source.x_train.shape[1:]
     true, fake = source.y_train[index], args.fake_mask
     module = network(args, source, len(index), fabric.world_size)
-    if fabric.world_size > 1 and models.is_own(args.model) and models.may_skip(module, C, (H, W)):
-        fabric.strategy._ddp_kwargs["find_unused_parameters"] = True  # else its processes wait for each other
     stats = source.mean, source.std
     mask = None if fake is None else fake_mask(len(index), fake, data.generator(args.noise_seed, "fake-mask"))
     x, at, augment = source.x_train, source.positions(index), not args.no_augment

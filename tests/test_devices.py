@@ -370,6 +370,37 @@ def test_two_tasks_of_srun_are_one_run(zygote, alone, tmp_path):
     assert json.loads((tmp_path / "r" / "config.json").read_text())["resolved"]["world_size"] == 2
 
 
+LATE = """
+from torch import nn
+
+class Late(nn.Module):
+    def __init__(self, C, K):
+        super().__init__()
+        self.pool, self.inner, self.out, self.calls = nn.AdaptiveAvgPool2d(2), nn.Linear(4 * C, 4 * C), nn.Linear(4 * C, K), 0
+
+    def forward(self, x):
+        x, self.calls = self.pool(x).flatten(1), self.calls + self.training
+        return self.out(x + self.inner(x) if self.calls < 7 and x.mean() < 1 or x.mean() < 0 else x)
+"""
+
+
+def test_blocks_skipped_by_what_is_seen_or_from_a_step_on_make_no_process_wait(zygote, tmp_path):
+    """No trial at the start can know: then each process goes by its own part of the batch."""
+    (tmp_path / "nets.py").write_text(LATE)
+    argv = [
+        *without(TINY, "--width"),
+        "--model",
+        f"{tmp_path / 'nets.py'}:Late",
+        "--runs",
+        str(tmp_path),
+        "--noise",
+        "0.5",
+    ]
+    argv += ["--measure", "off", "--precision", "64-true"]
+    assert zygote.run([*argv, "--name", "r"], ranks=2) == [0, 0], zygote.output()
+    assert summary(tmp_path / "r")["steps"] == 10 and "Warning" not in zygote.output()
+
+
 def test_a_run_moves_to_two_processes_and_back(zygote, alone, tmp_path):
     argv = [*GN, "--bs", "8", "--epochs", "13", "--runs", str(tmp_path), "--name", "r"]
     assert zygote.run([*argv, "--max-steps", "7"]) == [0]
