@@ -1,9 +1,12 @@
 """The published studies: the tables of docs/studies/NAME.md are what the report makes of docs/studies/NAME.npz."""
 
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 import report
 from benchmarks import compare
@@ -66,6 +69,46 @@ def test_a_study_is_what_its_file_says(path: Path, tmp_path, monkeypatch):
             fit = [line for line in theirs if comes_from(row, line) and words(row) <= words(line)]
             assert fit, f"{section}: {row}"
     assert f"docs/studies/{path.name}" in page  # the command that makes them
+
+
+def ends(name: str, tag: str, **options) -> dict[tuple, float]:
+    """{(seed, noise, B, rate, sched_steps or None): last value of a series} of a study's file, read with numpy alone."""
+    with np.load(ROOT / "docs/studies" / f"{name}.npz") as arrays:
+        values, runs = arrays["values"], json.loads(arrays["runs"].tobytes())["runs"]
+    found = {}
+    for run in runs:
+        o = run["options"]
+        if o["fake_mask"] is None and all(o[name] == value for name, value in options.items()):
+            steps = o["sched_steps"] if o["sched_epochs"] is None else None
+            last = {of: float(values[first + n - 1]) for of, _, first, n in run["series"]}
+            if tag in last:
+                found[o["seed"], o["noise"], o["bs"], o["lr"], steps] = last[tag]
+    return found
+
+
+def in_words(of_seeds: list[float]) -> str:
+    """Mean and 95 % t interval as the pages write them."""
+    mean, half = np.mean(of_seeds), stats.t.ppf(0.975, len(of_seeds) - 1) * stats.sem(of_seeds)
+    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f})"
+
+
+def test_numbers_of_the_full_study_without_the_reports_code():
+    """Findings 2, 3 and 5: slopes on log2 B, and what the largest batch costs under noise."""
+    page = (ROOT / "docs/studies/full.md").read_text()
+    sizes, seeds = [16, 32, 64, 128, 256, 512], range(3)
+    memorized, accuracy = ends("full", "probe/memorized_excess"), ends("full", "val/acc")
+    curve = lambda of, seed, noise, some: np.array([of[seed, noise, B, 0.1, 5000] for B in some])  # noqa: E731
+    excess = {n: [np.polyfit(range(5), curve(memorized, s, n, sizes[1:]), 1)[0] for s in seeds] for n in (0.2, 0.5)}
+    lost = lambda seed, noise: curve(accuracy, seed, 0, sizes) - curve(accuracy, seed, noise, sizes)  # noqa: E731
+    slope = {n: [np.polyfit(range(6), lost(s, n), 1)[0] for s in seeds] for n in (0.2, 0.5)}
+    for of in (excess, slope):
+        texts = [in_words(values) for values in (np.mean([*of.values()], 0), of[0.2], of[0.5])]
+        assert f"| {' | '.join(texts)} |" in page
+    means = {n: np.mean([curve(accuracy, s, n, sizes) for s in seeds], 0) for n in (0, 0.2, 0.5)}
+    assert means[0].argmax() == 5 and means[0.2].argmax() == means[0.5].argmax() == 3
+    costs = [means[n][3] - means[n][5] for n in (0.2, 0.5)]
+    row = re.search(r"\| 3 too large.*", page)[0].split("|")[2:5]
+    assert [float(text.split()[0]) for text in row] == [round(v, 3) for v in (np.mean(costs), *costs)]
 
 
 def test_every_study_has_its_file_and_its_line():
