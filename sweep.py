@@ -26,6 +26,7 @@ if __name__ == "__main__":
 from data import InputError, printable
 from engine import cmdline, options
 from engine.machine import cores
+from series import VAL_ACC
 from study import tuning
 from study.cluster import RayTasks, Request
 from study.grids import PRESETS, REPORT_SIZES, SEEDS, Job, axis_names, expand
@@ -125,7 +126,7 @@ def tuning_options(p: cmdline.Parser) -> None:
         help='what is searched for each cell: "lr=log:0.003:1 wd=log:1e-5:1e-2"; also lin:, int:, and lists a|b',
     )
     g.add_argument("--trials", type=cmdline.count, metavar="N", help=f"of each cell (default: {tuning.TRIALS})")
-    g.add_argument("--metric", metavar="SERIES", help=f"what decides: {', '.join(tuning.METRICS)} (default: val/acc)")
+    g.add_argument("--metric", metavar="SERIES", help=f"what decides: {', '.join(tuning.METRICS)} (default: {VAL_ACC})")
     g.add_argument(
         "--tune-seeds",
         metavar="S,S,...",
@@ -327,7 +328,7 @@ def search_of(args, extra: list[str], runs: Path) -> tuning.Search:
     for word in extra:
         if word.split("=")[0] in SEEDS:
             raise InputError(f"{word}: goes without --tune, whose choice is made on other seeds; give --seeds")
-    metric = args.metric or "val/acc"
+    metric = args.metric or VAL_ACC
     if metric not in tuning.METRICS:
         raise InputError(f"--metric {metric}: not one of {', '.join(tuning.METRICS)}")
     jobs = jobs_of(args, extra)

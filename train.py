@@ -60,6 +60,7 @@ from engine.summary import print_plan, print_results_table, run_config, summariz
 from gradsplit import add_rows, get_grads, set_grads
 from measure import batch_gradient
 from optim import OPTIMIZERS, adjust
+from series import LR, MOMENTUM, TEST_ACC, TRAIN_LOSS, VAL_ACC, VAL_LOSS
 
 WARMUP = 10  # steps not counted in images_per_second
 FLUSH_EVERY = 10  # measured steps whose values wait on a GPU before they are brought over together
@@ -128,7 +129,7 @@ def train_step(job: TrainingJob, batch: Batch, step: int, measured: bool) -> dic
         loss = job.context.training_loss(logits.detach(), batch.y, "sum")
         counts = sum_over_ranks(job.fabric, metrics.batch_counts(logits.detach(), batch.y, batch.noisy, loss))
         values |= metrics.batch_measures(counts, batch.size, batch.n_noisy)
-        values |= {"optim/lr": lr, "optim/momentum": momentum}
+        values |= {LR: lr, MOMENTUM: momentum}
         if OPTIMIZERS[args.optimizer].sgd:
             values["optim/temperature"] = metrics.temperature(lr, batch.size, momentum)
     if full:
@@ -153,7 +154,7 @@ def validate(job: TrainingJob, record: Record) -> None:
     step, (loss, acc, predicted) = job.state.step, evaluate(job, *job.val)
     true, K = job.val[1].cpu(), len(job.context.transition)
     job.context.confusion = metrics.confusion(true, predicted, K)
-    record.log(step, {"val/loss": loss, "val/acc": acc})
+    record.log(step, {VAL_LOSS: loss, VAL_ACC: acc})
     if job.val_given is not None:
         record.log(step, {"val/acc_noisy": float((predicted == job.val_given).double().mean())})
     if job.examples and step and step % job.steps_per_epoch == 0:
@@ -182,7 +183,7 @@ def fit(job: TrainingJob, record: Record, signals: Signals) -> None:
     plan, clock = None, StepClock(device, state, warmup)
     with bar, profile as tracing:
         if state.step == 0:
-            if "val/acc" not in record.latest:  # else a signal stopped the run here
+            if VAL_ACC not in record.latest:  # else a signal stopped the run here
                 validate(job, record)
             agree(job, record, signals)
         while state.step < job.total_steps:
@@ -230,7 +231,7 @@ def ends_the_run(e: Exception) -> bool:
 
 def show_progress(bar: tqdm, record: Record) -> None:
     """Loss and validation accuracy behind the progress bar."""
-    loss, acc = record.latest.get("train/loss", math.nan), record.latest.get("val/acc", math.nan)
+    loss, acc = record.latest.get(TRAIN_LOSS, math.nan), record.latest.get(VAL_ACC, math.nan)
     bar.set_postfix(loss=f"{loss:.3f}", val_acc=f"{acc:.4f}", refresh=False)
 
 
@@ -293,7 +294,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
             warn_of_room(job, record)
         print_plan(job, record, noisefile.describe_labels(ledger, inputs.source.classes))
         fit(job, record, signals)
-        record.log(job.state.step, {"test/acc": evaluate(job, *job.test).acc})
+        record.log(job.state.step, {TEST_ACC: evaluate(job, *job.test).acc})
         record.flush()
         if job.args.examples:
             write_ranking(job, record, inputs)

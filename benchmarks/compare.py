@@ -19,16 +19,17 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from data import InputError, printable  # noqa: E402
 from engine import cmdline  # noqa: E402
+from series import COS_CLEAN_ALL, COS_CLEAN_NOISY, MEMORIZED, RECOVERED, SERIES, VAL_ACC  # noqa: E402
 from study import results, runfolders  # noqa: E402
 from study.drawing import FORMATS, save_styled  # noqa: E402
 from study.outputs import CannotWrite, whole_file  # noqa: E402
 
 PANELS = [  # title, tag, its null or None
-    ("validation accuracy", "val/acc", None),
-    ("noisy training examples predicted as their wrong label", "probe/memorized", None),
-    ("noisy training examples predicted as their true label", "probe/recovered", None),
-    ("cos(clean, noisy); dashed: its null", "grad/cos_clean_noisy", "null/cos_clean_noisy"),
-    ("cos(clean, all); dashed: its null", "grad/cos_clean_all", "null/cos_clean_all"),
+    (SERIES[VAL_ACC].label, VAL_ACC, None),
+    ("noisy training examples predicted as their wrong label", MEMORIZED, None),
+    ("noisy training examples predicted as their true label", RECOVERED, None),
+    ("cos(clean, noisy); dashed: its null", COS_CLEAN_NOISY, "null/cos_clean_noisy"),
+    ("cos(clean, all); dashed: its null", COS_CLEAN_ALL, "null/cos_clean_all"),
     ("ratio of the norms, noisy / clean", "grad/norm_ratio", None),
 ]
 

@@ -25,6 +25,7 @@ from engine import files, jsonfiles, locks, memory, noisefile, schema, tensorboa
 from engine.files import write_temporary
 from engine.schema import EVENTS
 from engine.tensorboard_views import encodable
+from series import ACC_NOISY, TRAIN_LOSS, VAL_LOSS
 
 CHECKPOINTS = ("last.ckpt", "previous.ckpt")  # in the order in which they are tried
 HPARAMS = (
@@ -32,7 +33,7 @@ HPARAMS = (
 )
 # beside the event files
 RUN_FILES = (locks.NAME, "config.json", "summary.json", "noise.npz", "examples.npz", *CHECKPOINTS, "failed.ckpt")
-LOSSES = ("train/loss", "val/loss")  # these must be finite; other values may be undefined and are then left out
+LOSSES = (TRAIN_LOSS, VAL_LOSS)  # these must be finite; other values may be undefined and are then left out
 
 
 class NotFinite(RuntimeError):
@@ -174,7 +175,7 @@ class Record:
         self.saved = time.monotonic()  # when the last checkpoint was written
         self.pending: list[tuple[int, dict]] = []  # (step, {tag: 0-d tensor or float}), not yet written
         self.latest: dict[str, float] = {}  # last defined value of each tag
-        self.recent_noisy: list[float] = []  # last ten train/acc_noisy
+        self.recent_noisy: list[float] = []  # last ten of ACC_NOISY
         self.config: dict = {}
         self.fault: str | None = None
         self.last_is_good = True  # last.ckpt, if there is one, is worth keeping as previous.ckpt
@@ -336,7 +337,7 @@ class Record:
                 if not math.isfinite(value):
                     continue
                 self.latest[tag] = value
-                if tag == "train/acc_noisy":
+                if tag == ACC_NOISY:
                     self.recent_noisy = [*self.recent_noisy[-9:], value]
                 self.write("add_scalar", tag, value, step)
             for tag, several in histograms.items():

@@ -32,6 +32,7 @@ from engine.jsonfiles import (
     wrong_value,
 )
 from metrics import MOMENTS
+from series import VAL_ACC
 
 STATUSES = ("running", "finished", "stopped", "failed")
 EVENTS = "events.out.tfevents.*"
@@ -269,8 +270,8 @@ def check_state(state: object, where: object) -> dict:
     if not isinstance(state, dict):
         raise wrong_value(where, "the content", state, "a checkpoint of this tool")
     check_fields(state, STATE_FIELDS, where, required=STATE_FIELDS)
-    if not SHARE.holds(state["latest"].get("val/acc")):  # it is measured before the first checkpoint
-        raise wrong_value(where, "latest.val/acc", state["latest"].get("val/acc"), SHARE.what)
+    if not SHARE.holds(state["latest"].get(VAL_ACC)):  # it is measured before the first checkpoint
+        raise wrong_value(where, f"latest.{VAL_ACC}", state["latest"].get(VAL_ACC), SHARE.what)
     try:
         config = parse_json(json.dumps(state["config"]).encode(), f"{where}: config")
     except (TypeError, ValueError, RecursionError) as e:

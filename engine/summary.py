@@ -17,6 +17,7 @@ from engine.cmdline import counted, every
 from engine.hardware import cpu_features, peak_memory_mb
 from engine.record import Record, versions
 from optim import OPTIMIZERS
+from series import TEST_ACC, VAL_ACC
 
 
 def run_config(job, source: data.Source, ledger: dict) -> dict:
@@ -52,9 +53,9 @@ def summarize(job, record: Record, status: str, reason: str | None = None) -> di
     content = {
         "status": status,
         "reason": reason,
-        "val_acc": record.latest.get("val/acc"),
+        "val_acc": record.latest.get(VAL_ACC),
         "best_val_acc": state.best_val_acc or None,  # none before the first validation of a trained network
-        "test_acc": record.latest.get("test/acc"),
+        "test_acc": record.latest.get(TEST_ACC),
         "train_acc_noisy": sum(noisy) / len(noisy) if noisy else None,
         "steps": state.step,
         "examples": epochs * len(job.train) + rest * job.args.bs,

@@ -14,39 +14,36 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+import series
 from engine import checks, cmdline, options, roles
 from optim import OPTIMIZERS
 from schedules import SCHEDULES
+from series import SERIES
 
+REPORT_FIGURES = {
+    **{series.VAL_ACC: "figures 4-6, 13-15", series.COS_CLEAN_ALL: "figures 7-9, 16"},
+    **{series.ACC_NOISY: "figures 10-12, 17", series.LR: "figure 3", series.MOMENTUM: "figure 3"},
+}
 # Charts of the custom-scalar page by group: title -> tags, regular expressions. `chart_layout` takes from them what a
 # run will log.
 CHARTS = {
-    "the report": {
-        "validation accuracy (figures 4-6, 13-15)": ["val/acc"],
-        "cosine of clean and all (figures 7-9, 16)": ["grad/cos_clean_all"],
-        "training accuracy on noisy examples (figures 10-12, 17)": ["train/acc_noisy"],
-        "learning rate (figure 3)": ["optim/lr"],
-        "momentum (figure 3)": ["optim/momentum"],
-    },
+    "the report": {f"{SERIES[tag].label} ({numbers})": [tag] for tag, numbers in REPORT_FIGURES.items()},
     "gradients": {
-        "cosines": ["grad/cos_clean_all", "grad/cos_clean_noisy"],
-        "norms": ["grad/norm_clean", "grad/norm_noisy", "grad/norm_all"],
-        "accuracy, clean and noisy": ["train/acc_clean", "train/acc_noisy"],
+        "cosines": [series.COS_CLEAN_ALL, series.COS_CLEAN_NOISY],
+        "norms": [series.NORM_CLEAN, series.NORM_NOISY, series.NORM_ALL],
+        "accuracy, clean and noisy": [series.ACC_CLEAN, series.ACC_NOISY],
     },
     "beside their nulls": {
-        "cos(clean, all) and random masks": [
-            *("grad/cos_clean_all", "null/cos_clean_all", "null/permuted_cos_clean_all$", "corrected/cos_clean_all$"),
-        ],
-        "cos(clean, noisy) and random masks": [
-            "grad/cos_clean_noisy",
-            "null/cos_clean_noisy",
-            "null/permuted_cos_clean_noisy$",
-            "corrected/cos_clean_noisy$",
-        ],
-        "corrected cosine of clean and noisy, and its interval": ["corrected/cos_clean_noisy"],  # _low and _high, too
+        **{
+            f"cos({pair.replace('_', ', ')}) and random masks": [
+                *(f"grad/cos_{pair}", f"null/cos_{pair}", f"null/permuted_cos_{pair}$", f"corrected/cos_{pair}$"),
+            ]
+            for pair in ("clean_all", "clean_noisy")
+        },
+        "corrected cosine of clean and noisy, and its interval": [series.CORRECTED_COS],  # _low and _high, too
         "difference of the mean gradients, 0 for random masks": ["grad/difference$", "grad/difference_norm"],
         "label noise's share of the gradients' variance": ["grad/label_share"],
-        "memorized, recovered, other": ["probe/memorized", "probe/recovered", "probe/other"],
+        "memorized, recovered, other": [series.MEMORIZED, series.RECOVERED, series.OTHER],
         "effective dimension of the label noise": ["isotropy/dimension$"],
         "participation ratio and isotropic": ["isotropy/participation", "isotropy/isotropic"],
         # In a run that an earlier version began also that version's 2/lr, the edge without momentum.
@@ -54,7 +51,7 @@ CHARTS = {
     },
 }
 FIRST_HPARAMS = ("noise", "lr", "sched", "bs", "seed")  # the five that TensorBoard shows unasked
-HPARAM_METRICS = ("val/acc", "test/acc", "train/acc_noisy", "probe/memorized")
+HPARAM_METRICS = (series.VAL_ACC, series.TEST_ACC, series.ACC_NOISY, series.MEMORIZED)
 
 
 # ------------------------------------------------------------------------------------------------- custom scalars
@@ -66,31 +63,21 @@ def will_log(tag: str, given: dict, noisy: bool, plan: dict) -> bool:
     `given` are its options, `noisy` says whether it has noisy examples, and `plan` holds what `--measure full` spaces:
     {family: number of steps or epochs between its measurements, None where the budget leaves it out}.
     """
-    group, name = tag.rstrip("$").split("/")
-    full, split = given["measure"] == "full", given["measure"] != "off"
-    controls = full and bool(plan.get("steps", True))
-    if tag == "optim/lr":
-        warm = given.get("warmup_steps") or given.get("warmup_epochs")
-        return bool(warm) or "lr" in SCHEDULES[given["sched"]].moves  # a constant is in the table of options
-    if tag == "optim/momentum":
-        return "momentum" in SCHEDULES[given["sched"]].moves
+    tag = tag.rstrip("$")
+    if tag in (series.LR, series.MOMENTUM):  # a constant is in the table of options
+        warm = tag == series.LR and (given.get("warmup_steps") or given.get("warmup_epochs"))
+        return bool(warm) or tag.removeprefix("optim/") in SCHEDULES[given["sched"]].moves
     if tag.startswith("curvature/(edge") and not OPTIMIZERS[given.get("optimizer", "sgd")].heavy_ball:
         return False
-    if group == "train":
-        return noisy or name != "acc_noisy"
-    if tag.startswith(("grad/difference", "grad/label")):
-        return controls and noisy and (name != "label_share" or given["fake_mask"] is None)
-    if group == "grad":
-        return split and (noisy or name in ("norm_clean", "norm_all"))
-    if name.startswith("permuted_"):  # also beside a split that brings masks of its own
-        return split and noisy and given["permutations"] != 0 and (controls or not full)
-    if group in ("null", "corrected"):
-        return controls and noisy
-    if group in ("probe", "isotropy", "curvature"):
-        if group == "isotropy" and given["fake_mask"] is not None:  # there is no label noise
-            return False
-        return bool(plan.get(group, full)) and (noisy or group == "curvature")
-    return True
+    about, split, full = SERIES[tag], given["measure"] != "off", given["measure"] == "full"
+    if (about.needs and not noisy) or (about.needs == series.WRONG and given["fake_mask"] is not None):
+        return False
+    if about.when in (series.PROBE, series.EPOCHS):
+        return bool(plan.get(tag.partition("/")[0], full))
+    controls = full and bool(plan.get("steps", True))
+    masks = split and given["permutations"] != 0 and (controls or not full)  # a split may bring masks of its own
+    measured = {series.SPLIT: split, series.MASKS: masks, series.CONTROLS: controls, series.QUARTERS: controls}
+    return measured.get(about.when, True)
 
 
 def chart_layout(given: dict, noisy: bool, plan: dict) -> dict:

@@ -23,11 +23,9 @@ from matplotlib.style import context
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from data import printable
+from series import BATCH, SERIES
 from study.runfolders import Run
 
-ALPHA = {"val/acc": 0.5, "val/loss": 0.5}  # the report's smoothing; 0.05 for everything that comes from one batch
-BATCH_ALPHA = 0.05
-UNSMOOTHED = ("probe/", "optim/", "corrected/", "null/")  # whole sets, no noise, averaged over batches, few points
 INTERVALS = "whiskers: 95 % intervals of corrected estimates, by the jackknife"
 LEAST_POINTS = 20  # a series of fewer points is drawn as it is: an average of a few would hide its last value
 SLIVER = 12  # how many times longer than the shortest line the longest may be before the x axis becomes logarithmic
@@ -88,14 +86,7 @@ def smooth(values: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 
 def alpha_of(tag: str, points: int = LEAST_POINTS) -> float:
     """How much the newest value counts when a series of `points` values of `tag` is smoothed; 1 is no smoothing."""
-    return 1.0 if tag.startswith(UNSMOOTHED) or points < LEAST_POINTS else ALPHA.get(tag, BATCH_ALPHA)
-
-
-def value_limits(tag: str) -> tuple[float, float]:
-    """The values that `tag` can take: a share lies between 0 and 1, a cosine between -1 and 1."""
-    if tag.startswith("probe/") or "/acc" in tag:
-        return 0.0, 1.0
-    return (-1.0, 1.0) if tag.startswith("grad/cos") else (-math.inf, math.inf)
+    return 1.0 if points < LEAST_POINTS else SERIES[tag].smoothing
 
 
 # --------------------------------------------------------------------------------------------------- lines over time
@@ -202,13 +193,13 @@ def draw_line(
     tail = min(last_x(run, tag, look) for run in runs)
     if any(run.left_out for run in runs) and tail > x[-1]:
         # Where an average would come to: that of single batches lags behind their last values.
-        level = raw[-max(len(raw) // 10, 1) :].mean() if alpha <= BATCH_ALPHA else raw[-1]
+        level = raw[-max(len(raw) // 10, 1) :].mean() if alpha <= BATCH else raw[-1]
         axis.plot([x[-1], tail], [level] * 2, color=color, lw=1.0, ls=(0, (5, 3)), zorder=3, label=TAIL)
     spread = np.std([np.interp(x, c[0], c[2]) for c in curves], axis=0, ddof=1) if len(curves) > 1 else None
     if look.bands == "window" and alpha < 1:  # what is not smoothed has no window
         spread = at(3)
     if spread is not None and style == "-":
-        low, high = (np.clip(middle + sign * spread, *value_limits(tag))[thin] for sign in (-1, 1))
+        low, high = (np.clip(middle + sign * spread, *SERIES[tag].limits)[thin] for sign in (-1, 1))
         axis.fill_between(x[thin], low, high, color=color, alpha=0.15, lw=0, zorder=2)
     for run in runs:
         steps, _, low, high = with_interval(run, tag)

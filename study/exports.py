@@ -10,11 +10,11 @@ import numpy as np
 
 from data import InputError, one_line
 from engine import jsonfiles, options, schema
+from series import SERIES
 from study.outputs import whole_file
 from study.runfolders import Run, Series
 
 EXPORT_FORMAT = "label-noise runs 1"
-EXACT = ("val/", "test/", "probe/", "detect/", "noise/")  # means over whole sets, few points: exported with every bit
 PRIVATE = ("data_dir", "runs")  # options that say where things lay on somebody's machine, and nothing of the run
 KEPT_BITS = 12  # of float32's 23-bit mantissa, for values of single batches: 1.2e-4 relative
 
@@ -60,7 +60,7 @@ def export_runs(runs: list[Run], path: Path, searches: Iterable[tuple[str, dict]
             apart = np.diff(steps, prepend=0).astype("<i4")
             grid = grids.setdefault(apart.tobytes(), len(grids))
             arrays[f"steps_{grid}"] = apart
-            values.append(of_tag.astype("<f4") if tag.startswith(EXACT) else rounded(of_tag))
+            values.append(of_tag.astype("<f4") if SERIES[tag].exact else rounded(of_tag))
             series.append([tag, grid, first, len(of_tag)])
             first += len(of_tag)
         about = {k: getattr(run, k) for k in ("name", "resolved", "summary", "versions")}

@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from engine import roles
 from schedules import entry
+from series import LR, MEMORIZED, MOMENTUM, OTHER, RECOVERED, SERIES, VAL_ACC
 from study import contrasts, findings, stats
 from study.drawing import (
     BLUE,
@@ -89,21 +90,19 @@ def other_modes(runs: list[Run], tag: str) -> str:
     return " and ".join(sorted(modes))
 
 
-def curves(
-    title: str, ylabel: str, runs: list[Run], tag: str, look: Look, with_clean: bool, by_lr: bool = False
-) -> Figure | None:
+def curves(title: str, runs: list[Run], tag: str, look: Look, by_lr: bool = False) -> Figure | None:
     """A figure of one series over time: a panel for each noise level, a line for each batch size (and rate).
 
     None where no run has the series. The report's own curves, where they are, lie beside it, dashed. What the grid of levels
     and lines lacks is named below the figure.
     """
-    candidates = [r for r in runs if not r.fake and (with_clean or r.cell.noise > 0)]
+    candidates = [r for r in runs if not r.fake and (not SERIES[tag].needs or r.cell.noise > 0)]
     runs = [r for r in candidates if drawable(r, tag, look)]
     if not runs:
         return None
     look = with_x_scale(look, runs, [tag])
     levels = sorted({r.cell.noise for r in runs})
-    figure, axes = panels(len(levels), title, ylabel, X_LABEL[look.x])
+    figure, axes = panels(len(levels), title, SERIES[tag].label, X_LABEL[look.x])
     # without rates to tell apart a cell is its batch size: tuned runs of one cell may differ in rate from seed to seed
     line = lambda r: (r.cell.B, (r.cell.lr if by_lr else 0, r.cell.momentum))  # noqa: E731
     variants = sorted({line(r)[1] for r in runs})
@@ -137,7 +136,7 @@ def curves(
     name = lambda key: f"batch {key[0]}" + f" at rate {key[1][0]:g}" * by_lr + named_momentum(key[1][1], runs)  # noqa: E731
     lacking = left_out(candidates, runs, levels, {line(r): name(line(r)) for r in candidates}, line, tag, look)
     notes = {k: v for r in look.reference for k, v in noted(r, runs).items()}
-    for key, why in notes.items() if tag == "val/acc" else ():
+    for key, why in notes.items() if tag == VAL_ACC else ():
         if key in {f"{r.cell.noise:g}, {r.cell.B}" for r in runs}:
             noise, B = key.split(", ")
             lacking.append(f"no dashed curve at {noise_title(float(noise))} for batch {B} ({why})")
@@ -201,19 +200,19 @@ def schedule_curves(runs: list[Run]) -> Figure | None:
     """Figure 3: learning rate and momentum over time, of one run for each schedule."""
     chosen = {}
     for run in runs:
-        if {"optim/lr", "optim/momentum"} <= run.series.keys() and run.budget in ("any", "steps"):
+        if {LR, MOMENTUM} <= run.series.keys() and run.budget in ("any", "steps"):
             have = chosen.get(run.cell.sched)
-            if have is None or len(run.series["optim/lr"][0]) > len(have.series["optim/lr"][0]):
+            if have is None or len(run.series[LR][0]) > len(have.series[LR][0]):
                 chosen[run.cell.sched] = run
     if not chosen:
         return None
     figure = Figure(figsize=(8.4, 3.4), layout="constrained")
     headline(figure, "Figure 3: schedules")
     axes = figure.subplots(1, 2)
-    ends = [min(int(r.resolved.get("sched_steps") or 5000) * 1.2, r.series["optim/lr"][0][-1]) for r in chosen.values()]
-    points = any(len(r.series["optim/lr"][0]) <= 3 for r in chosen.values())  # a line of one point cannot be seen
-    for axis, tag, name in zip(axes, ("optim/lr", "optim/momentum"), ("learning rate", "momentum"), strict=True):
-        axis.set_title(name)
+    ends = [min(int(r.resolved.get("sched_steps") or 5000) * 1.2, r.series[LR][0][-1]) for r in chosen.values()]
+    points = any(len(r.series[LR][0]) <= 3 for r in chosen.values())  # a line of one point cannot be seen
+    for axis, tag in zip(axes, (LR, MOMENTUM), strict=True):
+        axis.set_title(SERIES[tag].label)
         axis.set_xlabel(X_LABEL["steps"])
         for sched, run in chosen.items():
             steps, values = run.series[tag]
@@ -272,20 +271,20 @@ def nulls(title: str, runs: list[Run], pair: str) -> Figure | None:
 
 def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     """Share of the probed noisy examples predicted as their wrong label, as their true one, and as neither."""
-    kinds = {"probe/memorized": "memorized", "probe/recovered": "recovered", "probe/other": "other"}
+    tags = MEMORIZED, RECOVERED, OTHER
     candidates = [r for r in runs if not r.fake and r.cell.noise > 0]
-    runs = [r for r in candidates if any(drawable(r, k, look) for k in kinds)]
+    runs = [r for r in candidates if any(drawable(r, tag, look) for tag in tags)]
     if not runs:
         return None
-    look = with_x_scale(look, runs, kinds)
+    look = with_x_scale(look, runs, tags)
     levels = sorted({r.cell.noise for r in runs})
     line = lambda r: (r.cell.B, r.cell.momentum)  # noqa: E731
     momenta = sorted({r.cell.momentum for r in runs})
     tint = lambda B, m: shade(colour(B), momenta.index(m), len(momenta))  # noqa: E731
     mark = lambda B, m: {"marker": marker_of(B), "fill": MARKER_FILLS[momenta.index(m) % len(MARKER_FILLS)]}  # noqa: E731
     figure, axes = panels(len(levels), title, "", X_LABEL[look.x], rows=3, height=2.2)
-    for row, (tag, name) in zip(axes, kinds.items(), strict=True):
-        row[0].set_ylabel(f"share {name}")
+    for row, tag in zip(axes, tags, strict=True):
+        row[0].set_ylabel(f"share {SERIES[tag].legend}")
         for axis, noise in zip(row, levels, strict=True):
             axis.set_ylim(0, 1)
             for key, same in sorted(group_by([r for r in runs if r.cell.noise == noise], line).items()):
@@ -299,8 +298,8 @@ def probes(title: str, runs: list[Run], look: Look) -> Figure | None:
     ]
     figure.legend(handles=marks, title="batch size", loc="outside right center")
     names = {line(r): f"batch {r.cell.B}{named_momentum(r.cell.momentum, candidates)}" for r in candidates}
-    lacking = left_out(candidates, runs, levels, names, line, "probe/memorized", look)
-    footer(figure, "; ".join([conditions(figure, runs, "probe/memorized", look), *lacking]), runs)
+    lacking = left_out(candidates, runs, levels, names, line, MEMORIZED, look)
+    footer(figure, "; ".join([conditions(figure, runs, MEMORIZED, look), *lacking]), runs)
     return figure
 
 
@@ -309,7 +308,7 @@ def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
 
     Colour: batch size; shape: schedule; filling: in what its length is given.
     """
-    runs = [r for r in runs if not r.fake and r.finished and last_value(r, "val/acc") is not None]
+    runs = [r for r in runs if not r.fake and r.finished and last_value(r, VAL_ACC) is not None]
     if not runs:
         return None
     levels = sorted({r.cell.noise for r in runs})
@@ -331,7 +330,7 @@ def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
                 if r.cell.noise == noise:
                     axis.plot(
                         contrasts.lr_batch_ratio(r.cell, with_m),
-                        last_value(r, "val/acc"),
+                        last_value(r, VAL_ACC),
                         color=colour(r.cell.B),
                         marker=entry(r.cell.sched).marker,
                         fillstyle=fillings[r.budget],
@@ -354,14 +353,14 @@ def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
 
 def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     """The best batch size (top of a parabola through final validation accuracy on log2 B) against noise, by budget."""
-    runs = [r for r in runs if not r.fake and r.finished and last_value(r, "val/acc") is not None]
+    runs = [r for r in runs if not r.fake and r.finished and last_value(r, VAL_ACC) is not None]
     scheds = scheds_of(runs)
     tops: dict[tuple, list[float]] = {}
     parts = group_by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
     fewer = 0
     for (*key, _), group in parts.items():
         try:
-            top = stats.best_log2([r.cell.B for r in group], [last_value(r, "val/acc") for r in group])
+            top = stats.best_log2([r.cell.B for r in group], [last_value(r, VAL_ACC) for r in group])
         except stats.Incomplete:
             fewer += 1
             continue

@@ -6,16 +6,13 @@ A figure that cannot be drawn is named, with the reason, in a folded list.
 from collections.abc import Callable
 
 from schedules import entry
+from series import ACC_NOISY, CORRECTED_COS, COS_CLEAN_ALL, SERIES, VAL_ACC
 from study import figures
 from study.drawing import Look, save_styled
 from study.page import Page
 from study.settings import Setting
 
-KINDS = (  # tag, y label, does it exist without noise, first figure on CIFAR-10, on Fashion-MNIST
-    ("val/acc", "validation accuracy", True, 4, 15),
-    ("grad/cos_clean_all", "cosine of clean and all", False, 7, 16),
-    ("train/acc_noisy", "training accuracy on noisy examples", False, 10, 17),
-)
+FIRST_FIGURES = {VAL_ACC: (4, 15), COS_CLEAN_ALL: (7, 16), ACC_NOISY: (10, 17)}  # on CIFAR-10, on Fashion-MNIST
 BUDGET_WORDS = {
     "any": "",
     "steps": "",
@@ -51,7 +48,8 @@ class Gallery:
         of_report = not fmnist or all(
             r.options["model"].startswith("vgg") for r in s.runs
         )  # its Fashion-MNIST is VGG's
-        for tag, label, with_clean, first, first_fmnist in KINDS:
+        for tag, (first, first_fmnist) in FIRST_FIGURES.items():
+            label = SERIES[tag].label
             for sched in figures.scheds_of(s.ratio_runs):
                 i = figures.REPORT_SCHEDS.index(sched) if sched in figures.REPORT_SCHEDS else None  # others: no number
                 for budget, words in BUDGET_WORDS.items():
@@ -63,7 +61,7 @@ class Gallery:
                     number = number if of_report else None
                     pairs = figures.ratio_pairs(runs)  # figures 13 and 14; any other grid of rates has no number
                     wanted = [(None if pairs else number, tag.replace("/", "-"), one_rate, False)]
-                    if s.ratio and tag == "val/acc":
+                    if s.ratio and tag == VAL_ACC:
                         by_rate = ({0: 13, 2: 14}.get(i) if pairs else None, "val-acc-by-rate", runs, True)
                         wanted = [by_rate] if pairs else [*wanted, by_rate]
                     for number, stem, chosen, by_lr in wanted:
@@ -71,7 +69,7 @@ class Gallery:
                         stem = self.unique(stem + (f"-{budget}" if budget in ("epochs", "examples") else ""))
                         title = f"Figure {number}: " if number else ""
                         title += f"{label}, {entry(sched).label}{words}{', by rate' * by_lr} ({s.label})"
-                        args = (label, chosen, tag, self.look, with_clean)
+                        args = (chosen, tag, self.look)
                         self.add(stem, title, f"no run has {tag}", figures.curves, *args, by_lr=by_lr)
 
     def controls(self, s: Setting, number: str) -> None:
@@ -92,8 +90,8 @@ class Gallery:
                     title = f"Cosine of {name} beside its null, {where}"
                     reason = f"no run with noise has null/{pair} or corrected/{pair}"
                     self.add(f"null-{pair}-{end}", title, reason, figures.nulls, runs, pair)
-                title, tag = f"Corrected cosine of clean and noisy, {where}", "corrected/cos_clean_noisy"
-                args = ("corrected cosine", own, tag, self.look, False)
+                title, tag = f"Corrected cosine of clean and noisy, {where}", CORRECTED_COS
+                args = (own, tag, self.look)
                 self.add(f"corrected-{end}", title, f"no run with noise has {tag}", figures.curves, *args)
                 title = f"Noisy training examples: memorized, recovered, other; {where}"
                 self.add(

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 from data import one_line
 from schedules import percent
+from series import ACC_NOISY, COS_CLEAN_ALL, COSINE, MEMORIZED, SERIES, TEST_ACC, VAL_ACC
 from study import figures, runvalues
 from study.detection import write_detection
 from study.drawing import Look
-from study.gallery import KINDS, add_figures
+from study.gallery import FIRST_FIGURES, add_figures
 from study.markup import literal
 from study.page import Page
 from study.runfolders import Run
@@ -25,6 +26,10 @@ from study.tunedcells import write_tuned
 from study.units import tuned
 from study.verdicts import Judged, judge, write_findings, write_rules
 
+FINAL = {  # columns of a cell's values at its end
+    **{VAL_ACC: VAL_ACC, TEST_ACC: TEST_ACC},
+    **{COS_CLEAN_ALL: "cosine clean-all", ACC_NOISY: "acc. on noisy", MEMORIZED: "memorized"},
+}
 FOLDED = 5  # a list of more unfinished runs than these is folded
 
 
@@ -56,19 +61,19 @@ def write_unfinished(page: Page, runs: list[Run]) -> None:
 
 
 def final_value(run: Run, tag: str, until: float = math.inf) -> float | None:
-    """Last value of val/acc; mean of the last tenth of the points up to step `until` of any other series, without cosines of
-    exactly 1.
+    """Last value of a mean over a whole set; mean of the last tenth of the points up to step `until` of any other series, without
+    cosines of exactly 1.
 
     The report logged a cosine of 1 where a batch held no noisy example; here nothing is logged.
     """
-    if tag == "val/acc":
+    if SERIES[tag].exact:
         return last_value(run, tag)
     if tag not in run.series:
         return None
     steps, values = run.series[tag]
     values = values[steps <= until]
     values = values[-max(len(values) // 10, 1) :]
-    values = values[values < 1] if tag.startswith("grad/cos") else values
+    values = values[values < 1] if SERIES[tag].limits == COSINE else values
     return float(values.mean()) if len(values) else None
 
 
@@ -78,14 +83,8 @@ def write_cells(page: Page, setting: Setting) -> None:
     runs = [r for r in setting.ratio_runs if r.finished]
     for (budget, fake, cell), same in sorted(group_by(runs, lambda r: (r.budget, r.fake, r.cell)).items()):
         columns = []
-        for tag in ("val/acc", "test/acc", "grad/cos_clean_all", "train/acc_noisy", "probe/memorized"):
-            values = [
-                v
-                for v in (
-                    last_value(r, tag) if tag.startswith(("test", "probe")) else final_value(r, tag) for r in same
-                )
-                if v is not None
-            ]
+        for tag in FINAL:
+            values = [v for r in same if (v := final_value(r, tag)) is not None]
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             columns.append(f"{statistics.fmean(values):.4f}{spread}" if values else "")
         sched = cell.sched + ("" if budget == "any" else f", {same[0].length} {budget}")
@@ -101,19 +100,7 @@ def write_cells(page: Page, setting: Setting) -> None:
             ]
         )
     if rows:
-        header = [
-            "schedule",
-            "seen of it",
-            "noise (nominal)",
-            "B",
-            "lr, momentum",
-            "seeds",
-            "val/acc",
-            "test/acc",
-            "cosine clean-all",
-            "acc. on noisy",
-            "memorized",
-        ]
+        header = ["schedule", "seen of it", "noise (nominal)", "B", "lr, momentum", "seeds", *FINAL.values()]
         page.table(*without_empty(header, rows))
         page.text(
             "Accuracies at the end; cosine and accuracy on noisy examples: mean of the last tenth of the points. ± one standard "
@@ -149,7 +136,8 @@ def write_comparison(page: Page, runs: list[Run], reference: list[Run]) -> None:
                 for k, v in setting
                 if k in figures.TOLERATED_OPTIONS and (k == "measure_bn" or (k, v) not in theirs.setting)
             )
-            for tag, label, *_ in KINDS:
+            for tag in FIRST_FIGURES:
+                label = SERIES[tag].label
                 seeds: dict[str, list[float]] = {}
                 for r in ours:
                     if (value := final_value(r, tag)) is not None:

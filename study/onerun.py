@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 from matplotlib.figure import Figure
 
+import series
+from series import SERIES
 from study import findings, runvalues
 from study.detection import write_detection
 from study.drawing import (
-    BATCH_ALPHA,
     BLUE,
     GREEN,
     GREY,
@@ -41,31 +42,6 @@ from study.stopping import write_stopping
 
 PAIRS = ("cos_clean_noisy", "cos_clean_all")
 SMOOTHED_PAIRS = 100  # a cosine and its null are smoothed, both alike, from this many common steps on
-WORDS = {
-    "train/loss": "training",
-    "val/loss": "validation",
-    "train/acc_clean": "training, clean examples",
-    "train/acc_noisy": "training, noisy examples",
-    "val/acc": "validation",
-    "grad/cos_clean_noisy": "clean and noisy",
-    "grad/cos_clean_all": "clean and all",
-    "corrected/cos_clean_noisy": "clean and noisy, corrected",
-    "grad/norm_clean": "clean",
-    "grad/norm_noisy": "noisy",
-    "grad/norm_all": "all",
-    "probe/memorized": "memorized",
-    "probe/recovered": "recovered",
-    "probe/other": "other",
-    "optim/lr": "learning rate",
-}
-
-
-def label_of(tag: str) -> str:
-    """A series' label in a legend. A null says of which kind it is: random masks, or the closed form."""
-    if tag.startswith("null/"):
-        kind = "random masks" if "permuted_" in tag else "closed form"
-        return f"its null ({kind})"
-    return WORDS.get(tag, tag)
 
 
 def with_paired_nulls(run: Run) -> tuple[Run, dict[str, float]]:
@@ -80,34 +56,23 @@ def with_paired_nulls(run: Run) -> tuple[Run, dict[str, float]]:
         both, i, j = np.intersect1d(steps, rare, return_indices=True)
         if len(both):
             common |= {raw: (both, values[i]), null: (both, nulls[j])}
-            alphas |= dict.fromkeys((raw, null), BATCH_ALPHA if len(both) >= SMOOTHED_PAIRS else 1.0)
+            alphas |= dict.fromkeys((raw, null), series.BATCH if len(both) >= SMOOTHED_PAIRS else 1.0)
     return replace(run, series=run.series | common), alphas
 
 
 def panels_of(run: Run) -> dict[str, list[tuple]]:
     """Panels {title: [(tag, colour, marker, line style), ...]}, the most important first."""
+    noisy, clean, val, rest = (VERMILION, "s", "-"), (BLUE, "o", "-"), (GREEN, "^", "-"), (GREY, "D", "-")
     cosines = []
-    for pair, color, marker in zip(PAIRS, (VERMILION, BLUE), "so", strict=True):
-        cosines += [(f"grad/{pair}", color, marker, "-"), (null_tag(run, pair), color, marker, "--")]
+    for pair, how in zip(PAIRS, (noisy, clean), strict=True):
+        cosines += [(f"grad/{pair}", *how), (null_tag(run, pair), *how[:2], "--")]
     return {
-        "cosine of gradients": [*cosines, ("corrected/cos_clean_noisy", PURPLE, "^", "-")],
-        "accuracy": [
-            ("train/acc_noisy", VERMILION, "s", "-"),
-            ("train/acc_clean", BLUE, "o", "-"),
-            ("val/acc", GREEN, "^", "-"),
-        ],
-        "probed noisy examples, share": [
-            ("probe/memorized", VERMILION, "s", "-"),
-            ("probe/recovered", GREEN, "^", "-"),
-            ("probe/other", GREY, "D", "-"),
-        ],
-        "loss": [("train/loss", BLUE, "o", "-"), ("val/loss", GREEN, "^", "-")],
-        "gradient norm": [
-            ("grad/norm_noisy", VERMILION, "s", "-"),
-            ("grad/norm_clean", BLUE, "o", "-"),
-            ("grad/norm_all", GREY, "D", "-"),
-        ],
-        "learning rate": [("optim/lr", ORANGE, "o", "-")],
+        "cosine of gradients": [*cosines, (series.CORRECTED_COS, PURPLE, "^", "-")],
+        "accuracy": [(series.ACC_NOISY, *noisy), (series.ACC_CLEAN, *clean), (series.VAL_ACC, *val)],
+        "probed noisy examples, share": [(series.MEMORIZED, *noisy), (series.RECOVERED, *val), (series.OTHER, *rest)],
+        "loss": [(series.TRAIN_LOSS, *clean), (series.VAL_LOSS, *val)],
+        "gradient norm": [(series.NORM_NOISY, *noisy), (series.NORM_CLEAN, *clean), (series.NORM_ALL, *rest)],
+        SERIES[series.LR].label: [(series.LR, ORANGE, "o", "-")],
     }
 
 
@@ -137,7 +102,7 @@ def run_figure(run: Run, look: Look) -> Figure | None:
         axis.xaxis.set_major_formatter(short_number)
         for tag, color, marker, style in rows:
             draw_line(axis, [run], tag, look, color, style, alphas.get(tag), marker)
-            axis.plot([], [], color=color, ls=style, marker=marker if style == "-" else "", ms=4, label=label_of(tag))
+            axis.plot([], [], c=color, ls=style, marker=marker * (style == "-"), ms=4, label=SERIES[tag].legend)
         classes = run.resolved.get("classes") or ()
         if name == "accuracy" and classes:
             axis.axhline(1 / len(classes), color=GREY, ls=":", lw=1, label=f"a random guess, 1/{len(classes)}")
@@ -159,7 +124,7 @@ def caption_parts(figure: Figure, run: Run, here: dict, alphas: dict, look: Look
     if alphas:
         parts.append("a cosine means something only beside its null, dashed: below it, noisy gradients pull elsewhere")
         parts += ["both at the null's steps, neither smoothed"] * (set(alphas.values()) == {1.0})
-    elif any(tag.startswith("grad/cos") for tag in drawn):
+    elif any(SERIES[tag].limits == series.COSINE for tag in drawn):
         parts.append("a raw cosine means something only beside its null, which this run did not measure")
     if run.options.get("loss", "ce") != "ce" and "loss" in here:
         parts.append(f"loss: {run.options['loss']} in training, cross-entropy in validation")

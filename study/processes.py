@@ -16,6 +16,7 @@ from typing import NamedTuple
 from data import InputError, one_line
 from engine import jsonfiles, locks, schema
 from engine.identity import differences
+from series import VAL_ACC
 from study.forkserver import ForkedRun, possible, start_server
 from study.grids import Job
 
@@ -77,7 +78,7 @@ def run_state(runs: Path, job: Job, done: dict[str, list[dict]]) -> tuple[str, s
         status = summary.get("status", "stopped")
         if status == "finished":
             accuracy = summary.get("val_acc")
-            return "finished", f"val/acc {accuracy:.4f}" if isinstance(accuracy, float) else ""
+            return "finished", f"{VAL_ACC} {accuracy:.4f}" if isinstance(accuracy, float) else ""
         if is_held(folder):
             return "running", f"{summary.get('steps') or 0} steps at the last summary"
         if listed:

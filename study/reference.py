@@ -8,9 +8,10 @@ import numpy as np
 
 from data import InputError, one_line
 from engine import options
+from series import ACC_NOISY, COS_CLEAN_ALL, VAL_ACC
 from study.runfolders import Run
 
-METRICS = {"val_accuracy": "val/acc", "grad_cosine": "grad/cos_clean_all", "noisy_train_accuracy": "train/acc_noisy"}
+METRICS = {"val_accuracy": VAL_ACC, "grad_cosine": COS_CLEAN_ALL, "noisy_train_accuracy": ACC_NOISY}
 RATIO_EPOCHS, RATIO_STEPS = 80, 25_000  # figures 13 and 14
 
 
@@ -40,7 +41,7 @@ def read_curves(path: Path) -> list[Run]:
     for key, series in points.items():
         ratio, sched, noise, B, lr = key
         spe = math.ceil(40_000 / int(B))
-        if not ratio and max(s for s, _ in series.get("val/acc", [(0, 0.0)])) > 64 * spe:
+        if not ratio and max(s for s, _ in series.get(VAL_ACC, [(0, 0.0)])) > 64 * spe:
             # figure 4's batch 128 without noise is a run of figure 13, and is drawn there
             why = f"the report's curve is its figure 13's run of {RATIO_EPOCHS} epochs"
             left_out.setdefault(sched, {})[f"{float(noise):g}, {B}"] = why

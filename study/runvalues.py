@@ -3,6 +3,7 @@
 import numpy as np
 
 import schedules
+from series import CORRECTED_COS, COS_CLEAN_NOISY, MEMORIZED, TEST_ACC, VAL_ACC
 from study.runfolders import Run
 from study.units import RunRow
 
@@ -81,18 +82,16 @@ def log_dimension(run: Run) -> float | None:
 
 def finding_values(run: Run) -> dict[str, float]:
     """{name: value} of what the findings need of a run, without what it did not measure."""
-    corrected = mean_while_trained(run, "corrected/cos_clean_noisy")
+    corrected = mean_while_trained(run, CORRECTED_COS)
     measured = {
-        "val_acc": last_value(run, "val/acc"),
-        "test_acc": last_value(run, "test/acc"),
-        "memorized": last_value(run, "probe/memorized"),
+        "val_acc": last_value(run, VAL_ACC),
+        "test_acc": last_value(run, TEST_ACC),
+        "memorized": last_value(run, MEMORIZED),
         "memorized_excess": last_value(run, "probe/memorized_excess"),
         "difference": mean_while_trained(run, "grad/difference"),
         "difference_norm": mean_while_trained(run, "grad/difference_norm"),
         "log_dimension": log_dimension(run),
-        "cos_minus_null": mean_at_common_steps(
-            run, "grad/cos_clean_noisy", null_tag(run, "cos_clean_noisy"), np.subtract
-        ),
+        "cos_minus_null": mean_at_common_steps(run, COS_CLEAN_NOISY, null_tag(run, "cos_clean_noisy"), np.subtract),
         "corrected_minus_1": None if corrected is None else corrected - 1,
         "participation_minus_1": mean_at_common_steps(
             run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, of_epochs=True

@@ -9,6 +9,7 @@ import numpy as np
 
 from losses import LOSSES
 from noises import NOISES
+from series import MEMORIZED, NORM_CLEAN, NORM_NOISY, TEST_ACC, VAL_ACC
 from study.markup import literal
 from study.page import Page
 from study.runfolders import Run
@@ -19,7 +20,7 @@ from study.stopping import CELL_HEADER, cell_text, mean_text
 
 PAIR = "cos_clean_noisy"
 HALVES = ("first half", "second half")
-FINAL = {"probe/memorized": "memorized", "val/acc": "val/acc", "test/acc": "test/acc"}
+FINAL = {MEMORIZED: "memorized", VAL_ACC: VAL_ACC, TEST_ACC: TEST_ACC}
 
 
 def by_halves(run: Run, a: str, b: str, how) -> list[float | None]:
@@ -39,7 +40,7 @@ def gradient_values(run: Run) -> list[float | None]:
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = [
             None if mean is None else float(np.exp(mean))
-            for mean in by_halves(run, "grad/norm_noisy", "grad/norm_clean", lambda a, b: np.log(a / b))
+            for mean in by_halves(run, NORM_NOISY, NORM_CLEAN, lambda a, b: np.log(a / b))
         ]
     return [value for (cosine, beside), ratio in zip(cosines, ratios, strict=True) for value in (cosine, beside, ratio)]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from series import VAL_ACC
 from study.markup import literal
 from study.page import Page
 from study.runfolders import Run
@@ -34,7 +35,6 @@ SIGNALS = (
     # Forouzesh et al. 2023 (2212.04461): the mean up to the epoch; they choose models by it and give no rule for when to stop.
     Signal("susceptibility", "probe/susceptibility", 1, 0, 5),
 )
-ACCURACY = "val/acc"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def epochs_of(run: Run, tag: str) -> dict[int, float]:
 
 def stops(run: Run) -> dict[str, Stop]:
     """{rule: where it stops}, with the oracle and the last epoch; empty where the run has no series of a signal."""
-    accuracy = epochs_of(run, ACCURACY)
+    accuracy = epochs_of(run, VAL_ACC)
     signals = {s: {e: v for e, v in epochs_of(run, s.tag).items() if e in accuracy} for s in SIGNALS}
     if not accuracy or not any(signals.values()):
         return {}
@@ -134,9 +134,9 @@ def write_stopping(page: Page, settings: list[Setting]) -> None:
     page.heading(2, "Stopping")
     for label, rows in tables:
         page.text(literal(label))
-        page.table([*CELL_HEADER, "rule", "runs", "epoch chosen", "val/acc there", "lost"], rows)
+        page.table([*CELL_HEADER, "rule", "runs", "epoch chosen", f"{VAL_ACC} there", "lost"], rows)
     text = (
-        "Lost: val/acc (clean labels) at the best epoch minus that at the chosen one; the best is the largest of many noisy "
+        f"Lost: {VAL_ACC} (clean labels) at the best epoch minus that at the chosen one; the best is the largest of many noisy "
         "values, so that even a perfect rule loses a little. Each rule takes its best value before so many epochs without a better "
         "one: "
     )

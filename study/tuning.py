@@ -17,6 +17,7 @@ from pathlib import Path
 from data import InputError
 from datasets import known_shape
 from engine import options, roles
+from series import SERIES
 from study.grids import SEEDS, Job, named, without
 from study.joblist import find_earlier, identity_of, read_jobs
 from study.outputs import whole_file
@@ -25,7 +26,7 @@ from study.searches import FOLDER, FORMAT
 from study.spaces import Dimension
 from study.trials import CellStudy, Journal
 
-METRICS = {"val/acc": "maximize", "val/loss": "minimize"}  # logged after every epoch, and not of the test set
+METRICS = {tag: series.search for tag, series in SERIES.items() if series.search}
 TRIALS = 24  # of a cell, where no number is given
 FIRST_SEED = 1000  # the tuning seed where none is given, or the next that no judged run has
 LOOK = 1.0  # seconds between looks at the values of running trials, and at trials of other sweeps

@@ -13,6 +13,7 @@ import gradsplit
 import noise
 import noises
 import report
+import series
 import sweep
 from benchmarks import meter, planted
 from conftest import ROOT
@@ -89,10 +90,12 @@ def series_in_table() -> list[str]:
 
 
 def series_in_source() -> set[str]:
-    """Every string in the modules that a run takes its series from that has the form of a tag, and the detectors' tags."""
+    """Every string, or constant of series.py, in the modules that a run takes its series from that has the form of a tag."""
     tags = set()
-    for path in (*ROOT.glob("*.py"), ROOT / "engine" / "examples.py"):
+    for path in {*ROOT.glob("*.py"), ROOT / "engine" / "examples.py"} - {ROOT / "series.py"}:
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Name):
+                node = ast.Constant(vars(series).get(node.id))
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 tags |= {node.value} if re.fullmatch(r"[a-z_]+/[a-z_]+", node.value) else set()
     return tags
@@ -120,15 +123,33 @@ LONG_RUNS_ONLY = (
 
 
 @pytest.mark.slow
-def test_the_table_of_series_is_what_a_run_writes(go):
-    """Both ways, but for the series that need a longer run."""
+@pytest.mark.parametrize(
+    "labels, lacks",
+    [("--noise 0.4", ()), ("--fake-mask 0.4", (series.WRONG,)), ("--noise 0", (series.WRONG, series.NOISY))],
+)
+def test_the_table_of_series_is_what_a_run_writes(go, labels, lacks):
+    """Both ways, but for the series that need a longer run, or labels that the run does not have."""
     short = "--max-steps 2 --measure-every 1 --epochs 1 --chunks 2 --permutations 2"
-    written = tags_of(go(*f"--noise 0.4 --measure full --measure-budget 100 --bs 80 {short}".split()))
+    written = tags_of(go(*f"{labels} --measure full --measure-budget 100 --bs 80 {short}".split()))
     described = series_in_table()
     assert len(described) == len(set(described)), "a series has two rows"
     assert written <= set(described), f"series without a row: {sorted(written - set(described))}"
-    never = sorted(tag for tag in set(described) - written if not tag.startswith(LONG_RUNS_ONLY))
+    possible = {tag for tag in described if series.SERIES[tag].needs not in lacks}
+    assert written <= possible, f"series that need more: {sorted(written - possible)}"
+    never = sorted(tag for tag in possible - written if not tag.startswith(LONG_RUNS_ONLY))
     assert not never, f"rows of series that the run did not write: {never}"
+
+
+def test_the_table_of_series_is_that_of_the_code():
+    """Every series has an entry, of its own or its family's, which says when it is logged as the row does."""
+    used, when = set(), ""
+    for names, cell, _ in table_rows("measurements.md", "series"):
+        when = cell.replace("the same", when).removesuffix(", with label noise")
+        for tag in re.findall(r"`([\w/]+)`", names):
+            entry = series.SERIES[tag]
+            assert entry.when == when, tag
+            used.add(id(entry))
+    assert used == {id(entry) for tag, entry in series.SERIES.items() if tag != "*"}, "entries without a row"
 
 
 def test_the_table_has_no_series_that_nothing_writes():

@@ -66,7 +66,7 @@ def test_figures_and_findings_take_it_for_the_whole_run(pair):
     assert manyruns.schedule_text([ended]) == "100%, ended with it" and "then 65% at its end" in manyruns.schedule_text(
         [whole]
     )
-    axis = figures.curves("t", "y", [ended], "val/acc", Look(), True).axes[0]
+    axis = figures.curves("t", [ended], "val/acc", Look()).axes[0]
     (tail,) = (line for line in axis.get_lines() if line.get_label() == TAIL)
     assert tail.get_xdata().tolist() == [7, 20] and len(set(tail.get_ydata())) == 1
 
@@ -92,7 +92,7 @@ def test_lines_go_on_flat_to_where_the_epochs_would_have_ended(x, end):
         run.resolved |= {"sched_steps": 200, "total_steps": 200, "whole_steps": 1000}
 
     def tails(*of) -> list:
-        drawn = figures.curves("t", "y", list(of), "val/acc", Look(x=x), True)
+        drawn = figures.curves("t", list(of), "val/acc", Look(x=x))
         actual = [line for line in drawn.axes[0].get_lines() if line.get_label() == TAIL]
         return [(line.get_xdata()[-1], pytest.approx(line.get_ydata()[0])) for line in actual], caption(drawn)
 
@@ -104,7 +104,7 @@ def test_lines_go_on_flat_to_where_the_epochs_would_have_ended(x, end):
     whole.resolved |= {"sched_steps": 200, "total_steps": 1000, "whole_steps": 1000}
     assert len(tails(runs[0], whole)[0]) == 1
     runs[0].summary["status"] = "running"
-    assert tails(runs[0]) == ([], caption(figures.curves("t", "y", [runs[0]], "val/acc", Look(x=x), True)))
+    assert tails(runs[0]) == ([], caption(figures.curves("t", [runs[0]], "val/acc", Look(x=x))))
     assert "ended with" not in tails(runs[0])[1]
 
 
@@ -113,7 +113,7 @@ def test_a_line_goes_on_at_what_its_last_values_are():
     rising = {"train/acc_noisy": {2 * i: i / 100 for i in range(100)}}
     run = made("a", rising, sched="cosine", sched_steps=200, noise=0.5)
     run.resolved |= {"sched_steps": 200, "total_steps": 200, "whole_steps": 1000}
-    axis = figures.curves("t", "y", [run], "train/acc_noisy", Look(), True).axes[0]
+    axis = figures.curves("t", [run], "train/acc_noisy", Look()).axes[0]
     (tail,) = (line for line in axis.get_lines() if line.get_label() == TAIL)
     assert tail.get_ydata()[0] == pytest.approx(0.945)  # of 0.90 to 0.99
 

@@ -71,12 +71,12 @@ def test_cosines_of_another_batchnorm_mode_are_labelled(mode):
     cosines = {"grad/cos_clean_all": {0: 0.7, 50: 0.5}}
     run = made("a", accuracy(0.1, 0.4) | cosines, **CELL, measure_bn=mode)
     look = Look(reference=[REPORT])
-    figure = figures.curves("t", "y", [run], "grad/cos_clean_all", look, False)
+    figure = figures.curves("t", [run], "grad/cos_clean_all", look)
     assert ("ours in train mode" in caption(figure)) == (mode == "train")
     assert legend(figure)[-1] == ("the report\n(eval mode)" if mode == "train" else "the report")
-    figure = figures.curves("t", "y", [run], "val/acc", look, True)
+    figure = figures.curves("t", [run], "val/acc", look)
     assert "dashed: the report's own curve" in caption(figure) and "mode" not in caption(figure)
-    assert "dashed" not in caption(figures.curves("t", "y", [run], "val/acc", Look(), True))
+    assert "dashed" not in caption(figures.curves("t", [run], "val/acc", Look()))
 
 
 @pytest.mark.parametrize("points", [5, 25])
@@ -84,7 +84,7 @@ def test_the_reports_curve_is_smoothed_as_ours_is(points):
     """Ours ends with its schedule after `points` values, theirs goes on at the last one: up to there the lines are one."""
     values = [0.1 + 0.8 * i / points for i in range(points)]
     run, report = (made(name, accuracy(*values, *more), **CELL) for name, more in (("a", []), ("r", [0.5] * 40)))
-    drawn = figures.curves("t", "y", [run], "val/acc", Look(reference=[report]), True).axes[0].get_lines()
+    drawn = figures.curves("t", [run], "val/acc", Look(reference=[report])).axes[0].get_lines()
     ours, theirs = (next(line for line in drawn if line.get_linewidth() == width).get_ydata() for width in (1.7, 1.2))
     assert theirs[:points].tolist() == ours.tolist()
     assert (ours.tolist() == values) == (points == 5)
@@ -122,10 +122,10 @@ def test_a_line_begins_where_every_seed_has_a_value():
     tag = "corrected/cos_clean_noisy"
     late = made("late", {tag: {1000: 0.9, 2000: 0.9}}, noise=0.5)
     early = made("early", {tag: {0: -0.3, 1000: -0.3, 2000: -0.3}}, noise=0.5, seed=1)
-    figure = figures.curves("t", "y", [late, early], tag, Look(), False)
+    figure = figures.curves("t", [late, early], tag, Look())
     assert lines(figure.axes[0]) == [([1000, 2000], pytest.approx([0.3, 0.3]))]
     never = made("never", {tag: {0: 0.1, 500: 0.1}}, noise=0.5, seed=2)  # has ended before the other begins
-    figure = figures.curves("t", "y", [late, never], tag, Look(), False)
+    figure = figures.curves("t", [late, never], tag, Look())
     assert lines(figure.axes[0]) == [([1000, 2000], [0.9, 0.9]), ([0, 500], [0.1, 0.1])]
     assert not figure.axes[0].collections and "bands" not in caption(figure)
 
@@ -147,15 +147,13 @@ def whiskers(axis) -> list[list[list[float]]]:
 def test_corrected_estimates_are_drawn_with_their_intervals():
     tag = "corrected/cos_clean_noisy"
     runs = [corrected({100: (0.5, 0.2, 0.8), 200: (0.6, 0.5, 0.7)}, skip_low=100)]
-    figure = figures.curves("t", "y", runs, tag, Look(), False)
+    figure = figures.curves("t", runs, tag, Look())
     assert whiskers(figure.axes[0]) == [[[200, 0.5], [200, 0.7]]]
     assert drawing.INTERVALS in caption(figure) and "bands" not in caption(figure)
-    figure = figures.curves(
-        "t", "y", [*runs, corrected({100: (0.1, 0.0, 0.2), 200: (0.2, 0.1, 0.3)}, seed=1)], tag, Look(), False
-    )
+    figure = figures.curves("t", [*runs, corrected({100: (0.1, 0.0, 0.2), 200: (0.2, 0.1, 0.3)}, seed=1)], tag, Look())
     assert len(whiskers(figure.axes[0])) == 3 and "bands: one standard deviation over seeds" in caption(figure)
     without = made("old", {tag: {100: 0.5, 200: 0.6}}, noise=0.5)  # as earlier versions have it
-    figure = figures.curves("t", "y", [without], tag, Look(), False)
+    figure = figures.curves("t", [without], tag, Look())
     assert not whiskers(figure.axes[0]) and drawing.INTERVALS not in caption(figure)
     assert drawing.INTERVALS in caption(onerun.run_figure(runs[0], Look()))
 
@@ -181,7 +179,7 @@ def test_bands_and_what_the_caption_says_of_them(look):
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     assert sorted(set(band[band[:, 0] == 100][:, 1])) == pytest.approx([0.2, 0.4])
     assert "bands: one standard deviation over seeds" in caption(figure)
-    figure = figures.curves("t", "y", runs, "val/acc", look, True)
+    figure = figures.curves("t", runs, "val/acc", look)
     half = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     if look.bands == "window":
         assert "bands: standard deviation within" in caption(figure) and half.max() < 0.85
@@ -214,11 +212,11 @@ def test_an_a_a_run_meets_its_null_on_its_own_page():
 
 def test_two_momenta_are_two_lines():
     runs = [made(f"{m}", accuracy(0.1, v), bs=64, noise=0.2, momentum=m) for m, v in ((0.5, 0.3), (0.9, 0.7))]
-    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    figure = figures.curves("t", runs, "val/acc", Look())
     assert [y[0] for _, y in lines(figure.axes[0])] == [0.1, 0.1] and not figure.axes[0].collections
     assert legend(figure) == ["64, m 0.5", "64, m 0.9"]
     assert len({to_hex(handle.get_color()) for handle in figure.legends[0].legend_handles}) == 2
-    (line,) = figures.curves("t", "y", runs[1:], "val/acc", Look(), True).legends[0].get_texts()
+    (line,) = figures.curves("t", runs[1:], "val/acc", Look()).legends[0].get_texts()
     assert line.get_text() == "64"
 
 
@@ -270,7 +268,7 @@ def test_budgets_look_different_against_the_ratio():
 def test_no_two_batch_sizes_and_rates_share_a_colour():
     sizes, rates = (16, 32, 64, 128, 256, 512, 1024), (0.05, 0.1, 0.2)
     runs = [made(f"{B}-{lr}", accuracy(0.1, 0.5), bs=B, lr=lr) for B in sizes for lr in rates]
-    figure = figures.curves("t", "y", runs, "val/acc", Look(), True, by_lr=True)
+    figure = figures.curves("t", runs, "val/acc", Look(), by_lr=True)
     colours = {handle.get_label(): handle.get_color() for handle in figure.legends[0].legend_handles}
     assert len(colours) == len({to_hex(c) for c in colours.values()}) == len(sizes) * len(rates)
     brightness = [sum(colours[f"B/lr = {64 / lr:.0f}\n(B 64, lr {lr:g})"]) for lr in rates]
@@ -311,7 +309,7 @@ def test_a_series_of_one_point_is_seen():
 def test_averages_are_for_series_of_some_points():
     for n, averaged in ((19, False), (20, True)):
         values = [0.0] * (n - 1) + [1.0]
-        figure = figures.curves("t", "y", [made("a", accuracy(*values))], "val/acc", Look(), True)
+        figure = figures.curves("t", [made("a", accuracy(*values))], "val/acc", Look())
         ((_, y),) = lines(figure.axes[0])
         assert y[-1] == pytest.approx(1 / (2 - 2.0 ** (1 - n)) if averaged else 1)  # weights 1, 1/2, 1/4, ...
         assert ("exponential average" in caption(figure)) == averaged
@@ -319,7 +317,7 @@ def test_averages_are_for_series_of_some_points():
 
 def test_bands_of_shares_stay_between_0_and_1():
     runs = [made(f"{v}", accuracy(v, 1 - v), seed=i) for i, v in enumerate((0.0, 0.0, 0.9))]
-    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    figure = figures.curves("t", runs, "val/acc", Look())
     band = figure.axes[0].collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == 0 and band.max() == 1
 
@@ -333,22 +331,22 @@ def test_no_batch_size_is_a_sliver(argv, scale, x):
     runs = [
         made(f"{B}", {"val/acc": {s: 0.1 + s / 1e5 for s in (0, 10240 // B, 20480 // B)}}, bs=B) for B in (16, 1024)
     ]
-    axis = figures.curves("t", "y", runs, "val/acc", look, True).axes[0]
+    axis = figures.curves("t", runs, "val/acc", look).axes[0]
     assert (axis.get_xscale(), look.x) == (scale, x) and all(0 in line[0] for line in lines(axis))
     if scale == "symlog":
         assert axis.get_xlim()[0] == 0 and axis.get_xticks()[0] == 0
     near = [made(f"{B}", accuracy(0.1, 0.2, 0.3), bs=B) for B in (16, 32)]
     if not argv:
-        assert figures.curves("t", "y", near, "val/acc", look, True).axes[0].get_xscale() == "linear"
+        assert figures.curves("t", near, "val/acc", look).axes[0].get_xscale() == "linear"
 
 
 def test_what_a_grid_lacks_is_named_below_its_figure():
     runs = [made(f"{B}-{n}", accuracy(0.1, 0.2), bs=B, noise=n) for B, n in ((16, 0.0), (64, 0.0), (16, 0.5))]
     runs.append(made("64-0.5", {}, bs=64, noise=0.5))
-    text = caption(figures.curves("t", "y", runs, "val/acc", Look(), True))
+    text = caption(figures.curves("t", runs, "val/acc", Look()))
     assert "not drawn at 50% label noise: batch 64 (no val/acc)" in text
-    assert "batch 64 (no run)" in caption(figures.curves("t", "y", runs[:3], "val/acc", Look(), True))
-    assert "not drawn" not in caption(figures.curves("t", "y", runs[:2], "val/acc", Look(), True))
+    assert "batch 64 (no run)" in caption(figures.curves("t", runs[:3], "val/acc", Look()))
+    assert "not drawn" not in caption(figures.curves("t", runs[:2], "val/acc", Look()))
 
 
 def test_the_reports_missing_curve_is_named():
@@ -358,12 +356,12 @@ def test_the_reports_missing_curve_is_named():
     theirs = read_curves(path)
     why = "(the report's curve is its figure 13's run of 80 epochs)"
     runs = [r for r in theirs if r.options["epochs"] == 64]
-    figure = figures.curves("t", "y", runs, "val/acc", Look(), True)
+    figure = figures.curves("t", runs, "val/acc", Look())
     assert (
         f"not drawn at 0% label noise: batch 128 {why}" in caption(figure) and figure.axes[0].get_xscale() == "symlog"
     )
     ours = [made(f"{B}", accuracy(0.1, 0.4), sched="onecycle", bs=B) for B in (64, 128)]
-    text = caption(figures.curves("t", "y", ours, "val/acc", Look(reference=theirs), True))
+    text = caption(figures.curves("t", ours, "val/acc", Look(reference=theirs)))
     assert f"no dashed curve at 0% label noise for batch 128 {why}" in text
 
 
@@ -398,7 +396,7 @@ def test_batch_sizes_are_told_apart_without_colour():
     steps = np.diff([lightness(drawing.colour(B)) for B in sizes])
     assert steps.min() > 8 and lightness(drawing.colour(1024)) < 82  # in order, and seen on white
     assert len({drawing.marker_of(B) for B in sizes}) == len(sizes)
-    figure = figures.curves("t", "y", [made(f"{B}", accuracy(0.1, 0.5), bs=B) for B in sizes], "val/acc", Look(), True)
+    figure = figures.curves("t", [made(f"{B}", accuracy(0.1, 0.5), bs=B) for B in sizes], "val/acc", Look())
     assert [h.get_marker() for h in figure.legends[0].legend_handles] == [drawing.marker_of(B) for B in sizes]
 
 

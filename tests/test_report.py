@@ -209,9 +209,7 @@ def test_the_reports_curves_are_drawn_as_the_report_draws_them(curves, tmp_path)
     }
     for number, (tag, epochs, alpha) in where.items():
         chosen = [r for r in runs if r.options["epochs"] == epochs]
-        figure = figures.curves(
-            "t", "y", chosen, tag, figures.Look(), with_clean=tag == "val/acc", by_lr=number == "13"
-        )
+        figure = figures.curves("t", chosen, tag, figures.Look(), by_lr=number == "13")
         drawn = [line for axis in figure.axes for line in axis.get_lines() if line.get_linewidth() > 1.5]
         lines: dict = {}
         for row in table:
@@ -512,7 +510,7 @@ def test_lines_are_means_and_bands_deviations_over_seeds(tmp_path):
     for seed, v in enumerate((0.2, 0.4)):
         plant(tmp_path, f"--bs 16 --seed {seed}", {"val/acc": [(s, v + s / 1000) for s in (0, 100, 200)]})
     plant(tmp_path, "--bs 16 --seed 2", {"val/acc": [(0, 0.6), (100, 0.7)]}, status="running")
-    figure = figures.curves("t", "y", results.load_runs([str(tmp_path)]), "val/acc", figures.Look(), True)
+    figure = figures.curves("t", results.load_runs([str(tmp_path)]), "val/acc", figures.Look())
     (axis,) = figure.axes
     (line,) = [x for x in axis.get_lines() if x.get_linewidth() > 1.5]
     assert line.get_xdata().tolist() == [0, 100]  # as far as every seed has got

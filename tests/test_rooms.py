@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = {"train", "sweep", "report", "noise"}
-REGISTRIES = {"models", "datasets", "noises", "optim", "losses", "schedules"}  # plural: one function and one entry each
+REGISTRIES = {"models", "datasets", "noises", "optim", "losses", "schedules", "series"}  # one entry for each
 MEASURING = {"data", "metrics", "measure", "epochwise", "gradsplit"}
-MOST_AT_THE_TOP = 15  # modules: four commands, six registries, four for data and measuring, the installed meter
+MOST_AT_THE_TOP = 16  # modules: four commands, seven registries, four for data and measuring, the installed meter
 MOST_LINES = {"module": 400, "function": 60}
 
 # What `study` may know of a run: its options, and how its folder is read.
