@@ -468,13 +468,14 @@ def keep_buffers(module: nn.Module):
     trace in their versions, by which a backward that is still to come knows what it has saved."""
     owners = [(m._buffers, m._buffers.copy()) for m in module.modules()]
     before = [(b, b.clone()) for b in module.buffers()]
+    versions = torch.autograd._unsafe_preserve_version_counter(tuple(b for b, _ in before))
     try:
         yield
     finally:
         for own, kept in owners:
             own.clear()
             own.update(kept)
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(b for b, _ in before)):
+        with torch.no_grad(), versions:
             for b, old in before:
                 if b.shape == old.shape:
                     b.copy_(old)

@@ -257,10 +257,23 @@ def test_buffers_that_a_forward_makes_or_grows_are_given_back():
         assert net.state_dict().keys() == plain.state_dict().keys() and len(net.seen) == len(plain.seen)
 
 
+class Scaled(nn.Module):
+    """Divides by a running scale, which its forward changes in place before it is saved for the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.scale.lerp_(x.detach().abs().mean(), 0.1)
+        return x / self.scale
+
+
 def test_measuring_between_a_forward_and_its_backward():
     """BatchNorm has saved its running statistics by then, in eval mode, and must find them as they were."""
     net, x, y, noisy, _, _ = case("batchnorm")
     net[1].eval()
+    net.append(Scaled())
     wanted = copy.deepcopy(net)
     loss = F.cross_entropy(net(x), y)
     Meter(net, chunks=2).measure(x, y, noisy)
