@@ -133,33 +133,43 @@ def probe(context: MeasuringContext) -> dict:
 
 
 def isotropy(context: MeasuringContext) -> dict:
-    """`isotropy/*`: effective dimension and participation ratio of m label-noise gradients, each the mean of as many
-    noisy training examples.
+    """`isotropy/*`: effective dimension and participation ratio of m label-noise gradients, each the mean of as many noisy
+    training examples, and as their null the effective dimension of m gradients of clean examples at the same weights.
 
-    Part k's gradient is pulled back from the difference of the loss's cotangents under given and true labels, for the
-    cross-entropy U_i = (onehot(y*_i) - onehot(y_i)) / |part|: directly the part's g - g(y*).
-    Empty with too few noisy examples. Every process computes the same.
+    Part k's label-noise gradient is pulled back from the difference of the loss's cotangents under given and true labels, for
+    the cross-entropy U_i = (onehot(y*_i) - onehot(y_i)) / |part|: directly the part's g - g(y*). That of a clean part is its
+    loss's: over parts these scatter by the sampling of examples alone. Empty with too few noisy examples, without the null
+    with too few clean ones. Every process computes the same.
     """
-    noisy, _ = probe_indices(context)
+    noisy, clean = probe_indices(context)
     P = sum(p.numel() for p in context.parameters)
     m = min(isotropy_parts(P), len(noisy) // 4)
     if m < 3 or context.fake_mask:
         return {}
-    size, rows = min(ISOTROPY_EXAMPLES, len(noisy) // m), []
-    mixed = noisy[torch.randperm(len(noisy), generator=data.generator(context.noise_seed, "isotropy"))]
     with undisturbed(context):
-        for part in mixed[: m * size].view(m, size):
-            x = context.train.images.plain(part)
-            true, given = (t[part].to(x.device) for t in (context.train.true, context.train.labels))
-            rows.append(Forward(context, x, size).row(given, torch.ones_like(given), free=True, true=true))
-    G = gradsplit.gram(rows)
+        G = part_products(context, noisy, m, "isotropy", label_noise=True)
+        null = part_products(context, clean, m, "isotropy-clean") if len(clean) >= m else None
     dimension = float(metrics.effective_dimension(G))  # not finite where it is not resolved: left out
     return {
         "isotropy/dimension": dimension,
         "isotropy/dimension_share": dimension / P,
+        "isotropy/clean_dimension": math.nan if null is None else float(metrics.effective_dimension(null)),
         "isotropy/participation": float(metrics.participation(G)),
         "isotropy/isotropic": metrics.isotropic_participation(m, P),
     }
+
+
+def part_products(context: MeasuringContext, index: Tensor, m: int, stream: str, label_noise: bool = False) -> Tensor:
+    """Gram matrix (m, m) float64 of the gradients of m disjoint parts of the training examples `index`, drawn from `stream`; with
+    `label_noise` of their parts g - g(y*)."""
+    size, rows = min(ISOTROPY_EXAMPLES, len(index) // m), []
+    mixed = index[torch.randperm(len(index), generator=data.generator(context.noise_seed, stream))]
+    for part in mixed[: m * size].view(m, size):
+        x = context.train.images.plain(part)
+        true, given = (t[part].to(x.device) for t in (context.train.true, context.train.labels))
+        forward = Forward(context, x, size)
+        rows.append(forward.row(given, torch.ones_like(given), free=True, true=true if label_noise else None))
+    return gradsplit.gram(rows)
 
 
 def isotropy_parts(P: int) -> int:
@@ -328,7 +338,7 @@ class EpochMeasure:
 
 MEASURES = {  # name, which also begins its tags, but for the signals, which stand beside the probe's
     "probe": EpochMeasure(probe, lambda P, n_probe: float(n_probe), 0.65, first=True),
-    "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 3.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
+    "isotropy": EpochMeasure(isotropy, lambda P, n_probe: 6.0 * isotropy_parts(P) * ISOTROPY_EXAMPLES, 0.15),
     "curvature": EpochMeasure(curvature, lambda P, n_probe: curvature_cost(), 0.25),
     "signals": EpochMeasure(signals, lambda P, n_probe: SIGNALS_COST, 0.20),
 }

@@ -44,7 +44,7 @@ CHARTS = {
         "difference of the mean gradients, 0 for random masks": ["grad/difference$", "grad/difference_norm"],
         "label noise's share of the gradients' variance": ["grad/label_share"],
         "memorized, recovered, other": [series.MEMORIZED, series.RECOVERED, series.OTHER],
-        "effective dimension of the label noise": ["isotropy/dimension$"],
+        "effective dimension, label noise and clean sampling": ["isotropy/dimension$", "isotropy/clean_dimension"],
         "participation ratio and isotropic": ["isotropy/participation", "isotropy/isotropic"],
         # In a run that an earlier version began also that version's 2/lr, the edge without momentum.
         "sharpness and the edge of stability": ["curvature/top$", "curvature/(edge|two_over_lr)"],

@@ -262,7 +262,8 @@ def test_participation_ratio_of_planted_noise():
 
 @pytest.mark.slow
 def test_isotropy_rows_are_the_label_noise_gradients():
-    """The cotangent (onehot(y*) - onehot(y)) / size is g - g(y*) of the part, by two plain backward passes."""
+    """The cotangent (onehot(y*) - onehot(y)) / size is g - g(y*) of the part, by two plain backward passes; a row of the null is
+    one plain backward pass of as many clean examples."""
     job = full_job("--precision", "64-true", "--measure-bn", "eval", "--synthetic-train", "400", "--noise", "1")
     warm(job)
     seen = []
@@ -272,7 +273,7 @@ def test_isotropy_rows_are_the_label_noise_gradients():
         got = epochwise.isotropy(job.context)
     finally:
         gradsplit.gram = gram
-    noisy, _ = epochwise.probe_indices(job.context)
+    noisy, clean = epochwise.probe_indices(job.context)
     m = epochwise.ISOTROPY_PARTS
     size = min(epochwise.ISOTROPY_EXAMPLES, len(noisy) // m)
     mixed = noisy[torch.randperm(len(noisy), generator=data.generator(0, "isotropy"))][: m * size].view(m, size)
@@ -282,6 +283,14 @@ def test_isotropy_rows_are_the_label_noise_gradients():
         loss = F.cross_entropy(logits, job.train.labels[part]) - F.cross_entropy(logits, job.train.true[part])
         want = torch.autograd.grad(loss, job.parameters)
         torch.testing.assert_close(row, list(want), rtol=1e-9, atol=1e-12)
+    size = len(clean) // m
+    mixed = clean[torch.randperm(len(clean), generator=data.generator(0, "isotropy-clean"))][: m * size].view(m, size)
+    for part, row in zip(mixed, seen[1], strict=True):
+        loss = F.cross_entropy(job.module(job.train.images.plain(part)), job.train.true[part])
+        torch.testing.assert_close(row, list(torch.autograd.grad(loss, job.parameters)), rtol=1e-9, atol=1e-12)
+    assert got["isotropy/clean_dimension"] == pytest.approx(
+        float(metrics.effective_dimension(gram(seen[1]))), nan_ok=True
+    )
     assert 1 <= got["isotropy/participation"] <= m - 1 + 1e-9
     assert got["isotropy/isotropic"] == pytest.approx(m - 1, rel=0.01)
 

@@ -147,7 +147,7 @@ def test_layout_follows_the_plan_of_full_measurements():
         "corrected cosine of clean and noisy, and its interval",
         "difference of the mean gradients, 0 for random masks",
         "label noise's share of the gradients' variance",
-        "effective dimension of the label noise",
+        "effective dimension, label noise and clean sampling",
         "participation ratio and isotropic",
     }
     assert "beside their nulls" not in views.chart_layout(
