@@ -25,6 +25,15 @@ REPORTS_ONLY = {"matplotlib", "pandas", "scipy", "markdown"}  # training works w
 
 # rule: {what breaks it: why}
 EXCEPTIONS = {
+    "at the top": {
+        "engine.record -> engine.eventfile": "tensorboard takes a second to import, and a command that is refused does not wait",
+    },
+    "independent of engine": {
+        "models -> engine.ownfiles": "how Python imports a file of one's own; it knows nothing of a run",
+    },
+    "reports only": {
+        "metrics -> scipy.special": "one quantile, of a full measurement, imported where it is needed",
+    },
     "module": {
         "benchmarks.speed": "one part a benchmark, read one at a time",
         "gradsplit": "one file to be copied or installed",
@@ -146,8 +155,7 @@ def test_no_import_circle():
 
 
 def test_own_modules_are_imported_at_the_top():
-    inside = [str(i) for i in OURS if not i.at_top]
-    assert not inside, inside
+    check("at the top", {str(i): 1 for i in OURS if not i.at_top})
 
 
 def test_registries_and_measurements_need_no_run():
@@ -174,7 +182,9 @@ def test_commands_are_imported_by_benchmarks_and_tests_alone():
 
 def test_what_only_reports_need_is_imported_by_them_alone():
     library = [i for i in IMPORTS if i.of.partition(".")[0] in REPORTS_ONLY]
-    assert library and not [str(i) for i in library if wing(i.by) not in ("study", "benchmarks") and i.by != "report"]
+    elsewhere = [str(i) for i in library if wing(i.by) not in ("study", "benchmarks") and i.by != "report"]
+    assert len(library) > len(elsewhere)
+    check("reports only", dict.fromkeys(elsewhere))
 
 
 def test_the_top_is_read_at_a_glance():
