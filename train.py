@@ -24,7 +24,6 @@ import logging
 import math
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -318,7 +317,7 @@ def train_and_record(job: TrainingJob, record: Record, inputs: Inputs, claimed: 
         reason = expected or f"{type(e).__name__}: {one_line(e)}"
         if job.fabric.is_global_zero and not expected:
             raise
-        complain_on_any_rank(expected or "".join(traceback.format_exception_only(e)))
+        complain_on_any_rank(reason)
     finally:
         if status == "failed":
             record.session_ended("failed")

@@ -300,7 +300,7 @@ def alone_in(monkeypatch):
 def test_what_others_left_in_the_environment_is_of_no_process_of_this_run(alone_in, go, capsys, left, word):
     alone_in(left)
     assert launchers.rank_zero()
-    go("--max-steps", "1", "--measure", "off", "--synthetic-train", "20", "--bs", "16")
+    assert summary(go("--max-steps", "1", "--measure", "off", "--synthetic-train", "20", "--bs", "16"))["steps"] == 1
     error = capsys.readouterr().err
     assert error.count("in the environment: of another program, and left aside") == bool(word) and word in error
     assert not {*launchers.PLACE, *launchers.MEETING} & {*os.environ}
