@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from conftest import ROOT
 
 COMMANDS = {"train", "sweep", "report", "noise"}
 REGISTRIES = {"models", "datasets", "noises", "optim", "losses", "schedules", "series"}  # one entry for each
 MEASURING = {"data", "metrics", "measure", "epochwise", "gradsplit"}
 MOST_AT_THE_TOP = 16  # modules: four commands, seven registries, four for data and measuring, the installed meter
-MOST_LINES = {"module": 400, "function": 60}
+MOST_LINES = 60  # of a function
 
 # What `study` may know of a run: its options, and how its folder is read.
 OF_A_RUN = {"options", "cmdline", "roles", "identity", "schema", "jsonfiles", "files", "locks", "events"}
@@ -33,10 +31,6 @@ EXCEPTIONS = {
     },
     "reports only": {
         "metrics -> scipy.special": "one quantile, of a full measurement, imported where it is needed",
-    },
-    "module": {
-        "benchmarks.speed": "one part a benchmark, read one at a time",
-        "gradsplit": "one file to be copied or installed",
     },
     "function": {
         "engine.options.parser": "the list of all options in the order of --help",
@@ -192,10 +186,5 @@ def test_the_top_is_read_at_a_glance():
     assert len(top) <= MOST_AT_THE_TOP, top
 
 
-@pytest.mark.parametrize("kind", MOST_LINES)
-def test_modules_and_functions_are_short(kind):
-    if kind == "module":
-        lines = {name: len(path.read_text().splitlines()) for name, path in SOURCES.items()}
-    else:
-        lines = functions()
-    check(kind, {name: n for name, n in lines.items() if n > MOST_LINES[kind]})
+def test_functions_are_short():
+    check("function", {name: n for name, n in functions().items() if n > MOST_LINES})
