@@ -111,6 +111,30 @@ def test_numbers_of_the_full_study_without_the_reports_code():
     assert [float(text.split()[0]) for text in row] == [round(v, 3) for v in (np.mean(costs), *costs)]
 
 
+def test_numbers_of_the_answer_without_the_reports_code():
+    """README's rows 2 and 4 at equal lr/B, from the medium study's 4,500 images; docs/studies.md has the same rows."""
+    rows = [row for row in (ROOT / "README.md").read_text().splitlines() if re.match(r"\| \dc? ", row)]
+    assert len(rows) == 6 and set(rows) <= set((ROOT / "docs/studies.md").read_text().splitlines())
+    rates = {16: 0.025, 32: 0.05, 64: 0.1, 128: 0.2, 256: 0.4}
+    memorized = ends("medium", "probe/memorized_excess", subset=4500, sched="onecycle")
+    accuracy = ends("medium", "val/acc", subset=4500, sched="onecycle")
+    for steps in (192, None):
+
+        def value(of, seed, noise, B):
+            return of[seed, noise, B, rates[B], steps]
+
+        def slope(seed, noise):
+            sizes = [B for B in rates if (seed, noise, B, rates[B], steps) in memorized]
+            return np.polyfit(np.log2(sizes), [value(memorized, seed, noise, B) for B in sizes], 1)[0]
+
+        def gap(seed, noise):
+            return value(accuracy, seed, noise, 16) - value(accuracy, seed, noise, 256)
+
+        levels = (0.2, 0.5)
+        assert in_words([np.mean([slope(s, n) for n in levels]) for s in range(5)]) in rows[2]
+        assert in_words([np.mean([gap(s, n) - gap(s, 0) for n in levels]) for s in range(5)]) in rows[4]
+
+
 def test_every_study_has_its_file_and_its_line():
     pages = {p.stem for p in (ROOT / "docs/studies").glob("*.md")}
     assert pages == {p.stem for p in STUDIES}
