@@ -29,9 +29,9 @@ def explain_loading(program: str) -> None:
         if not isinstance(e, MemoryError) and not (isinstance(e, (ImportError, OSError)) and UNMAPPED.search(str(e))):
             return sys.__excepthook__(kind, e, trace)
         limit = f"; ulimit -v allows {address_space() / 2**30:.1f} GiB" * (address_space() < math.inf)
-        print(
-            f"{program}: error: there is too little memory here to load torch ({e}){limit}", file=sys.stderr, flush=True
-        )
+        why = " ".join(str(e).split())[:200] or kind.__name__  # numpy's has paragraphs
+        line = f"{program}: error: there is too little memory here to load torch ({why}){limit}"
+        print(line, file=sys.stderr, flush=True)
         os._exit(2)
 
     sys.excepthook = explain
