@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,25 +72,34 @@ def test_a_study_is_what_its_file_says(path: Path, tmp_path, monkeypatch):
     assert f"docs/studies/{path.name}" in page  # the command that makes them
 
 
+Table = list[tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]]  # (options, steps and values of each series)
+
+
+def read_file(name: str) -> Table:
+    """The runs of docs/studies/NAME.npz, without the reader of the report."""
+    z = dict(np.load(ROOT / f"docs/studies/{name}.npz"))
+    runs = []
+    for run in json.loads(z["runs"].tobytes())["runs"]:
+        steps = {tag: z[f"steps_{grid}"].cumsum() for tag, grid, _, _ in run["series"]}
+        values = {tag: z["values"][first : first + n].astype(float) for tag, _, first, n in run["series"]}
+        runs.append((run["options"], steps, values))
+    return runs
+
+
 def ends(name: str, tag: str, **options) -> dict[tuple, float]:
     """{(seed, noise, B, rate, sched_steps or None): last value of a series} of a study's file, read with numpy alone."""
-    with np.load(ROOT / "docs/studies" / f"{name}.npz") as arrays:
-        values, runs = arrays["values"], json.loads(arrays["runs"].tobytes())["runs"]
     found = {}
-    for run in runs:
-        o = run["options"]
-        if o["fake_mask"] is None and all(o[name] == value for name, value in options.items()):
+    for o, _, values in read_file(name):
+        if tag in values and o["fake_mask"] is None and all(o[name] == value for name, value in options.items()):
             steps = o["sched_steps"] if o["sched_epochs"] is None else None
-            last = {of: float(values[first + n - 1]) for of, _, first, n in run["series"]}
-            if tag in last:
-                found[o["seed"], o["noise"], o["bs"], o["lr"], steps] = last[tag]
+            found[o["seed"], o["noise"], o["bs"], o["lr"], steps] = float(values[tag][-1])
     return found
 
 
-def in_words(of_seeds: list[float]) -> str:
+def in_words(of_seeds: Sequence[float], places: int = 3) -> str:
     """Mean and 95 % t interval as the pages write them."""
     mean, half = np.mean(of_seeds), stats.t.ppf(0.975, len(of_seeds) - 1) * stats.sem(of_seeds)
-    return f"{mean:+.3f} ({mean - half:+.3f}, {mean + half:+.3f})"
+    return f"{mean:+.{places}f} ({mean - half:+.{places}f}, {mean + half:+.{places}f})"
 
 
 def test_numbers_of_the_full_study_without_the_reports_code():
@@ -167,21 +177,7 @@ def test_another_number_is_noticed(change):
     assert not comes_from(row.replace(change, change[:-1] + "8"), theirs)
 
 
-Table = list[tuple[dict, dict[str, np.ndarray], dict[str, np.ndarray]]]  # (options, steps and values of each series)
-
-
-def read_file(name: str) -> Table:
-    """The runs of docs/studies/NAME.npz, without the reader of the report."""
-    z = dict(np.load(ROOT / f"docs/studies/{name}.npz"))
-    runs = []
-    for run in json.loads(z["runs"].tobytes())["runs"]:
-        steps = {tag: z[f"steps_{grid}"].cumsum() for tag, grid, _, _ in run["series"]}
-        values = {tag: z["values"][first : first + n].astype(float) for tag, _, first, n in run["series"]}
-        runs.append((run["options"], steps, values))
-    return runs
-
-
-def ends(runs: Table, tag: str, *by: str, **chosen) -> dict[tuple, np.ndarray]:
+def by_seed(runs: Table, tag: str, *by: str, **chosen) -> dict[tuple, np.ndarray]:
     """{values of the options `by`: the series' last value by seed}, of runs with the `chosen` options."""
     found: dict[tuple, dict[int, float]] = {}
     for options, _, values in runs:
@@ -190,14 +186,6 @@ def ends(runs: Table, tag: str, *by: str, **chosen) -> dict[tuple, np.ndarray]:
             assert options["seed"] not in cell
             cell[options["seed"]] = values[tag][-1]
     return {cell: np.array([seeds[s] for s in sorted(seeds)]) for cell, seeds in found.items()}
-
-
-def interval(values: np.ndarray, places: int) -> str:
-    """Mean and 95 % interval (t) as pages write them."""
-    t = {3: 4.302653, 5: 2.776445}[len(values)]
-    half = t * values.std(ddof=1) / len(values) ** 0.5
-    mean = values.mean()
-    return f"{mean:+.{places}f} ({mean - half:+.{places}f}, {mean + half:+.{places}f})"
 
 
 def per_doubling(cells: dict[tuple, np.ndarray]) -> np.ndarray:
@@ -217,16 +205,16 @@ def test_numbers_of_the_medium_study():
     runs, page = read_file("medium"), text_of("medium")
     runs = [run for run in runs if run[0]["epochs"] == 16]  # without the pilot
     for chosen, cells in (({"sched_steps": 192}, "192 steps"), ({"sched_epochs": 16}, "16 epochs")):
-        levels = [ends(runs, "probe/memorized_excess", "bs", noise=n, **chosen, **ONE_RATE) for n in (0.2, 0.5)]
-        assert interval(np.mean([per_doubling(level) for level in levels], 0), 3) in page
+        levels = [by_seed(runs, "probe/memorized_excess", "bs", noise=n, **chosen, **ONE_RATE) for n in (0.2, 0.5)]
+        assert in_words(np.mean([per_doubling(level) for level in levels], 0)) in page
         for noise, level in zip((0.2, 0.5), levels):
             row = " | ".join(f"{level[B,].mean():.3f}" for B in (16, 32, 64, 128, 256))
             assert f"| {cells} | 0.1 | {noise} | {row} |" in page
         gap = {}
         for noise in (0.0, 0.2, 0.5):
-            at = ends(runs, "val/acc", "bs", "lr", noise=noise, sched="onecycle", fake_mask=None, **chosen)
+            at = by_seed(runs, "val/acc", "bs", "lr", noise=noise, sched="onecycle", fake_mask=None, **chosen)
             gap[noise] = at[16, 0.025] - at[256, 0.4]
-        assert interval((gap[0.2] + gap[0.5]) / 2 - gap[0.0], 3) in page
+        assert in_words((gap[0.2] + gap[0.5]) / 2 - gap[0.0]) in page
     drift: dict[tuple, dict[int, list]] = {}
     for options, steps, values in runs:
         if options["sched_epochs"] == 16 and options["lr"] == 0.1 and options["noise"] and not options["fake_mask"]:
@@ -235,17 +223,19 @@ def test_numbers_of_the_medium_study():
             cell = drift.setdefault(options["noise"], {}).setdefault((options["bs"],), [0.0] * 5)
             cell[options["seed"]] = ((y[1:] + y[:-1]) / 2 * np.diff(x)).sum() / (x[-1] - x[0])
     for cells in drift.values():
-        assert interval(per_doubling({c: np.array(cells[c]) for c in sorted(cells)}), 4) in page
+        assert in_words(per_doubling({c: np.array(cells[c]) for c in sorted(cells)}), 4) in page
     means = [np.mean([drift[n][B,] for n in drift]) for B in (16, 32, 64, 128, 256)]
     assert "({})".format(", ".join(f"{m:.3f}" for m in means)) in page
 
 
 def test_numbers_of_the_human_study():
     runs, page = read_file("human"), text_of("human")
-    human, matched, uniform = (ends(runs, "test/acc", noise_type=kind)[()] for kind in ("human", "matched", "uniform"))
-    assert interval(matched - uniform - (human - uniform) / 2, 3) in page
-    assert interval(human - uniform, 3) in page and interval(matched - uniform, 3) in page
-    plain = [interval(d, 3).replace("+", "") for d in (human - uniform, matched - uniform, human - matched)]
+    human, matched, uniform = (
+        by_seed(runs, "test/acc", noise_type=kind)[()] for kind in ("human", "matched", "uniform")
+    )
+    assert in_words(matched - uniform - (human - uniform) / 2) in page
+    assert in_words(human - uniform) in page and in_words(matched - uniform) in page
+    plain = [in_words(d).replace("+", "") for d in (human - uniform, matched - uniform, human - matched)]
     assert all(text in page for text in plain)
 
 
@@ -262,25 +252,25 @@ def test_numbers_of_the_detection_study():
 def test_numbers_of_the_quick_study():
     runs, page = read_file("quick"), text_of("quick")
     for chosen in ({"sched_steps": 80}, {"sched_epochs": 20}):
-        memorized = ends(runs, "probe/memorized_excess", "bs", noise=0.5, fake_mask=None, **chosen)
-        clean, noisy = (ends(runs, "val/acc", "bs", noise=n, fake_mask=None, **chosen) for n in (0.0, 0.5))
-        assert interval(per_doubling(memorized), 3) in page
-        assert interval(per_doubling({cell: clean[cell] - noisy[cell] for cell in clean}), 3) in page
+        memorized = by_seed(runs, "probe/memorized_excess", "bs", noise=0.5, fake_mask=None, **chosen)
+        clean, noisy = (by_seed(runs, "val/acc", "bs", noise=n, fake_mask=None, **chosen) for n in (0.0, 0.5))
+        assert in_words(per_doubling(memorized)) in page
+        assert in_words(per_doubling({cell: clean[cell] - noisy[cell] for cell in clean})) in page
         assert ", ".join(f"{memorized[B,].mean():.3f}" for B in (16, 64, 256)) in page
 
 
 def test_numbers_of_the_tuned_study():
     runs, page = read_file("tuned"), text_of("tuned")
     for chosen in ({"sched_steps": 40}, {"sched_epochs": 10}):
-        memorized = ends(runs, "probe/memorized_excess", "bs", noise=0.4, **chosen)
-        clean, noisy = (ends(runs, "val/acc", "bs", noise=n, **chosen) for n in (0.0, 0.4))
-        assert interval(per_doubling(memorized), 3) in page
-        assert interval(per_doubling({cell: clean[cell] - noisy[cell] for cell in clean}), 3) in page
+        memorized = by_seed(runs, "probe/memorized_excess", "bs", noise=0.4, **chosen)
+        clean, noisy = (by_seed(runs, "val/acc", "bs", noise=n, **chosen) for n in (0.0, 0.4))
+        assert in_words(per_doubling(memorized)) in page
+        assert in_words(per_doubling({cell: clean[cell] - noisy[cell] for cell in clean})) in page
 
 
 def test_numbers_of_the_losses_study():
     runs, page = read_file("losses"), text_of("losses")
-    test, memorized = (ends(runs, tag, "loss") for tag in ("test/acc", "probe/memorized"))
-    assert interval(test["sce:0.1,1",] - test["ce",], 3) in page
+    test, memorized = (by_seed(runs, tag, "loss") for tag in ("test/acc", "probe/memorized"))
+    assert in_words(test["sce:0.1,1",] - test["ce",]) in page
     for loss in ("mae", "gce:0.7", "sce:0.1,1", "forward"):
-        assert interval(memorized[loss,] - memorized["ce",], 3) in page
+        assert in_words(memorized[loss,] - memorized["ce",]) in page
