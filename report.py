@@ -23,7 +23,8 @@ os.environ["MPLBACKEND"] = "agg"  # in place of a notebook's, which this Python 
 
 from data import InputError, printable
 from engine import cmdline
-from study import exports, findings, results, runfolders, tables
+from study import exports, results, runfolders, tables
+from study.analysis.hypotheses import MARGINS
 from study.drawing import X_LABEL, Look, formats_of
 from study.manyruns import write_full_report
 from study.onerun import one_page
@@ -32,14 +33,12 @@ from study.page import Page
 from study.reference import read_curves
 from study.runfolders import Run
 from study.searches import read_searches
-from study.verdicts import Judged, has_statistic, holm_texts, titled
+from study.verdicts import Judged, titled
 
-MARGIN_WORDS = {  # of every key of findings.MARGINS
-    "acc": "accuracy as a share, and that per doubling of the batch size",
-    "cos": "a cosine",
-    "difference": "grad/difference",
-    "dimension": "natural logarithm of the dimension's share of the parameters",
-    "log2b": "the best batch size, in doublings",
+MARGIN_WORDS = {  # of every key of MARGINS
+    "acc": "accuracy as a share, and shares per doubling of the batch size",
+    "drift": "change of grad/difference / B per doubling of the batch size, as a share of its mean",
+    "dimension": "natural logarithm of a ratio of effective dimensions",
 }
 
 
@@ -89,9 +88,7 @@ def parser() -> cmdline.Parser:
     p.add_argument("--export", metavar="FILE", help="write the series of all runs into one .npz")
     for name, what in MARGIN_WORDS.items():
         text = f"smallest effect of interest, {what}"
-        p.add_argument(
-            f"--margin-{name}", type=cmdline.positive, default=findings.MARGINS[name], metavar="X", help=text
-        )
+        p.add_argument(f"--margin-{name}", type=cmdline.positive, default=MARGINS[name], metavar="X", help=text)
     return p
 
 
@@ -121,13 +118,16 @@ def look_of(args, reference: list[Run]) -> Look:
 
 def print_verdicts(judged: Judged) -> None:
     """A line for each finding whose statistic these runs give; the other findings by name."""
-    here = [(setting, result) for setting, result in judged if has_statistic(result)]
-    for (setting, result), text in zip(here, holm_texts([result for _, result in here]), strict=True):
-        alone = ", alone" * text.startswith("not")
-        print(f"{result.finding.id:<7} {result.verdict + alone:<21} {titled(result)} ({setting})")
-    if any(text.startswith("not") for text in holm_texts([result for _, result in here])):
-        print("alone: does not stand if all verdicts are to hold at once (Holm)")
-    unjudged = dict.fromkeys(result.finding.id for _, result in judged if not has_statistic(result))
+    for setting, result in judged:
+        if result.readings:
+            shared = f" [of {' and '.join(result.shared)}]" if result.shared else ""
+            read = ", ".join(
+                f"{budget} {reading.word}" for budget, reading in result.readings.items() if budget != "any"
+            )
+            print(
+                f"{result.hypothesis.id:<4} {result.verdict:<22} {titled(result)} ({setting}){f': {read}' * bool(read)}{shared}"
+            )
+    unjudged = dict.fromkeys(result.hypothesis.id for _, result in judged if not result.readings)
     if unjudged:
         print(f"these runs cannot judge: {', '.join(unjudged)}")
 
@@ -179,7 +179,7 @@ def make_report(args) -> int:
             one_page(page, runs[0], look, args.format)
             page.write(runs[0].name)
         else:
-            margins = {name: getattr(args, f"margin_{name}") for name in findings.MARGINS}
+            margins = {name: getattr(args, f"margin_{name}") for name in MARGINS}
             about = (runs, reference, look, margins, args.format, left_out, searches, remarks)
             for judged in write_full_report(page, *about):
                 print_verdicts(judged)

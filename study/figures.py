@@ -16,7 +16,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 from engine import roles
 from schedules import entry
 from series import LR, MEMORIZED, MOMENTUM, OTHER, RECOVERED, SERIES, VAL_ACC
-from study import contrasts, findings, stats
+from study.analysis.judge import BUDGETS
+from study.analysis.runs import PEAK_MOMENTUM, lr_batch_ratio
 from study.drawing import (
     BLUE,
     GREEN,
@@ -329,7 +330,7 @@ def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
             for r in runs:
                 if r.cell.noise == noise:
                     axis.plot(
-                        contrasts.lr_batch_ratio(r.cell, with_m),
+                        lr_batch_ratio(r.cell, with_m),
                         last_value(r, VAL_ACC),
                         color=colour(r.cell.B),
                         marker=entry(r.cell.sched).marker,
@@ -339,38 +340,38 @@ def by_ratio(title: str, runs: list[Run], of_sgd: bool = True) -> Figure | None:
                     )
     marks = [Line2D([], [], color=colour(B), marker="o", ls="", label=str(B)) for B in sorted({r.cell.B for r in runs})]
     marks += [Line2D([], [], color="0.4", marker=entry(s).marker, ls="", label=entry(s).label) for s in scheds_of(runs)]
-    budgets = [b for b in findings.BUDGETS if b in {r.budget for r in runs}]
+    budgets = [b for b in BUDGETS if b in {r.budget for r in runs}]
     marks += [
         Line2D([], [], color="0.4", marker="o", fillstyle=fillings[b], ls="", label=f"schedule in {b}")
         for b in budgets
         if len(budgets) > 1
     ]
     figure.legend(handles=marks, title="batch size", loc="outside right center")
-    about = f"; m: the momentum, for one-cycle its {contrasts.PEAK_MOMENTUM} at the largest rate" * of_sgd
+    about = f"; m: the momentum, for one-cycle its {PEAK_MOMENTUM} at the largest rate" * of_sgd
     footer(figure, f"{len(runs)} finished runs{about}", runs)
     return figure
 
 
 def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
-    """The best batch size (top of a parabola through final validation accuracy on log2 B) against noise, by budget."""
+    """The tested batch size with the best final validation accuracy against noise, by budget: in the mean over seeds, and in single ones."""
     runs = [r for r in runs if not r.fake and r.finished and last_value(r, VAL_ACC) is not None]
     scheds = scheds_of(runs)
-    tops: dict[tuple, list[float]] = {}
-    parts = group_by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise, r.seed))
-    fewer = 0
-    for (*key, _), group in parts.items():
-        try:
-            top = stats.best_log2([r.cell.B for r in group], [last_value(r, VAL_ACC) for r in group])
-        except stats.Incomplete:
-            fewer += 1
-            continue
-        tops.setdefault(tuple(key), []).append(top)
+    tops: dict[
+        tuple, tuple[float, float, float]
+    ] = {}  # log2 of the best size in the mean over seeds; of single seeds, smallest and largest
+    for key, group in group_by(runs, lambda r: (r.cell.sched, r.budget, r.cell.momentum, r.cell.noise)).items():
+        sizes = sorted({r.cell.B for r in group})
+        seeds = [{r.cell.B: last_value(r, VAL_ACC) for r in of} for of in group_by(group, lambda r: r.seed).values()]
+        curves = [[of[B] for B in sizes] for of in seeds if len(of) == len(sizes)]
+        if len(sizes) > 2 and curves:
+            single = [math.log2(sizes[i]) for i in np.argmax(curves, 1)]
+            tops[key] = (math.log2(sizes[int(np.mean(curves, 0).argmax())]), min(single), max(single))
     scheds = [s for s in scheds if any(key[0] == s for key in tops)]
     if not scheds:
         return None
     figure, axes = panels(len(scheds), title, "best batch size", "label noise (nominal)")
     looks = {"steps": (VERMILION, "o"), "epochs": (BLUE, "s"), "examples": (GREEN, "^"), "any": (GREY, "D")}
-    names = {**{k: f"schedule matched in {k}" for k in findings.BUDGETS}, "any": "no schedule"}
+    names = {**{k: f"schedule matched in {k}" for k in BUDGETS}, "any": "no schedule"}
     for axis, sched in zip(axes[0], scheds, strict=True):
         axis.set_title(entry(sched).label)
         momenta = sorted({key[2] for key in tops})
@@ -378,12 +379,11 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
             levels = sorted(n for s, b, other, n in tops if (s, b, other) == (sched, budget, m))
             if levels:
                 color, marker = looks[budget]
-                groups = [tops[sched, budget, m, n] for n in levels]
-                spread = [np.std(g, ddof=1) if len(g) > 1 else 0 for g in groups]
+                best, low, high = np.transpose([tops[sched, budget, m, n] for n in levels])
                 axis.errorbar(
                     levels,
-                    [np.mean(g) for g in groups],
-                    spread,
+                    best,
+                    np.clip([best - low, high - best], 0, None),
                     color=shade(to_rgb(color), momenta.index(m), len(momenta)),
                     marker=marker,
                     ms=5,
@@ -394,7 +394,6 @@ def best_batch_sizes(title: str, runs: list[Run]) -> Figure | None:
     axes[0][0].set_yticks([math.log2(B) for B in sizes], [str(B) for B in sizes])
     handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside right center")
-    text = "top of a parabola through final validation accuracy on log2 B; bars: one standard deviation over seeds"
-    text += f"; {fewer} of {len(parts)} seeds of a level have fewer than three batch sizes" * (fewer > 0)
+    text = "the best of the tested sizes in the mean over seeds that have all; bars: from the smallest to the largest of single seeds"
     footer(figure, text, runs)
     return figure

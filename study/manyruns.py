@@ -4,27 +4,26 @@ import contextlib
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
 from data import one_line
 from schedules import percent
 from series import ACC_NOISY, COS_CLEAN_ALL, COSINE, MEMORIZED, SERIES, TEST_ACC, VAL_ACC
 from study import figures, runvalues
+from study.analysis import runs as analysis
+from study.correlates import write_correlates
 from study.detection import write_detection
 from study.drawing import Look
 from study.gallery import FIRST_FIGURES, add_figures
 from study.markup import literal
 from study.page import Page
-from study.runfolders import Run
+from study.runfolders import SEEDS, Run
 from study.runvalues import last_value
 from study.searches import CellSearch, sort_runs
 from study.settings import Setting, group_by, group_settings
 from study.sidebyside import write_side_by_side
 from study.stopping import write_stopping
-from study.telltales import write_telltales
 from study.tunedcells import write_tuned
-from study.units import tuned
-from study.verdicts import Judged, judge, write_findings, write_rules
+from study.verdicts import Judged, judge_settings, write_drift, write_findings, write_rules
 
 FINAL = {  # columns of a cell's values at its end
     **{VAL_ACC: VAL_ACC, TEST_ACC: TEST_ACC},
@@ -37,6 +36,12 @@ def write_state(page: Page, runs: list[Run]) -> None:
     """How many runs there are, and on which versions and devices they were made."""
     finished = sum(r.finished for r in runs)
     text = f"{len(runs)} runs, {finished} finished."
+    table = analysis.table(runs)
+    for count, words in (
+        (table["copies"].ne("").sum(), "the same computation as another: a schedule in steps can be one in epochs"),
+        (table["at_chance"].sum(), "at chance at the end"),
+    ):
+        text += f" {count} of them {'is' if count == 1 else 'are'} {words}." if count else ""
     made = {(r.versions.get("torch"), r.resolved.get("device"), r.options.get("precision")) for r in runs if r.versions}
     if made:
         text += " Made with " + "; ".join(f"torch {v} on {d}, {p}" for v, d, p in sorted(made, key=str)) + "."
@@ -213,15 +218,17 @@ def at_best(settings: list[Setting]) -> tuple[list[Setting], list[str]]:
                     f"{len(sizes[1])} of {len(cells)} cells have a single one (batch size {named[1]})"
                 )
         if kept:
-            rows = [replace(runvalues.finding_row(r), name=str(i)) for i, r in enumerate(kept) if r.finished]
-            chosen = sorted(int(row.name) for row in tuned(rows))  # names may be of several runs
-            runs = [kept[i] for i in chosen]
-            place = lambda r: (r.cell._replace(lr=0.0), r.budget, r.fake, r.seed)  # noqa: E731
-            every = {place(row) for row in rows if "val_acc" in row.values}
-            lacking = every - {place(r) for r in runs}
-            if lacking:
+            table = analysis.table(kept)
+            chosen = analysis.tuned(table).dropna(subset="val_acc")
+            runs = [kept[i] for i in sorted(chosen.index)]
+            every = len(
+                table.dropna(subset="val_acc")
+                .assign(lr=0.0)
+                .drop_duplicates([*analysis.CELL, "budget", "fake", *SEEDS])
+            )
+            if every > len(chosen):
                 notes.append(
-                    f"{s.label}: {len(lacking)} of {len(every)} cells of a seed are left out, for no other seed has run there to choose by"
+                    f"{s.label}: {every - len(chosen)} of {every} cells of a seed are left out, for no other seed has run there to choose by"
                 )
             tuned_settings.append(Setting(f"{s.label}, tuned", runs, runs, kept, [], False))
     return tuned_settings, notes
@@ -263,7 +270,7 @@ def write_full_report(
     at_tuned = write_tuned(page, searched, look, formats, margins)
     with page.folded("How the verdicts are reached"):
         write_rules(page, margins)
-    write_telltales(page, settings)
+    write_correlates(page, settings)
     write_side_by_side(page, settings)
     write_stopping(page, settings)
     write_detection(page, settings)
@@ -287,8 +294,9 @@ def write_judged(
         page.heading(2, "Figures at each cell's best learning rate and weight decay")
         add_figures(page, best, look, formats, "-tuned")
     page.heading(2, "Findings")
-    judged = judge(settings, margins)
+    judged = judge_settings(settings, margins)
     write_findings(page, judged)
+    write_drift(page, settings)
     scaled = [s for s in settings if s.scaled]
     if scaled:
         page.heading(2, "Findings at equal lr/B")
@@ -296,11 +304,11 @@ def write_judged(
             "Each batch size at a rate in proportion to it. At one rate for all, lr/B falls as the batch grows, and what that does is "
             "not told from what the batch size does."
         )
-        write_findings(page, judge(scaled, margins, "scaled"))
+        write_findings(page, judge_settings(scaled, margins, "scaled"))
     if best:
         page.heading(2, "Findings at each cell's best learning rate and weight decay")
         page.text(
             "Chosen for each cell and seed by the mean validation accuracy of the other seeds, so that no run is judged on what chose it."
         )
-        write_findings(page, judge(best, margins, "tuned"))
+        write_findings(page, judge_settings(best, margins, "tuned"))
     return judged

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 import series
 from series import SERIES
-from study import findings, runvalues
+from study.analysis.runs import VALUES
 from study.detection import write_detection
 from study.drawing import (
     BLUE,
@@ -141,14 +141,11 @@ def one_page(page: Page, run: Run, look: Look, formats: tuple[str, ...] = ("png"
         page.figure("run", run.name)
     else:
         page.text("Nothing to draw: the run has no values yet.")
-    values = runvalues.finding_values(run)
-    means = {"difference": "difference of the mean gradients of clean and noisy", "cos_minus_null": "cosine of clean and noisy minus its null",
-             "corrected_minus_1": "corrected cosine minus 1", "log_dimension": "log of the effective dimension's share",
-             "participation_minus_1": "participation ratio over its isotropic value, minus 1"}  # fmt: skip
-    page.table(
-        ["mean over the run", ""],
-        [[label, f"{values[k]:+.4f}" if k in values else f"no {findings.SERIES_OF[k]}"] for k, label in means.items()],
-    )
+    values = {name: (value, value.of(run)) for name, value in VALUES.items() if name not in ("val_acc", "test_acc")}
+    rows = [
+        [value.label, f"no {value.series}" if found is None else f"{found:+.4f}"] for value, found in values.values()
+    ]
+    page.table(["value", ""], rows)
     write_stopping(page, group_settings([run]))
     write_detection(page, group_settings([run]))
     shown = {k: f"{v:.4f}" if isinstance(v, float) else literal(v) for k, v in run.summary.items() if v is not None}

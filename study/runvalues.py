@@ -1,11 +1,9 @@
-"""What tables, figures and findings need of a run, computed from its series."""
+"""What tables, figures and the table of runs need of a run, computed from its series."""
 
 import numpy as np
 
 import schedules
-from series import CORRECTED_COS, COS_CLEAN_NOISY, MEMORIZED, TEST_ACC, VAL_ACC
 from study.runfolders import Run
-from study.units import RunRow
 
 
 def schedule_shares(run: Run) -> tuple[float, float] | None:
@@ -63,44 +61,3 @@ def null_tag(run: Run, pair: str) -> str:
 def mean_while_trained(run: Run, tag: str) -> float | None:
     """Mean of a series, `while_trained`."""
     return mean_at_common_steps(run, tag, tag, lambda a, _: a)
-
-
-def log_dimension(run: Run) -> float | None:
-    """Mean over the run, `while_trained` and after step 0, of the natural logarithm of the effective dimension's share of the parameters.
-
-    The share is taken from `isotropy/dimension` and the number of parameters where it was not logged. A small budget leaves one
-    measurement, before training: nothing that batches or schedules could have changed.
-    """
-    P = run.resolved.get("parameters")
-    for tag, scale in (("isotropy/dimension_share", 1.0), ("isotropy/dimension", P)):
-        if tag in run.series and scale:
-            steps, values = run.series[tag]
-            values = values[while_trained(run, steps, of_epochs=True) & (values > 0)]
-            return float(np.log(values / scale).mean()) if len(values) else None
-    return None
-
-
-def finding_values(run: Run) -> dict[str, float]:
-    """{name: value} of what the findings need of a run, without what it did not measure."""
-    corrected = mean_while_trained(run, CORRECTED_COS)
-    measured = {
-        "val_acc": last_value(run, VAL_ACC),
-        "test_acc": last_value(run, TEST_ACC),
-        "memorized": last_value(run, MEMORIZED),
-        "memorized_excess": last_value(run, "probe/memorized_excess"),
-        "difference": mean_while_trained(run, "grad/difference"),
-        "difference_norm": mean_while_trained(run, "grad/difference_norm"),
-        "log_dimension": log_dimension(run),
-        "cos_minus_null": mean_at_common_steps(run, COS_CLEAN_NOISY, null_tag(run, "cos_clean_noisy"), np.subtract),
-        "corrected_minus_1": None if corrected is None else corrected - 1,
-        "participation_minus_1": mean_at_common_steps(
-            run, "isotropy/participation", "isotropy/isotropic", lambda a, b: a / b - 1, of_epochs=True
-        ),
-    }
-    return {k: v for k, v in measured.items() if v is not None}
-
-
-def finding_row(run: Run) -> RunRow:
-    """The row of a run for the findings."""
-    values = finding_values(run) if run.finished else {}
-    return RunRow(run.cell, run.seed, run.budget, values, run.name, run.fake, float(run.options["wd"]), run.finished)

@@ -10,12 +10,12 @@ import numpy as np
 from losses import LOSSES
 from noises import NOISES
 from series import MEMORIZED, NORM_CLEAN, NORM_NOISY, TEST_ACC, VAL_ACC
+from study.analysis import rules
 from study.markup import literal
 from study.page import Page
 from study.runfolders import Run
 from study.runvalues import last_value, null_tag, while_trained
 from study.settings import Setting, group_by
-from study.stats import LEAST_SEEDS, interval
 from study.stopping import CELL_HEADER, cell_text, mean_text
 
 PAIR = "cos_clean_noisy"
@@ -167,12 +167,13 @@ def compared_rows(comparison: Comparison, runs: list[Run]) -> tuple[list[str], l
 
 def compared_text(name: str, differences: list[float]) -> str:
     """Mean difference and its interval; of logarithms of a ratio, the factor."""
-    if len(differences) < LEAST_SEEDS or not np.isfinite(differences).all():
+    if len(differences) < rules.LEAST_SEEDS or not np.isfinite(differences).all():
         return ""
-    i = interval(differences)
+    mean = float(np.mean(differences))
+    low, high = (float(x[0]) for x in rules.moments(np.array(differences)[:, None]).limits(len(differences)))
     if name.startswith("norm"):
-        return f"{np.exp(i.mean):.2f} times [{np.exp(i.low):.2f}, {np.exp(i.high):.2f}]"
-    return f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}]"
+        return f"{np.exp(mean):.2f} times [{np.exp(low):.2f}, {np.exp(high):.2f}]"
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def write_side_by_side(page: Page, settings: list[Setting]) -> None:

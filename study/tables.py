@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from data import InputError
+from study.analysis import runs as analysis
 from study.outputs import whole_folder
 from study.runfolders import Run
 
@@ -36,9 +37,16 @@ def check_targets(path: Path, inputs: list[Path]) -> None:
 
 
 def table_row(run: Run, name: str) -> dict[str, str]:
-    """A run's row: its name, state, options, last values by tag, then `summary.*`, `resolved.*` and `versions.*`."""
+    """A run's row: its name, state, options, last values by tag, then `analysis.*` (the columns of the table of runs that are no
+    options), `summary.*`, `resolved.*` and `versions.*`."""
     row = {"run": name, "status": run.summary.get("status"), "source": run.source} | run.options
     row |= {tag: float(values[-1]) for tag, (_, values) in run.series.items() if len(values)}
+    judged = analysis.row(run)
+    row |= {
+        f"analysis.{k}": judged[k]
+        for k in ("budget", "length", "at_chance", *analysis.VALUES)
+        if judged[k] == judged[k]
+    }
     for group in ("summary", "resolved", "versions"):
         row |= {f"{group}.{k}": v for k, v in getattr(run, group).items()}
     return {k: cell_text(v) for k, v in row.items()}
@@ -54,7 +62,7 @@ def cell_text(value) -> str:
 def columns(rows: list[dict[str, str]]) -> list[str]:
     """Every column that a row has: options first, then tags, then the rest, each in the order of its first use."""
     every = dict.fromkeys(k for row in rows for k in row)
-    kind = lambda k: 2 if k.split(".")[0] in ("summary", "resolved", "versions") else int("/" in k)  # noqa: E731
+    kind = lambda k: 2 if k.split(".")[0] in ("analysis", "summary", "resolved", "versions") else int("/" in k)  # noqa: E731
     return sorted(every, key=kind)
 
 

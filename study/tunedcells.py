@@ -18,7 +18,7 @@ from study.runfolders import Run
 from study.runvalues import last_value
 from study.searches import CellSearch, Searches
 from study.settings import Setting, group_by, group_settings
-from study.verdicts import Judged, judge, write_findings
+from study.verdicts import Judged, judge_settings, write_findings
 
 
 def write_tuned(
@@ -48,10 +48,10 @@ def write_tuned(
     page.heading(2, "Findings at tuned cells")
     page.text(
         "Batch sizes are compared each at its own best values (Shallue et al. 2019), which were chosen by runs of other seeds than "
-        "these. The rules are those of the findings at one learning rate. The intervals are over the judged seeds; that another "
+        "these. The rules are those of the findings at one learning rate. The bounds are over the judged seeds; that another "
         "search would have chosen other values is not in them."
     )
-    judged = judge(settings, margins, "searched")
+    judged = judge_settings(settings, margins, "searched")
     write_findings(page, judged)
     return judged
 

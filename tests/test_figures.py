@@ -221,7 +221,7 @@ def test_two_momenta_are_two_lines():
 
 
 def test_two_momenta_are_two_curves_of_best_sizes():
-    tops = {0.5: 5, 0.9: 8}
+    tops = {0.5: 6, 0.9: 8}
     runs = [
         made(f"{m}-{B}-{noise}", accuracy(0.1, 0.8 - 0.01 * (x - tops[m]) ** 2), bs=B, noise=noise, momentum=m)
         for m in tops
@@ -232,7 +232,7 @@ def test_two_momenta_are_two_curves_of_best_sizes():
         b.get_label(): b.lines[0].get_ydata().tolist() for b in figures.best_batch_sizes("t", runs).axes[0].containers
     }
     assert {label.split(", ")[-1]: y for label, y in drawn.items()} == {
-        "m 0.5": pytest.approx([5, 5]),
+        "m 0.5": pytest.approx([6, 6]),
         "m 0.9": pytest.approx([8, 8]),
     }
 

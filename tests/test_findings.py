@@ -12,11 +12,11 @@ from scipy import stats as scipy_stats
 from benchmarks import planted
 from study.analysis import judge as judging
 from study.analysis import rules, runs, statistics
-from study.analysis.hypotheses import BY_ID, HYPOTHESES
+from study.analysis.hypotheses import BY_ID, HYPOTHESES, MARGINS
 from study.analysis.judge import judge
 from study.analysis.rules import NEGLIGIBLE, OPEN, OPPOSITE, TURNS, YES
 from study.analysis.statistics import Line
-from study.runfolders import Run
+from study.runfolders import Cell, Run
 from test_figures import PLAIN
 
 X = np.arange(4.0, 10.0)
@@ -345,8 +345,8 @@ def test_equal_ratio_with_and_without_a_schedule():
     assert [[c[2] for c in line] for line in judging.lines_of(BY_ID["4m"], apart).values()] == [[64, 128]]
     assert not judging.lines_of(BY_ID["4"], apart)
     assert [[c[2] for c in line] for line in judging.lines_of(BY_ID["4"], cells).values()] == [[64, 256]]
-    assert judging.lr_batch_ratio("constant", 100, 0.1, 0.9, True) == pytest.approx(0.01)
-    assert judging.lr_batch_ratio("onecycle", 100, 0.15, 0.9, True) == pytest.approx(0.01)  # 0.85 at its top
+    assert runs.lr_batch_ratio(Cell("constant", 0.5, 100, 0.1, 0.9), True) == pytest.approx(0.01)
+    assert runs.lr_batch_ratio(Cell("onecycle", 0.5, 100, 0.15, 0.9), True) == pytest.approx(0.01)  # 0.85 at its top
 
 
 def test_no_claim_is_judged_by_another_claims_runs():
@@ -441,3 +441,13 @@ def test_the_best_rate_is_that_of_the_other_seeds():
     assert (
         runs.tuned(pd.concat([table, failed]))["name"].tolist()[-1] == "f"
     )  # a cell without any finished run is missed
+
+
+def test_every_claim_is_written_down():
+    text = (planted.Path(planted.__file__).parents[1] / "docs/findings.md").read_text()
+    assert len(BY_ID) == len(HYPOTHESES) and {h.margin for h in HYPOTHESES} == set(MARGINS)
+    assert all(h.needs in runs.VALUES and h.direction in (1, -1) for h in HYPOTHESES)
+    for name in (*rules.VERDICTS, *rules.READINGS):
+        assert f"*{name}*" in text or f"| {name} |" in text, name
+    for h in HYPOTHESES:
+        assert f"| {h.id} " in text, h.id

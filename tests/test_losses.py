@@ -22,7 +22,7 @@ from engine import checks, labels, options
 from engine.noisefile import shares, transitions
 from gradsplit import Meter
 from noises import NOISES, Noise
-from study import figures, findings, gallery, results, settings, sidebyside, verdicts
+from study import figures, gallery, results, settings, sidebyside, verdicts
 from study.grids import expand
 from study.runfolders import Run
 from test_metrics import job_for, warm
@@ -497,13 +497,13 @@ def test_settings_of_other_losses_and_optimizers_are_judged_apart():
     two_momenta = [runs[0], runs.pop()]
     grouped = settings.group_settings(runs)
     assert len(grouped) == 3
-    judged = verdicts.judge([s for s in grouped if "adam" in s.label], findings.MARGINS)
-    assert {"4", "5"} <= {r.finding.id for _, r in judged} and "4m" not in {r.finding.id for _, r in judged}
-    judged = verdicts.judge([s for s in grouped if "adam" not in s.label], findings.MARGINS)
-    assert "4m" not in {r.finding.id for _, r in judged}  # with one momentum it is 4, and counted once
-    assert any(verdicts.ONE_MOMENTUM in r.notes for _, r in judged if r.finding.id == "4")
-    judged = verdicts.judge(settings.group_settings(two_momenta), findings.MARGINS)
-    assert "4m" in {r.finding.id for _, r in judged}
+    judged = verdicts.judge_settings([s for s in grouped if "adam" in s.label])
+    assert {"4", "5"} <= {r.hypothesis.id for _, r in judged} and "4m" not in {r.hypothesis.id for _, r in judged}
+    judged = verdicts.judge_settings([s for s in grouped if "adam" not in s.label])
+    assert "4m" not in {r.hypothesis.id for _, r in judged}  # with one momentum it is 4, and counted once
+    assert any(verdicts.ONE_MOMENTUM in r.notes for _, r in judged if r.hypothesis.id == "4")
+    judged = verdicts.judge_settings(settings.group_settings(two_momenta))
+    assert "4m" in {r.hypothesis.id for _, r in judged}
     assert not any(verdicts.ONE_MOMENTUM in r.notes for _, r in judged)
     plain, gce, _ = runs
     assert figures.comparable(plain, plain) and not figures.comparable(gce, plain)  # beside the report's own curves

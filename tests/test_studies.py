@@ -45,7 +45,7 @@ def comes_from(row: str, theirs: str) -> bool:
 
 def words(row: str) -> set[str]:
     """The names in a row that are the report's own: verdicts and rules."""
-    rules = "not resolved|not supported|supported|confounded|masked by the budget|last epoch|Label Wave|stands"
+    rules = "not resolved|supported|negligible|reversed|depends on the budget|last epoch|Label Wave"
     return set(re.findall(f"{rules}|noisy validation accuracy|gradient disparity|susceptibility", row))
 
 

@@ -51,6 +51,10 @@ def test_every_value_reads_back(tmp_path):
         assert float(row["val/acc"]) == float(row["summary.val_acc"]) == run.summary["val_acc"]
         assert row["summary.reason"] == "" and json.loads(row["resolved.classes"]) == run.resolved["classes"]
         assert set(PLAIN) <= row.keys() and row["versions.torch"] == "2.8"
+        assert row["analysis.val_acc"] == row["val/acc"] and (row["analysis.budget"], row["analysis.at_chance"]) == (
+            "any",
+            "False",
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["all-runs.csv", "all.csv"]
 
 

@@ -377,11 +377,11 @@ def test_the_report_of_a_tuned_sweep_beside_one_rate(tmp_path, capsys):
     page = (tmp_path / "out" / "report.md").read_text()
     main, _, tuned = page.partition("## Tuned cells")
     assert "compared at learning rate" not in main  # no run of a search is pooled with others
-    assert re.search(r"\| 2\. Larger batches overfit noisy labels, at lr 0\.1 \|[^\n]*\*\*supported\*\*", main)
+    assert re.search(r"\| 2\. Larger batches memorize more, at lr 0\.1 \|[^\n]*\*\*supported\*\*", main)
     assert re.search(
-        r"\| 2\. Larger batches overfit noisy labels, at each cell's tuned rate \|[^\n]*\*\*not supported\*\*", tuned
+        r"\| 2\. Larger batches memorize more, at each cell's tuned rate \|[^\n]*\*\*negligible\*\*", tuned
     )
-    assert {"2.", "3.", "5."} <= set(re.findall(r"\| (\d\w*\.) ", tuned)) and "| 1a." not in tuned
+    assert {"2.", "3.", "5."} <= set(re.findall(r"\| (\d\w*\.) ", tuned)) and "| 1b." not in tuned
     row = next(line for line in tuned.splitlines() if line.startswith("| onecycle, 2 epochs | 0.5 | 256"))
     assert "| 3 | 1 | 1 | 0.8100 | 0.3 | no | 3 | 0.63" in row
     assert "lr over log:0.003:1" in tuned and "(tuning.svg)" in tuned

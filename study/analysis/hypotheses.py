@@ -60,14 +60,14 @@ HYPOTHESES = (
     Hypothesis("4", "At equal lr/B small batches do better under noise", "with noise and a schedule lr/B does not predict generalization (sections 1 and 4.4)",
                "accuracy of the smallest minus that of the largest batch of equal lr/B, with noise minus without",
                "val_acc", statistics.ratio_gap, +1, "acc", "accuracy", clean=True, pairs="ratio", sized=False),
-    Hypothesis("4m", "The same at equal lr/(B(1-m))", "with noise and a schedule the ratio with momentum does not predict generalization",
+    Hypothesis("4m", "At equal lr/(B(1-m)) small batches do better under noise", "with noise and a schedule the ratio with momentum does not predict generalization",
                "as 4, at equal lr/(B(1-m))",
                "val_acc", statistics.ratio_gap, +1, "acc", "accuracy", clean=True, pairs="momentum ratio", sized=False),
-    Hypothesis("4c", "The same at a constant rate", "with noise lr/B does not predict generalization (the report finds that it does, 4.4)",
+    Hypothesis("4c", "At equal lr/B small batches do better, constant rate", "with noise lr/B does not predict generalization (the report finds that it does, 4.4)",
                "as 4", "val_acc", statistics.ratio_gap, +1, "acc", "accuracy", scheduled=False, clean=True, pairs="ratio", sized=False),
     Hypothesis("5", "Larger batches mitigate noise", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report finds otherwise, 4.1)",
                "slope on log2 B of the accuracy lost to noise", "val_acc", statistics.lost_slope, -1, "acc", PER_DOUBLING, clean=True),
-    Hypothesis("5c", "The same at a constant rate", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report agrees, 4.1)",
+    Hypothesis("5c", "Larger batches mitigate noise, constant rate", "with larger batches noise costs less accuracy (Rolnick et al. 2018; the report agrees, 4.1)",
                "as 5", "val_acc", statistics.lost_slope, -1, "acc", PER_DOUBLING, scheduled=False, clean=True),
 )  # fmt: skip
 BY_ID = {h.id: h for h in HYPOTHESES}

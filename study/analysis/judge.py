@@ -11,18 +11,17 @@ import schedules
 from study.analysis import rules
 from study.analysis.hypotheses import MARGINS, Hypothesis
 from study.analysis.rules import LEAST_SEEDS, OPEN, READINGS
-from study.analysis.runs import CELL, VALUES
+from study.analysis.runs import CELL, VALUES, lr_batch_ratio
 from study.analysis.statistics import Line
-from study.runfolders import SEEDS
+from study.runfolders import SEEDS, Cell
 
 BUDGETS = {
     "steps": "the report's steps",
     "epochs": "matched epochs",
     "examples": "matched examples",
-    "any": "one budget",
+    "any": "constant rate",
 }
 RULED = ("steps", "epochs")  # what verdicts ask for; examples are shown
-PEAK_MOMENTUM = 0.85  # one-cycle's at its largest learning rate
 CEILING = 0.95  # share memorized beyond which an effect could hardly show
 SHARED = {"seed": "one initialization", "noise_seed": "one draw of the noise", "split_seed": "one split"}
 
@@ -55,7 +54,7 @@ class Reading:
 @dataclass
 class Result:
     """A claim's verdict. `readings`: by budget; `rate`: the learning rate of the comparison in words; `shared`: what all seeds have in
-    common, for which alone the verdict holds; `missing`: why a budget has no reading."""
+    common, for which alone the verdict holds; `missing`: why a budget has no reading; `notes`: what else to know."""
 
     hypothesis: Hypothesis
     margin: float
@@ -64,6 +63,7 @@ class Result:
     rate: str = ""
     shared: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 # ------------------------------------------------------------------------------------------------------------ cells
@@ -72,11 +72,6 @@ class Result:
 def has_schedule(sched: str) -> bool:
     """Whether the learning rate moves, so that the schedule has a length."""
     return bool(schedules.entry(sched).moves)
-
-
-def lr_batch_ratio(sched: str, B: int, lr: float, momentum: float, with_momentum: bool) -> float:
-    """lr / B, or lr / (B (1 - m)) with the momentum at the largest learning rate."""
-    return lr / B / (1 - (PEAK_MOMENTUM if sched == "onecycle" else momentum) if with_momentum else 1)
 
 
 def one_momentum(frame: pd.DataFrame) -> bool:
@@ -124,8 +119,8 @@ def lines_of(h: Hypothesis, cells: Iterable[tuple]) -> Lines:
     cells = set(cells)
     groups: dict[tuple, list[tuple]] = {}
     for cell in sorted(c for c in cells if c[1] > 0 and (not h.clean or clean(c) in cells)):
-        sched, noise, B, lr, momentum = cell
-        ratio = f"{lr_batch_ratio(sched, B, lr, momentum, h.pairs == 'momentum ratio'):.6g}" if h.pairs else ""
+        sched, noise, *_, momentum = cell
+        ratio = f"{lr_batch_ratio(Cell(*cell), h.pairs == 'momentum ratio'):.6g}" if h.pairs else ""
         groups.setdefault((sched, noise, ratio, None if h.pairs == "momentum ratio" else momentum), []).append(cell)
     alike = Counter(key[:2] for key in groups)
     lines = {}
