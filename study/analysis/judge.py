@@ -30,7 +30,7 @@ Lines = dict[str, list[tuple]]  # {its name: its cells with noise, by batch size
 
 @dataclass
 class Reading:
-    """What is read from a statistic: a code of `rules.READINGS`, its mean and bounds over `n` complete seeds.
+    """What is read from a statistic: a code of rules.py, its mean and bounds over `n` complete seeds.
 
     `levels`: the same of each line alone; `incomplete`: what the other seeds lack; `notes`: cells left out, at chance, at a ceiling;
     `needed`: how many seeds would settle an open one, as means and deviations are.
@@ -48,7 +48,7 @@ class Reading:
 
     @property
     def word(self) -> str:
-        return READINGS[self.code]
+        return list(READINGS)[self.code]
 
 
 @dataclass
@@ -182,9 +182,9 @@ def read_budget(h: Hypothesis, frame: pd.DataFrame, unit: pd.Series, margin: flo
     if len(lines) > 1:
         reading.levels = {name: read_lines(h, cells, {name: line}, margin, tests) for name, line in lines.items()}
     reading.incomplete = incomplete
-    reading.notes = [f"left out, for fewer than half of the seeds have it: {'; '.join(map(cell_words, lost))}"] * bool(
-        lost
-    )
+    if lost:
+        words = "; ".join(map(cell_words, lost))
+        reading.notes.append(f"left out, for fewer than half of the seeds have it: {words}")
     reading.notes += conditions(h, frame[[cell in used for cell in frame[CELL].itertuples(index=False, name=None)]])
     return reading
 
@@ -197,8 +197,8 @@ def conditions(h: Hypothesis, frame: pd.DataFrame) -> list[str]:
     notes = []
     for what, holds in found.items():
         counts = Counter(cell_words(c) for c in frame.loc[holds, CELL].itertuples(index=False, name=None))
-        listed = [f"{cell}: {k} run{'s' * (k > 1)}" for cell, k in counts.items()]
-        notes += [f"{what}: {'; '.join(listed)}"] if listed else []
+        listed = "; ".join(f"{cell}: {k} run{'s' * (k > 1)}" for cell, k in counts.items())
+        notes += [f"{what}: {listed}"] * bool(listed)
     return notes
 
 
@@ -209,12 +209,8 @@ def why_no_line(h: Hypothesis, frame: pd.DataFrame) -> str:
         return "no finished run"
     if done.loc[done["noise"] > 0, h.needs].isna().all():
         return f"no run with noise has {VALUES[h.needs].series}"
-    sizes = (
-        f"batch sizes of equal {'lr/B' if h.pairs == 'ratio' else 'lr/(B(1-m))'}"
-        if h.pairs
-        else "two batch sizes, each at one rate"
-    )
-    return f"needs {sizes}{', with noise and without' * h.clean}"
+    sizes = {"": "two batch sizes, each at one rate", "ratio": "batch sizes of equal lr/B"}
+    return f"needs {sizes.get(h.pairs, 'batch sizes of equal lr/(B(1-m))')}{', with noise and without' * h.clean}"
 
 
 def judge(h: Hypothesis, frame: pd.DataFrame, margins: dict[str, float] = MARGINS, rates: int = 1) -> Result:

@@ -22,9 +22,15 @@ from study.analysis.statistics import Estimate
 LEVEL = 0.05
 LEAST_SEEDS = 3  # below these everything is open
 OPEN, YES, NEGLIGIBLE, OPPOSITE, TURNS = range(5)
-READINGS = ("open", "yes", "negligible", "opposite", "not monotone")
 DEFINITE = (YES, NEGLIGIBLE, OPPOSITE)
-VERDICTS = {  # docs/findings.md
+READINGS = {  # in the order of the codes
+    "open": "anything else, fewer than three complete seeds, or a noise level or stretch that may speak against it",
+    "yes": "l > m",
+    "negligible": "[l, u] lies inside (-m, m)",
+    "opposite": "u < -m",
+    "not monotone": "a stretch of batch sizes is known to go up by m and another to go down by it",
+}
+VERDICTS = {
     "supported": "yes under both budgets",
     "negligible": "negligible under both budgets",
     "reversed": "opposite under both budgets",
@@ -82,7 +88,7 @@ def bounds(s: Summary, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read(s: Summary, n: int, margin: float, may_be_negligible: bool = True) -> np.ndarray:
-    """The reading of one budget, (...) of the codes of `READINGS`."""
+    """The reading of one budget, (...) of codes."""
     low, high = bounds(s, n)
     parts = [part.limits(n) for part in (s.levels, s.stretches)]
     never_down = np.all([(of[0] > -margin).all(-1) for of in parts], 0)
