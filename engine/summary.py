@@ -140,7 +140,7 @@ def describe_plan(plan: dict, steps_per_epoch: int) -> str:
     times = dict.fromkeys(epochwise.MEASURES, math.ceil(plan["total_steps"] / steps_per_epoch) + 1)
     units = {"steps": "step"} | {name: entry.unit for name, entry in epochwise.MEASURES.items()}
     times["steps"] = plan["total_steps"]
-    often = {n: "once" if plan[n] >= times[n] else every(plan[n], unit) for n, unit in units.items() if plan[n]}
+    often = {n: "once" if plan[n] >= times[n] else every(plan[n], unit) for n, unit in units.items() if plan.get(n)}
     return ", ".join(f"{name} {how}" for name, how in often.items()) or "none"
 
 

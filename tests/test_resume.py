@@ -529,7 +529,7 @@ def test_a_grown_run_keeps_its_first_plan(go, monkeypatch):
     """Five steps afford one full measurement, fifteen two of them eight steps apart: they stay at 4, 10, ..., as they began."""
     for name, small in (("CURVATURE_EXAMPLES", 16), ("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2)):
         monkeypatch.setattr(epochwise, name, small)
-    options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "6")
+    options = ("--noise", "0.5", "--measure", "full", "--measure-budget", "8")
     folder = go(*options, "--epochs", "1")
     plan = record.load_state(folder / "last.ckpt")["plan"]
     assert (plan["steps"], plan["total_steps"]) == (6, 5)
