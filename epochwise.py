@@ -217,7 +217,7 @@ def curvature(context: MeasuringContext) -> dict:
 
         top, residual, _ = metrics.lanczos(product, vectors(False), CURVATURE_TOLERANCE, CURVATURE_PRODUCTS)
         trace, error, asymmetry = metrics.hutchinson(product, [vectors(True) for _ in range(TRACE_PROBES)])
-        if asymmetry > ASYMMETRY:
+        if float(asymmetry) > ASYMMETRY:
             raise Undefined(NO_SECOND_DERIVATIVE)
         if any(isinstance(node, BackwardCFunction) for node in gradsplit.graph_nodes([loss])):
             v = vectors(True)

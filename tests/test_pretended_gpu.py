@@ -2,6 +2,7 @@
 there and what would make the host wait. Values are not computed; gradients are zeros of the right shape."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -129,6 +130,7 @@ FULL = ["--precision 64-true --stratify", "--measure-bn separate"]
 def test_measurements_stay_on_their_device(gpu, monkeypatch, words):
     for name, few in (("CURVATURE_PRODUCTS", 2), ("TRACE_PROBES", 2), ("ISOTROPY_PARTS", 3)):
         monkeypatch.setattr(epochwise, name, few)
+    monkeypatch.setattr(epochwise, "ASYMMETRY", math.inf)  # every value that is read is a one
     job = pretended_job("--measure", "full", "--chunks", "2", "--permutations", "2", *words.split())
     assert steps(job, gpu, measured=False) == []
     assert "item" in steps(job, gpu, measured=True)  # the controls are read at once: a wait is seen
